@@ -1,0 +1,1 @@
+"""Data without torch: rows, templates, mixtures and batches."""

@@ -1,0 +1,39 @@
+"""Batches of rows of similar length, so that little of a batch is padding.
+
+One function serves both uses. Evaluation and generation group all rows. Training groups the
+rows of *one* optimizer step (a window of consecutive mixture examples) into micro-batches, whose
+gradients are accumulated: the step's sum is the same however its rows are split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def length_grouped(lengths: Sequence[int], max_tokens: int, max_rows: int) -> list[list[int]]:
+    """Split row indices into batches; shortest rows first, equal lengths by index.
+
+    A batch takes rows while rows * longest row <= `max_tokens` (padded tokens) and
+    rows <= `max_rows`. A row longer than `max_tokens` is a batch of its own. Every index occurs
+    exactly once. Raises `ValueError` for limits below 1 or a negative length.
+    """
+    if max_tokens < 1 or max_rows < 1:
+        raise ValueError(f"max_tokens ({max_tokens}) and max_rows ({max_rows}) must be at least 1")
+    if any(length < 0 for length in lengths):
+        raise ValueError("a length is negative")
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        # Ascending order: the row that joins is always the longest of its batch.
+        fits = batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens
+        if fits and len(batches[-1]) < max_rows:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """Return the share of padding among all tokens of padded `batches`, from 0 to below 1."""
+    used = sum(lengths[index] for batch in batches for index in batch)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches if batch)
+    return 1 - used / padded if padded else 0.0

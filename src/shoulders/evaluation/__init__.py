@@ -1,0 +1,1 @@
+"""Metrics, comparison of skills, and reports."""

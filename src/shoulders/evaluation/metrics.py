@@ -1,0 +1,137 @@
+"""Exact match, token F1, and averages over tasks with a bootstrap interval."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoulders.errors import DataError
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """Normalise an answer for exact match, changing as little as possible.
+
+    Caseless in Unicode's sense (casefold, composed to NFC), white space squeezed, and one full
+    stop at the end dropped. Accents, other punctuation, articles, hyphens and ellipses stay;
+    a text that is only a full stop stays too.
+    """
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+    squeezed = " ".join(folded.split())
+    if squeezed.endswith("."):
+        shortened = squeezed[:-1].rstrip()
+        if shortened and not shortened.endswith("."):
+            return shortened
+    return squeezed
+
+
+def normalize_squad(text: str) -> str:
+    """Normalise as SQuAD's official evaluation script does, in its order.
+
+    Lower case; ASCII punctuation removed (so `state-of-the-art` becomes `stateoftheart`);
+    the words a, an, the replaced by a space; white space squeezed.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def exact_match(
+    prediction: str, targets: Sequence[str], normalizer: Callable[[str], str] = normalize
+) -> float:
+    """Return 1.0 if the prediction equals any target after `normalizer`, else 0.0.
+
+    Raises `ValueError` without targets.
+    """
+    _check_targets(targets)
+    normal = normalizer(prediction)
+    return float(any(normal == normalizer(target) for target in targets))
+
+
+def token_f1(prediction: str, targets: Sequence[str]) -> float:
+    """Return SQuAD's token F1 against the best of `targets`, from 0 to 1.
+
+    As in the official script of SQuAD 2.0: where prediction or target has no tokens left after
+    `normalize_squad`, the score is 1 if neither has, else 0. (Version 1.1 differs only in
+    giving 0 when both are empty.) Raises `ValueError` without targets.
+    """
+    _check_targets(targets)
+    return max(_token_f1(prediction, target) for target in targets)
+
+
+def _token_f1(prediction: str, target: str) -> float:
+    predicted, expected = normalize_squad(prediction).split(), normalize_squad(target).split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    same = (Counter(predicted) & Counter(expected)).total()
+    if same == 0:
+        return 0.0
+    precision, recall = same / len(predicted), same / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _check_targets(targets: Sequence[str]) -> None:
+    # A plain text is a sequence of texts too: it would be compared letter by letter.
+    if isinstance(targets, str) or not targets:
+        raise ValueError("targets must be a non-empty sequence of texts")
+
+
+def macro_average(scores_by_task: Mapping[str, Sequence[float]]) -> float:
+    """Return the mean over tasks of the mean over rows, from 0 to 100.
+
+    Scores are from 0 to 1. Raises `DataError` for no tasks or a task without scores, and
+    `ValueError` for a score outside 0 to 1.
+    """
+    return 100 * float(np.mean([scores.mean() for scores in _arrays(scores_by_task)]))
+
+
+def bootstrap_interval(
+    scores_by_task: Mapping[str, Sequence[float]],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Return a confidence interval (low, high) of `macro_average`, from 0 to 100.
+
+    The percentile bootstrap (Efron 1979, "Bootstrap methods: another look at the jackknife"),
+    stratified: rows are resampled within each task. It therefore covers the choice of test
+    rows, but neither the choice of tasks nor the seed of training; and a task whose rows all
+    score alike adds no width, however few they are. Deterministic in `seed`, whatever the
+    order of the tasks. Raises as `macro_average`, and `ValueError` for other bad arguments.
+    """
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"resamples ({resamples}) must be above 0 and level ({level}) in (0, 1)")
+    random = np.random.default_rng(seed)
+    arrays = _arrays(scores_by_task)
+    total = np.zeros(resamples)
+    for scores in arrays:
+        # How often each distinct score occurs among n rows drawn with replacement is
+        # multinomial: the same as drawing rows, without a [resamples, rows] matrix.
+        values, counts = np.unique(scores, return_counts=True)
+        drawn = random.multinomial(len(scores), counts / len(scores), size=resamples)
+        total += drawn @ values / len(scores)
+    tail = (1 - level) / 2
+    low, high = np.quantile(100 * total / len(arrays), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _arrays(scores_by_task: Mapping[str, Sequence[float]]) -> list[NDArray[np.float64]]:
+    """Return each task's scores, tasks in the order of their names, after checking them."""
+    if not scores_by_task:
+        raise DataError("no tasks to average; evaluate at least one")
+    arrays = []
+    for task in sorted(scores_by_task):
+        scores = np.asarray(scores_by_task[task], dtype=np.float64)
+        if scores.size == 0:
+            raise DataError(f"task '{task}' has no scored rows; leave it out or add rows")
+        if not ((scores >= 0) & (scores <= 1)).all():
+            raise ValueError(f"task '{task}': scores must be from 0 to 1")
+        arrays.append(scores)
+    return arrays

@@ -1,0 +1,1 @@
+"""The frozen language model: load, freeze, fingerprint, combine, decode, score."""

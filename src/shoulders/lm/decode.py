@@ -1,0 +1,183 @@
+"""Generation from `[prompt ; tokens]` with a key/value cache.
+
+One prefill for all samples of a row, one new position per step, rows leave the batch as soon
+as they end. Greedy results equal those of a loop without a cache, token for token (promise 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from shoulders.lm.combine import combine
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.prompt import Prompt
+from shoulders.lm.sampling import next_tokens, sample_stream
+
+
+class DecodingConfig(BaseModel):
+    """How to generate.
+
+    `temperature` 0 is greedy; `n` samples share one prefill; generation ends at the LM's end
+    token, at a `stop` string (not part of the text), after `max_new_tokens`, or where the
+    LM's window ends.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    n: int = Field(default=1, ge=1)
+    stop: tuple[str, ...] = ()
+    seed: int = Field(default=0, ge=0)
+
+
+@dataclass(slots=True)
+class Completion:
+    """One generated continuation.
+
+    Attributes:
+        text: without the stop string and special tokens.
+        token_ids: every generated id, the end token included.
+        logprob: sum of the natural-log probabilities of `token_ids` at temperature 1.
+        finish: `stop` (end token or stop string) or `length`.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprob: float
+    finish: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one sample during generation; `completion` is set when it has ended."""
+
+    row: int
+    sample: int
+    text: str
+    completion: Completion | None
+
+
+@dataclass(slots=True)
+class _Running:
+    """State of one sample while it is in the batch."""
+
+    row: int
+    sample: int
+    random: np.random.Generator
+    room: int
+    ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    shown: int = 0
+
+
+def generate(
+    lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]], config: DecodingConfig
+) -> list[list[Completion]]:
+    """Generate `n` completions for each of `b` rows; raises `WindowError` as `combine` does.
+
+    Example:
+        >>> from shoulders.lm.load import load_lm
+        >>> lm = load_lm("embedded")
+        >>> ids = lm.tokenize(["The capital of France is"])
+        >>> generate(lm, Prompt.empty(1), ids, DecodingConfig(max_new_tokens=1))[0][0].text
+        ' Paris'
+    """
+    done: list[list[Completion | None]] = [[None] * config.n for _ in token_ids]
+    for delta in stream(lm, prompt, token_ids, config):
+        if delta.completion is not None:
+            done[delta.row][delta.sample] = delta.completion
+    return [[c for c in row if c is not None] for row in done]
+
+
+def stream(
+    lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]], config: DecodingConfig
+) -> Iterator[Delta]:
+    """Generate as `generate` does, yielding text as soon as it can no longer change."""
+    with torch.no_grad():
+        batch = combine(lm, prompt, token_ids, pad="left", keep_cache=True)
+        cache = batch.cache
+        assert cache is not None  # keep_cache
+        hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, cache)
+        logits = lm.logits(hidden[:, -1])
+    mask, lengths = batch.mask, batch.lengths
+    if config.n > 1:
+        cache.batch_repeat_interleave(config.n)
+        logits, mask, lengths = (t.repeat_interleave(config.n, 0) for t in (logits, mask, lengths))
+    running = [
+        _Running(
+            row,
+            sample,
+            sample_stream(config.seed, ids, sample),
+            min(config.max_new_tokens, lm.max_positions - int(lengths[row * config.n]) + 1),
+        )
+        for row, ids in enumerate(token_ids)
+        for sample in range(config.n)
+    ]
+    while True:
+        chosen = _choose(logits, running, config)
+        ended = []
+        for state in running:
+            delta = _advance(lm, state, config)
+            ended.append(delta.completion is not None)
+            if delta.text or delta.completion:
+                yield delta
+        if all(ended):
+            return
+        with torch.no_grad():
+            if any(ended):
+                keep = torch.tensor([i for i, e in enumerate(ended) if not e], device=lm.device)
+                cache.batch_select_indices(keep)
+                chosen, mask, lengths = chosen[keep], mask[keep], lengths[keep]
+                running = [s for s, e in zip(running, ended, strict=True) if not e]
+            mask = torch.cat([mask, mask.new_ones(len(running), 1)], 1)
+            hidden = lm.hidden(lm.embed(chosen[:, None]), mask, lengths[:, None], cache)
+            logits = lm.logits(hidden[:, -1])
+            lengths = lengths + 1
+
+
+def _choose(logits: Tensor, running: list[_Running], config: DecodingConfig) -> Tensor:
+    """Choose, record and return the next token of every running sample, `[b]`."""
+    uniforms = [s.random.random() for s in running] if config.temperature else []
+    chosen = next_tokens(logits, uniforms, config.temperature, config.top_p)
+    logprobs = torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0].tolist()
+    for state, token, logprob in zip(running, chosen.tolist(), logprobs, strict=True):
+        state.ids.append(token)
+        state.logprob += logprob
+    return chosen
+
+
+def _advance(lm: FrozenLM, state: _Running, config: DecodingConfig) -> Delta:
+    """Look at a sample's newest token: what text is now certain, and has it ended?"""
+    at_end = state.ids[-1] in lm.end_ids
+    text = lm.text(state.ids[:-1] if at_end else state.ids)
+    cuts = [at for s in config.stop if (at := text.find(s)) >= 0]
+    finish = "stop" if at_end or cuts else "length" if len(state.ids) >= state.room else None
+    if cuts:
+        text = text[: min(cuts)]
+    certain = len(text) if finish else _certain(text, config.stop)
+    new = text[state.shown : certain]
+    state.shown = max(state.shown, certain)
+    ended = Completion(text, state.ids, state.logprob, finish) if finish else None
+    return Delta(state.row, state.sample, new, ended)
+
+
+def _certain(text: str, stop: Sequence[str]) -> int:
+    """Return how much of `text` later tokens cannot change.
+
+    Held back: half a UTF-8 character, and an ending that may grow into a stop string.
+    """
+    end = len(text.rstrip("\ufffd"))
+    for string in stop:
+        for size in range(min(len(string) - 1, len(text)), 0, -1):
+            if text.endswith(string[:size]):
+                end = min(end, len(text) - size)
+                break
+    return end

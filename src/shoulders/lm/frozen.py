@@ -1,0 +1,231 @@
+"""`FrozenLM`: one causal LM that never changes, seen as embeddings -> hidden -> logits."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from shoulders.errors import LMError
+from shoulders.fingerprint import digest, identity, tokenizer_digest
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixShape:
+    """Shape of one position of the LM's key/value cache: `[layers, 2, kv_heads, head_dim]`."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+class FrozenLM:
+    """A Hugging Face causal LM, frozen and in eval mode.
+
+    Everything above this class speaks embeddings `[b, s, d]`, hidden states `[b, s, d]` and
+    logits at chosen positions `[n, vocabulary]`; architecture differences end here.
+
+    Raises:
+        LMError: the model cannot be driven from embeddings exactly (checked once, by
+            comparing with its own forward pass on token ids).
+
+    Example:
+        >>> from shoulders.lm.load import load_lm
+        >>> lm = load_lm("embedded")
+        >>> lm.hidden_size, lm.max_positions
+        (576, 8192)
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self._embedding = model.get_input_embeddings()
+        self._head = model.get_output_embeddings()
+        self._body = model.base_model
+        self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
+        self._check_drivable()
+
+    # -- facts ---------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the LM's embeddings, where its inputs must be."""
+        return self._embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type in which the LM computes."""
+        return self._embedding.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width `d` of token embeddings and hidden states."""
+        return self._embedding.weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the embedding matrix."""
+        return self._embedding.weight.shape[0]
+
+    @property
+    def max_positions(self) -> int:
+        """Length of the LM's window in positions (prompt and tokens together)."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def parameters(self) -> int:
+        """Number of frozen parameters (tied matrices counted once)."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer; the first is the one taught in training."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        several = configured if isinstance(configured, list) else [configured]
+        ids = [self.tokenizer.eos_token_id, *several]
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    @functools.cached_property
+    def prefix_shape(self) -> PrefixShape:
+        """Shape of the key/value cache; raises `LMError` where layers differ in shape."""
+        cache = self.new_cache()
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        ones = torch.ones_like(ids)
+        with torch.no_grad():
+            self.hidden(self.embed(ids), ones, torch.zeros_like(ids), cache)
+        shapes = {(layer.keys.shape, layer.values.shape) for layer in cache.layers}
+        if len(shapes) != 1 or len({s for pair in shapes for s in pair}) != 1:
+            raise LMError(
+                f"{self.name}: its layers cache keys/values of different shapes, so a "
+                "key/value prefix does not fit; use a producer of input vectors"
+            )
+        _, kv_heads, _, head_dim = next(iter(shapes))[0]
+        return PrefixShape(len(cache.layers), kv_heads, head_dim)
+
+    @functools.cached_property
+    def embedding_scale(self) -> float:
+        """Standard deviation of the token embeddings as the LM sees them.
+
+        Measured through the embedding module, since some LMs (Gemma) scale inside it.
+        """
+        ids = torch.arange(0, self.vocab_size, max(1, self.vocab_size // 4096))
+        return float(self.embed(ids.to(self.device)).float().std())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of weights and tokenizer that a skill is bound to (64 hex digits).
+
+        Independent of the precision the weights were loaded in; computed on first use.
+        """
+        tokens = tokenizer_digest(self.tokenizer)
+        return _join_hashes(identity(self._tensors()), tokens)
+
+    def digest(self) -> str:
+        """Return the SHA-256 over every byte of every tensor as it is now (promise 1)."""
+        return digest(self._tensors())
+
+    # -- computing -----------------------------------------------------------------------
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Map token ids `[...]` to embeddings `[..., d]`, scaled as the LM itself does."""
+        embedded: Tensor = self._embedding(ids)
+        return embedded
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty key/value cache for this LM."""
+        return DynamicCache(config=self.model.config)
+
+    def hidden(
+        self,
+        embeddings: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Run the LM's layers.
+
+        Args:
+            embeddings: `[b, s, d]`.
+            mask: `[b, c + s]` int64, 1 where a position is real; `c` positions are cached.
+            positions: `[b, s]` int64, each token's place among its row's real positions.
+            cache: keys/values of earlier positions; extended in place.
+
+        Returns:
+            Last hidden states after the final norm, `[b, s, d]`.
+        """
+        arguments: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        output = self._body(
+            inputs_embeds=embeddings.to(self.dtype),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **arguments,
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states at chosen positions `[n, d]` to float32 logits `[n, vocabulary]`.
+
+        Two-dimensional on purpose: a batched backward would copy the vocabulary matrix.
+        """
+        logits: Tensor = self._head(hidden).float()
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap is not None else logits
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return token ids of each text, without special tokens."""
+        ids: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; special tokens are left out, spaces kept as they are."""
+        text: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    # -- inside --------------------------------------------------------------------------
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        seen: set[int] = set()
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+    @torch.no_grad()
+    def _check_drivable(self) -> None:
+        """Refuse a model whose logits from embeddings are not its logits from ids.
+
+        Catches what architectures do outside layers and head: scaled embeddings, capped or
+        multiplied logits, projections between body and head.
+        """
+        if self._head is None:
+            raise LMError(f"{self.name}: has no output embeddings; a causal LM is needed")
+        ids = torch.arange(1, 4, device=self.device)[None] % self.vocab_size
+        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        positions = torch.arange(3, device=self.device)[None]
+        hidden = self.hidden(self.embed(ids), torch.ones_like(ids), positions)
+        difference = float((self.logits(hidden[0]) - expected).abs().max())
+        tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
+        if not difference <= tolerance * max(1.0, float(expected.abs().max())):
+            raise LMError(
+                f"{self.name} ({type(self.model).__name__}): logits from embeddings differ "
+                f"from its own by {difference:.2g}; this architecture is not supported"
+            )
+
+
+def _join_hashes(*parts: str) -> str:
+    import hashlib
+
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

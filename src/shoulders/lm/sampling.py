@@ -1,0 +1,51 @@
+"""From logits to next tokens: greedy, temperature, top-p; one random stream per sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def sample_stream(seed: int, ids: Sequence[int], sample: int) -> np.random.Generator:
+    """Return the random stream of one sample of one row.
+
+    It depends on the seed, the row's own tokens and the sample's number only, so that a
+    sampled answer does not depend on the batch it is computed in (promise 3). The same row
+    given twice therefore gets the same samples; ask for `n` samples to get different ones.
+    """
+    content = hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).digest()
+    return np.random.default_rng([seed, sample, *np.frombuffer(content, dtype=np.uint32).tolist()])
+
+
+def next_tokens(
+    logits: Tensor, uniforms: Sequence[float], temperature: float, top_p: float
+) -> Tensor:
+    """Choose one token per row.
+
+    Args:
+        logits: `[b, vocabulary]` float32.
+        uniforms: `b` numbers in [0, 1), one from each row's stream; unused when greedy.
+        temperature: 0 is greedy.
+        top_p: keep the smallest set of most likely tokens with at least this probability
+            (nucleus sampling, Holtzman et al. 2020).
+
+    Returns:
+        Token ids, `[b]` int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = torch.softmax(logits.double() / temperature, -1).sort(
+        stable=True, dim=-1, descending=True
+    )
+    before = probabilities.cumsum(-1) - probabilities
+    kept = torch.where(before < top_p, probabilities, 0.0)
+    cumulative = kept.cumsum(-1)
+    draws = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None]
+    # Inverse of the cumulative distribution: the first token whose sum exceeds the draw.
+    place = (cumulative <= draws * cumulative[:, -1:]).sum(-1, keepdim=True)
+    place = torch.minimum(place, (kept > 0).sum(-1, keepdim=True) - 1)
+    return order.gather(1, place)[:, 0]

@@ -1,0 +1,86 @@
+"""Log-likelihood of given continuations: rank classification and re-ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoulders.errors import WindowError
+from shoulders.lm.combine import combine
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.prompt import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Natural-log likelihood of a continuation (sum over its tokens) and its token count."""
+
+    logprob: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Log-likelihood per token, in nats."""
+        return self.logprob / self.tokens
+
+
+@torch.no_grad()
+def score(
+    lm: FrozenLM,
+    prompt: Prompt,
+    token_ids: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+) -> list[list[Score]]:
+    """Score several continuations of each row; the row itself is computed only once.
+
+    Args:
+        lm: the frozen LM.
+        prompt: `b` prompts.
+        token_ids: `b` rows of input ids.
+        continuations: for each row, its candidate continuations (at least one id each).
+
+    Raises:
+        WindowError: a row with its longest continuation does not fit the window.
+    """
+    flat = [list(c) for row in continuations for c in row]
+    if not flat:
+        return [[] for _ in continuations]
+    if any(not c for c in flat):
+        raise WindowError("a continuation to score has no tokens")
+    batch = combine(lm, prompt, token_ids, pad="left", keep_cache=True)
+    cache = batch.cache
+    assert cache is not None  # keep_cache
+    hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, cache)
+    first = torch.log_softmax(lm.logits(hidden[:, -1]), -1)
+
+    owner = torch.tensor(
+        [row for row, several in enumerate(continuations) for _ in several], device=lm.device
+    )
+    lengths = torch.tensor([len(c) for c in flat], device=lm.device)
+    total = batch.lengths[owner] + lengths
+    if int(total.max()) > lm.max_positions:
+        row = int(owner[int(total.argmax())])
+        raise WindowError(f"row {row} with its continuation takes {int(total.max())} positions")
+    ids = torch.zeros(len(flat), int(lengths.max()), dtype=torch.long, device=lm.device)
+    for i, continuation in enumerate(flat):
+        ids[i, : len(continuation)] = torch.tensor(continuation, device=lm.device)
+    real = torch.arange(ids.shape[1], device=lm.device) < lengths[:, None]
+    # The token before position 0 of a continuation is the row's last: its logits are `first`.
+    token_logprobs = torch.zeros(ids.shape, device=lm.device)
+    token_logprobs[:, 0] = first[owner, ids[:, 0]]
+    if ids.shape[1] > 1:
+        cache.batch_select_indices(owner)
+        mask = torch.cat([batch.mask[owner], real[:, :-1].long()], 1)
+        steps = torch.arange(ids.shape[1] - 1, device=lm.device)
+        positions = (batch.lengths[owner][:, None] + steps) * real[:, :-1]
+        hidden = lm.hidden(lm.embed(ids[:, :-1]), mask, positions, cache)
+        at = real[:, 1:]
+        logprobs = torch.log_softmax(lm.logits(hidden[at]), -1)
+        token_logprobs[:, 1:][at] = logprobs.gather(1, ids[:, 1:][at][:, None])[:, 0]
+    sums = (token_logprobs * real).sum(1).tolist()
+    results: list[list[Score]] = [[] for _ in continuations]
+    for row, value, tokens in zip(owner.tolist(), sums, lengths.tolist(), strict=True):
+        results[row].append(Score(value, tokens))
+    return results

@@ -1,0 +1,51 @@
+"""From a recipe's `{kind: ..., ...}` to a producer."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from shoulders.errors import RecipeError, nearest
+from shoulders.prompts import producers
+from shoulders.prompts.interface import Producer, Surroundings
+
+ENTRY_POINTS = "shoulders.producers"
+
+
+def producer_kinds() -> list[str]:
+    """Return the kinds there are: this package's modules, then other packages' entry points."""
+    own = [module.name for module in pkgutil.iter_modules(producers.__path__)]
+    return own + [point.name for point in entry_points(group=ENTRY_POINTS)]
+
+
+def producer_config(spec: Mapping[str, Any]) -> BaseModel:
+    """Validate `spec` against its kind's `Config`.
+
+    Raises `RecipeError` for a missing or unknown kind, `pydantic.ValidationError` otherwise.
+    """
+    fields = {name: value for name, value in spec.items() if name != "kind"}
+    config: BaseModel = _module(spec.get("kind")).Config.model_validate(fields)
+    return config
+
+
+def build_producer(spec: Mapping[str, Any], around: Surroundings) -> Producer:
+    """Build the producer that `spec` names, with values yet to be initialised or loaded."""
+    made = _module(spec.get("kind")).Producer(producer_config(spec), around)
+    return cast(Producer, made)
+
+
+def _module(kind: Any) -> ModuleType:
+    if kind in [module.name for module in pkgutil.iter_modules(producers.__path__)]:
+        return importlib.import_module(f"{producers.__name__}.{kind}")
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == kind:
+            return cast(ModuleType, point.load())
+    known = producer_kinds()
+    hint = nearest(str(kind), known)
+    raise RecipeError(f"producer kind '{kind}' is unknown{hint}; known: {', '.join(known)}")

@@ -1,0 +1,115 @@
+"""The trained network between a frozen encoder and the prompt of ID-PT.
+
+Learned queries read the encoder's variable-length output through cross-attention layers and
+become a fixed number of vectors (arXiv 2204.10019, section on input-dependent prompts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from shoulders.encoders.cache import EncoderCache
+from shoulders.encoders.frozen import FrozenEncoder
+from shoulders.prompts.interface import Surroundings
+
+
+class GeneratorConfig(BaseModel):
+    """The reading network.
+
+    Attributes:
+        encoder: `embedded`, a Hub id or a folder.
+        encoder_prompt: learned vectors inside the encoder's input (the paper's prompt-tuned
+            encoder); 0 leaves it out, and then its outputs are cached on disk.
+        width: width `w` of queries and layers.
+        layers: number of cross-attention layers.
+        heads: attention heads; must divide `width`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: str = "embedded"
+    encoder_prompt: int = Field(default=0, ge=0)
+    width: int = Field(default=384, ge=1)
+    layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=6, ge=1)
+
+
+class PromptGenerator(nn.Module):
+    """Texts -> `[b, p, w]`: `p` learned queries attending to the encoded text."""
+
+    def __init__(self, config: GeneratorConfig, length: int, around: Surroundings) -> None:
+        super().__init__()
+        if config.width % config.heads:
+            raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
+        self._encoder = around.encoder(config.encoder)
+        self.encoder_prompt: nn.Parameter | None = None
+        self._cache: EncoderCache | None = None
+        if config.encoder_prompt:
+            shape = (config.encoder_prompt, self._encoder.hidden_size)
+            self.encoder_prompt = nn.Parameter(torch.zeros(shape))
+        else:
+            self._cache = EncoderCache(self._encoder)
+        self.queries = nn.Parameter(torch.zeros(length, config.width))
+        self.read = nn.Linear(self._encoder.hidden_size, config.width)
+        self.read_norm = nn.LayerNorm(config.width)
+        self.layers = nn.ModuleList(
+            CrossAttentionLayer(config.width, config.heads) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def initialise(self, random: torch.Generator) -> None:
+        """Draw every weight from `random`, so that a seed fixes the start."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            elif name == "queries":
+                nn.init.normal_(parameter, std=1.0, generator=random)
+            elif name == "encoder_prompt":
+                scale = self._encoder.embedding_scale
+                nn.init.normal_(parameter, std=scale, generator=random)
+            else:
+                nn.init.xavier_uniform_(parameter, generator=random)
+
+    def encoders(self) -> Iterator[FrozenEncoder]:
+        """Yield the frozen encoder."""
+        yield self._encoder
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Return `[b, p, w]`; row `i` depends on text `i` alone."""
+        if self._cache is not None:
+            states, mask = self._cache.states(texts)
+        else:
+            assert self.encoder_prompt is not None
+            ids = self._encoder.tokenize(texts, room=len(self.encoder_prompt))
+            states, mask = self._encoder.states(ids, self.encoder_prompt)
+        memory = self.read_norm(self.read(states))
+        x = self.queries.expand(len(texts), -1, -1)
+        for layer in self.layers:
+            x = layer(x, memory, mask)
+        return self.norm(x)
+
+
+class CrossAttentionLayer(nn.Module):
+    """Pre-norm Transformer layer: cross-attention to `memory`, then a feed-forward network."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.feed_norm = nn.LayerNorm(width)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """Map `x [b, p, w]`, `memory [b, t, w]`, `mask [b, t]` (True = real) to `[b, p, w]`."""
+        read, _ = self.attention(
+            self.attention_norm(x), memory, memory, key_padding_mask=~mask, need_weights=False
+        )
+        x = x + read
+        fed: Tensor = x + self.feed(self.feed_norm(x))
+        return fed
