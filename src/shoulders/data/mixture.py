@@ -105,15 +105,38 @@ def select_rows(
     return chosen
 
 
+def draws_before(
+    n: int, rate: NDArray[np.float64], phase: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Return how often each task is among the first `n` draws ([tasks]; the sum is `n`).
+
+    Draw k of a task is due at (k + phase) / rate; the earliest come first. `rate` (above 0, sum
+    1) and `phase` (in [0, 1)) are [tasks]. Takes O(tasks), whatever `n`.
+    """
+    # A task has at most time * rate + 1 draws before a time, and at least time * rate - 1, so
+    # the n-th draw of all lies within `tasks` of time n. Take what is surely among the first n
+    # for granted and rank the few others one by one. Only `due` decides, so results for
+    # different n are prefixes of one order, whatever the rounding of the bounds.
+    slack = len(rate) + 2 + 1e-9 * n
+    low = np.maximum(np.floor((n - slack) * rate) - 2, 0).astype(np.int64)
+    high = np.ceil((n + slack) * rate).astype(np.int64) + 2
+    task = np.repeat(np.arange(len(rate)), high - low)
+    starts = np.cumsum(high - low) - (high - low)
+    k = np.arange(len(task)) - starts[task] + low[task]
+    due = (k + phase[task]) / rate[task]
+    first = np.lexsort((k, task, due))[: n - int(low.sum())]
+    return low + np.bincount(task[first], minlength=len(rate))
+
+
 class Mixture:
     """An endless order of examples in which position i is a pure function of (seed, i).
 
     *Which task.* Task t with rate r is due at the times (k + phase) / r for k = 0, 1, 2...,
     where its phase in [0, 1) is drawn from the seed. The first n positions hold the n earliest
-    of all these draws, so counts never shrink as n grows, every task keeps to its rate within a
-    draw or so at any n (no task is bunched or starved, however rare), and the counts before
-    any position cost O(tasks), without a scan from 0. The draws of each block of `BLOCK`
-    positions are then shuffled with a seed of their own.
+    of all these draws. So counts never shrink as n grows; every task keeps close to its rate at
+    any n, however rare it is (at equal rates, always within two draws of n / tasks); and the
+    counts before any position cost O(tasks), without a scan from 0 (`draws_before`). The draws
+    of each block of `BLOCK` positions are then shuffled with a seed of their own.
 
     *Which row.* The k-th draw of a task of n rows is number k mod n of the task's permutation
     for epoch k div n: every row is seen once before any is seen twice. A row starts at a random
@@ -128,7 +151,7 @@ class Mixture:
         self, rows: Sequence[Row], templates: Templates, config: MixtureConfig, seed: int
     ) -> None:
         """Select and group `rows`; raises `DataError` if a task's templates fail on its rows."""
-        self._seed = seed
+        self._seed = int(seed)  # NumPy integers have another repr, which `_random` hashes
         self._templates = templates
         groups: dict[str, list[Row]] = {}
         for row in select_rows(rows, config, named=templates.named_tasks()):
@@ -162,7 +185,7 @@ class Mixture:
         """Return the row at position `i` >= 0 and its text under the template drawn for it."""
         if i < 0:
             raise ValueError(f"position {i} is negative")
-        block, offset = divmod(i, BLOCK)
+        block, offset = divmod(int(i), BLOCK)
         tasks, draws = self._block_draws(block)
         t, draw = int(tasks[offset]), int(draws[offset])
         epoch, place = divmod(draw, len(self._rows[t]))
@@ -178,8 +201,8 @@ class Mixture:
     def _block_draws(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return task index and draw number (both [BLOCK]) at each position of a block."""
         if self._block is None or self._block[0] != block:
-            before = self._counts(block * BLOCK)
-            inside = self._counts((block + 1) * BLOCK) - before
+            before = draws_before(block * BLOCK, self._rate, self._phase)
+            inside = draws_before((block + 1) * BLOCK, self._rate, self._phase) - before
             tasks = np.repeat(np.arange(len(self._tasks)), inside)
             tasks = tasks[self._shuffle(BLOCK, "block", block)]
             draws = np.empty_like(tasks)
@@ -187,22 +210,6 @@ class Mixture:
                 draws[tasks == t] = before[t] + np.arange(inside[t])
             self._block = (block, tasks, draws)
         return self._block[1], self._block[2]
-
-    def _counts(self, n: int) -> NDArray[np.int64]:
-        """Return how often each task is drawn in the first `n` positions; the sum is `n`."""
-        # A task has at most time * rate + 1 draws before a time, and at least time * rate - 1,
-        # so the n-th draw of all lies within `tasks` of time n. Take what is surely among the
-        # first n for granted and rank the few others one by one. Only `due` decides, so results
-        # for different n are prefixes of one order, whatever the rounding of the bounds.
-        slack = len(self._tasks) + 2 + 1e-9 * n
-        low = np.maximum(np.floor((n - slack) * self._rate) - 2, 0).astype(np.int64)
-        high = np.ceil((n + slack) * self._rate).astype(np.int64) + 2
-        task = np.repeat(np.arange(len(low)), high - low)
-        starts = np.cumsum(high - low) - (high - low)
-        k = np.arange(len(task)) - starts[task] + low[task]
-        due = (k + self._phase[task]) / self._rate[task]
-        first = np.lexsort((k, task, due))[: n - int(low.sum())]
-        return low + np.bincount(task[first], minlength=len(low))
 
     def _permutation(self, t: int, epoch: int) -> NDArray[np.int64]:
         cached = self._permutations.get(t)

@@ -78,7 +78,7 @@ def _jsonl_rows(path: Path, default_task: str) -> Iterator[Row]:
 
 def _parse(raw: bytes, where: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: not valid UTF-8 at byte {error.start + 1}; save the file as UTF-8"

@@ -10,6 +10,7 @@ import jinja2
 import jinja2.meta
 import jinja2.sandbox
 import yaml
+from yaml.constructor import ConstructorError
 
 from shoulders.data.rows import Row
 from shoulders.errors import DataError, nearest
@@ -107,8 +108,9 @@ class Templates:
             text = self._compiled[key][which].render(variables).strip()
         except Exception as error:  # a template is a program: it can raise anything
             place = self._place(key, which)
+            reason = " ".join(str(error).split())
             raise DataError(
-                f"{place}: cannot be rendered for task '{row.task}': {error}"
+                f"{place}: cannot be rendered for task '{row.task}': {reason}"
             ) from error
         if not text:
             place = self._place(key, which)
@@ -142,7 +144,7 @@ class Templates:
             used = jinja2.meta.find_undeclared_variables(environment.parse(text))
             template = environment.from_string(text)
         except jinja2.TemplateError as error:
-            raise DataError(f"{place}: not a valid template: {error}") from None
+            raise DataError(f"{place}: not a valid template: {error.message}") from None
         for name in sorted(used - set(_VARIABLES) - set(environment.globals)):
             hint = nearest(name, _VARIABLES) or f"; use {', '.join(_VARIABLES)}"
             raise DataError(f"{place}: unknown variable '{name}'{hint}")
@@ -159,7 +161,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
+                    raise ConstructorError(
                         None, None, f"'{key.value}' is given twice", key.start_mark
                     )
                 seen.add(key.value)

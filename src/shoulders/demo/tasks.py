@@ -7,6 +7,7 @@ nouns of all test rows, say, are kept out of the train rows of every task about 
 
 from __future__ import annotations
 
+import calendar
 import importlib
 import random
 from collections.abc import Callable, Iterable
@@ -26,18 +27,20 @@ TEST_ROWS = 25
 
 @dataclass(frozen=True)
 class Task:
-    """One task: what to ask about an item of a pool, and the right answer.
+    """One task: what to ask about an item of a pool, and the right answers.
 
-    `phrasings` hold one `{x}` each, for the item. `answer` returns None for an item that the
-    task cannot use. `group`, where given, maps an answer to a class; rows are then drawn from
-    all classes equally often.
+    `phrasings` hold one `{x}` each, for the item. `show` writes the item out for the
+    instruction. `answer` returns the right answers, best first, or none for an item that the task
+    cannot use. `group`, where given, maps the best answer to a class; rows are then drawn from all
+    classes equally often.
     """
 
     name: str
     pool: str
     phrasings: tuple[str, ...]
-    answer: Callable[[str], str | None]
+    answer: Callable[[str], tuple[str, ...]]
     group: Callable[[str], str] | None = None
+    show: Callable[[str], str] = str
 
 
 def demo_rows(seed: int) -> tuple[list[Row], list[Row]]:
@@ -68,105 +71,104 @@ def demo_tasks() -> tuple[Task, ...]:
     num2words = _package("num2words").num2words
     format_time = _package("babel.dates").format_time
     codes = _country_codes()
-    locale = _package("babel").Locale
-    french, german, spanish = (locale(x).territories for x in ("fr", "de", "es"))
+    languages = _country_languages(codes)
     kinds = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns.split()}
 
-    def foreign(names: Any) -> Callable[[str], str | None]:
-        def name(country: str) -> str | None:
-            translated = str(names[codes[country]])
-            usable = translated != country and len(translated.split()) <= 3
-            return translated if usable else None
+    def words(number: str) -> str:
+        return str(num2words(int(number)))
 
-        return name
-
-    def clock(hours: str) -> str:
-        return str(format_time(time.fromisoformat(hours), "h:mm a", locale="en_US"))
+    def clock(hours: str) -> tuple[str, ...]:
+        return (str(format_time(time.fromisoformat(hours), "h:mm a", locale="en_US")),)
 
     return (
         Task(
             "plural",
             "noun",
             ("What is the plural of {x}?", "Give the plural form: {x}", "One {x}, many what?"),
-            lambda noun: str(inflect.plural_noun(noun)),
+            lambda noun: (str(inflect.plural_noun(noun)),),
         ),
         Task(
             "article",
             "noun",
             ("Put a or an before {x}.", "Write {x} with its article.", "Is it a or an {x}?"),
-            lambda noun: str(inflect.a(noun)),
+            lambda noun: (str(inflect.a(noun)),),
             group=lambda phrase: phrase.split()[0],
         ),
         Task(
             "category",
             "noun",
-            ("What kind of thing is {x}?", "Which category fits {x}?", "Classify the word {x}."),
-            lambda noun: kinds[noun],
+            ("Category of the word {x}?", "Which category fits {x}?", "Classify the word {x}."),
+            lambda noun: (kinds[noun],),
             group=lambda kind: kind,
-        ),
-        Task(
-            "spelling",
-            "noun",
-            ("Spell the word {x}.", "How do you spell {x}?", "Write the letters of {x}."),
-            lambda noun: " ".join(noun) if len(noun) <= 6 else None,
         ),
         Task(
             "uppercase",
             "noun",
             ("Write {x} in capital letters.", "Put {x} in upper case.", "Capitalise all of {x}."),
-            lambda noun: noun.upper(),
+            lambda noun: (noun.upper(),),
         ),
         Task(
             "first_letter",
             "noun",
             ("First letter of the word {x}?", "Which letter does {x} start with?"),
-            lambda noun: noun[0].upper(),
+            lambda noun: (noun[0].upper(),),
         ),
         Task(
             "participle",
             "verb",
             ("What is the -ing form of {x}?", "Present participle of {x}?", "Add -ing to {x}."),
-            lambda verb: str(inflect.present_participle(verb)),
+            lambda verb: (str(inflect.present_participle(verb)),),
         ),
         Task(
             "number_words",
             "number",
             ("Write {x} in words.", "Spell out the number {x}.", "How is {x} read aloud?"),
-            lambda number: str(num2words(int(number))),
+            lambda number: (words(number),),
         ),
         Task(
             "ordinal",
             "number",
             ("Ordinal of {x} in digits?", "Make {x} an ordinal.", "Position number {x}, in short?"),
-            lambda number: str(num2words(int(number), to="ordinal_num")),
+            lambda number: (str(num2words(int(number), to="ordinal_num")),),
         ),
         Task(
             "parity",
             "number",
             ("Is {x} even or odd?", "Even or odd: {x}?", "Give the parity of {x}."),
-            lambda number: "odd" if int(number) % 2 else "even",
+            lambda number: ("odd" if int(number) % 2 else "even",),
             group=lambda parity: parity,
+        ),
+        Task(
+            "number_digits",
+            "number",
+            ("Write {x} in digits.", "Give the number {x}.", "Which number is {x}?"),
+            lambda number: (number,),
+            show=words,
         ),
         Task(
             "country_code",
             "country",
             ("ISO code of {x}?", "Two-letter country code of {x}?", "Abbreviate the country {x}."),
-            lambda country: codes[country],
+            lambda country: (codes[country],),
         ),
-        *(
-            Task(
-                f"country_{lang}",
-                "country",
-                (f"What is {{x}} called in {lang}?", f"Translate {{x}} into {lang}.", f"{lang} name of {{x}}?"),
-                foreign(names),
-            )
-            for lang, names in (("French", french), ("German", german), ("Spanish", spanish))
+        Task(
+            "country_language",
+            "country",
+            ("Language of {x}?", "Official language of {x}?", "What is spoken in {x}?"),
+            languages.__getitem__,
         ),
         Task(
             "clock",
             "time",
             ("Write {x} in 12-hour time.", "What is {x} with AM or PM?", "Convert {x} to AM/PM."),
             clock,
+        ),
+        Task(
+            "month",
+            "month",
+            ("Month of {x}?", "Which month is {x}?", "Name the month of {x}."),
+            lambda month: (calendar.month_name[int(month[-2:])],),
+            group=lambda name: name,
         ),
     )
 
@@ -179,6 +181,7 @@ def demo_pools() -> dict[str, list[str]]:
         "number": [str(number) for number in range(1, 500)],
         "country": list(_country_codes()),
         "time": [f"{hour:02}:{minute:02}" for hour in range(24) for minute in range(0, 60, 5)],
+        "month": [f"{year}-{month:02}" for year in range(1970, 2030) for month in range(1, 13)],
     }
 
 
@@ -189,17 +192,28 @@ def _country_codes() -> dict[str, str]:
     return {
         names[code]: code
         for code in codes
-        if code in names and len(names[code].split()) <= 2 and "." not in names[code]
+        if code in names and len(names[code].split()) <= 2 and not set(".()") & set(names[code])
     }
+
+
+def _country_languages(codes: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Map countries to the English names of their official languages, most spoken first."""
+    official = _package("babel.languages").get_official_languages
+    names = _package("babel").Locale("en").languages
+    languages = {}
+    for country, code in codes.items():
+        found = (tag.split("_")[0] for tag in official(code, de_facto=True))
+        languages[country] = tuple(dict.fromkeys(names[tag] for tag in found if tag in names))
+    return languages
 
 
 def _draw(task: Task, items: list[str], count: int) -> list[tuple[str, int]]:
     """Return `count` pairs (item, round): the classes in turn, round n when used n times before."""
     groups: dict[str, list[str]] = {}
     for item in items:
-        answer = task.answer(item)
-        if answer is not None:
-            groups.setdefault(task.group(answer) if task.group else "", []).append(item)
+        answers = task.answer(item)
+        if answers:
+            groups.setdefault(task.group(answers[0]) if task.group else "", []).append(item)
     classes = [groups[name] for name in sorted(groups)]
     turns = ((classes[turn % len(classes)], turn // len(classes)) for turn in range(count))
     return [(group[place % len(group)], place // len(group)) for group, place in turns]
@@ -211,7 +225,7 @@ def _rows(task: Task, drawn: Iterable[tuple[str, int]], seed: int) -> list[Row]:
     for item, round_ in drawn:
         start = random.Random(f"{seed} {task.name} {item}").randrange(len(task.phrasings))
         phrasing = task.phrasings[(start + round_) % len(task.phrasings)]
-        rows.append(Row(task.name, phrasing.format(x=item), (str(task.answer(item)),)))
+        rows.append(Row(task.name, phrasing.format(x=task.show(item)), task.answer(item)))
     return rows
 
 

@@ -1,0 +1,1 @@
+"""Skills: passes through one frozen LM, and the folders they are saved to."""

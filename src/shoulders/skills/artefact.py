@@ -1,0 +1,163 @@
+"""Skills on disk: `skill.json`, `skill.safetensors`, `README.md`; JSON and safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from shoulders import __version__
+from shoulders.data.templates import Templates
+from shoulders.encoders.frozen import FrozenEncoder
+from shoulders.errors import ArtefactError, ShouldersError
+from shoulders.files import atomic_path, sha256_of_file, write_json, write_text
+from shoulders.lm.frozen import FrozenLM
+from shoulders.skills.card import model_card
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.skill import Skill
+
+FORMAT_VERSION = 1
+FILE = "skill.json"
+TENSORS = "skill.safetensors"
+
+
+class Bound(BaseModel):
+    """A frozen model that a skill is bound to, by the hash of its weights and tokenizer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    fingerprint: str
+
+
+class Artefact(BaseModel):
+    """What `skill.json` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int
+    shoulders_version: str
+    lm: Bound
+    lm_dtype: str
+    encoders: tuple[Bound, ...]
+    skill: SkillConfig
+    templates: dict[str, list[str]]
+    tensors_sha256: str
+    trained_parameters: int
+    provenance: dict[str, Any]
+
+
+def save_skill(
+    skill: Skill, folder: Path, templates: Templates, provenance: dict[str, Any]
+) -> Artefact:
+    """Write a skill to `folder`; `skill.json` comes last, so that it names complete files.
+
+    Raises:
+        ArtefactError: the folder already holds a skill, or the skill has nothing trained.
+        ShouldersError: the folder cannot be written.
+    """
+    if skill.producer is None:
+        raise ArtefactError("the bare LM has nothing to save")
+    if (folder / FILE).exists():
+        raise ArtefactError(f"{folder}: already holds a skill; choose another folder")
+    tensors = {k: v.detach().contiguous().cpu() for k, v in skill.producer.state_dict().items()}
+    with atomic_path(folder / TENSORS) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:
+            raise ShouldersError(f"{folder / TENSORS}: cannot write: {error}") from error
+        tensors_hash = sha256_of_file(temporary)
+    artefact = Artefact(
+        format_version=FORMAT_VERSION,
+        shoulders_version=__version__,
+        lm=Bound(name=skill.lm.name, fingerprint=skill.lm.fingerprint),
+        lm_dtype=str(skill.lm.dtype).removeprefix("torch."),
+        encoders=tuple(Bound(name=e.name, fingerprint=e.fingerprint) for e in skill.encoders()),
+        skill=skill.config,
+        templates=templates.as_dict(),
+        tensors_sha256=tensors_hash,
+        trained_parameters=skill.trained_parameters,
+        provenance=provenance,
+    )
+    write_text(folder / "README.md", model_card(folder.name, artefact.model_dump(mode="json")))
+    write_json(folder / FILE, artefact.model_dump(mode="json"))
+    return artefact
+
+
+def read_artefact(folder: Path) -> Artefact:
+    """Read and check `skill.json` and the hash of the tensors; loads no model.
+
+    Raises `ArtefactError` naming the file and what is wrong with it.
+    """
+    if not folder.is_dir():
+        raise ArtefactError(f"{folder}: no such skill folder")
+    file = folder / FILE
+    if not file.is_file():
+        raise ArtefactError(f"{folder}: holds no {FILE}: not a (finished) skill")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise ArtefactError(
+                f"{file}: format version {version!r}, this version of shoulders reads "
+                f"{FORMAT_VERSION}"
+            )
+        artefact = Artefact.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ArtefactError(f"{file}: damaged: key '{key}': {first['msg']}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{file}: damaged: not valid JSON: {error}") from error
+    tensors = folder / TENSORS
+    if not tensors.is_file():
+        raise ArtefactError(f"{tensors}: missing")
+    found = sha256_of_file(tensors)
+    if found != artefact.tensors_sha256:
+        raise ArtefactError(
+            f"{tensors}: damaged or edited: sha256 {found[:16]}..., "
+            f"{FILE} says {artefact.tensors_sha256[:16]}..."
+        )
+    return artefact
+
+
+def load_skill(
+    folder: Path, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]
+) -> tuple[Skill, Templates]:
+    """Load a skill onto the LM it was trained on.
+
+    Args:
+        folder: as written by `save_skill`.
+        lm: the frozen LM.
+        encoder: loads a frozen encoder by name.
+
+    Raises:
+        ArtefactError: the folder is damaged, or bound to another LM or encoder (the message
+            holds both fingerprints).
+    """
+    artefact = read_artefact(folder)
+    _check_bound(folder, "LM", artefact.lm, lm.name, lm.fingerprint)
+    skill = Skill.create(lm, artefact.skill, encoder)
+    for bound, found in zip(artefact.encoders, skill.encoders(), strict=True):
+        _check_bound(folder, "encoder", bound, found.name, found.fingerprint)
+    assert skill.producer is not None  # a saved skill has one
+    try:
+        skill.producer.load_state_dict(cast(dict[str, Any], load_file(folder / TENSORS)))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtefactError(f"{folder / TENSORS}: does not fit {FILE}: {reason}") from error
+    skill.producer.train(False)
+    return skill, Templates.from_dict(artefact.templates, source=str(folder / FILE))
+
+
+def _check_bound(folder: Path, what: str, bound: Bound, name: str, fingerprint: str) -> None:
+    if bound.fingerprint != fingerprint:
+        raise ArtefactError(
+            f"{folder}: was trained on the {what} '{bound.name}' (fingerprint "
+            f"{bound.fingerprint}), not on '{name}' (fingerprint {fingerprint})"
+        )

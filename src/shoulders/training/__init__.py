@@ -1,0 +1,1 @@
+"""Training the small networks around a frozen LM."""

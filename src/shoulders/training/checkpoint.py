@@ -1,0 +1,130 @@
+"""Checkpoints: everything a run needs to go on bit for bit; safetensors and JSON only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from shoulders.errors import ArtefactError, TrainingError
+from shoulders.files import atomic_directory, sha256_of_file
+
+FOLDER = "checkpoints"
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands: all of its state that is not a tensor.
+
+    Attributes:
+        step: optimizer steps done.
+        best_step: step of the best validation so far; 0 before the first.
+        best: its value (lower is better).
+        validations: one entry per validation, in order.
+        seconds: training time so far, over all resumed parts.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best: float = float("inf")
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def save_checkpoint(
+    out: Path,
+    progress: Progress,
+    weights: Tensors,
+    best: Tensors,
+    optimizer: torch.optim.Optimizer,
+    recipe: dict[str, Any],
+) -> None:
+    """Write `out/checkpoints/step-N` and then remove older ones; atomic."""
+    folder = out / FOLDER / f"step-{progress.step:07d}"
+    if folder.exists():
+        return
+    tensors = {f"model.{name}": value for name, value in weights.items()}
+    tensors |= {f"best.{name}": value for name, value in best.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    state = {"progress": _finite(asdict(progress)), "recipe": recipe}
+    with atomic_directory(folder) as temporary:
+        file = temporary / "state.safetensors"
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, file)
+        state["sha256"] = sha256_of_file(file)
+        (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for old in sorted((out / FOLDER).glob("step-*")):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    out: Path, optimizer: torch.optim.Optimizer, recipe: dict[str, Any]
+) -> tuple[Progress, Tensors, Tensors] | None:
+    """Read the newest checkpoint below `out` into `optimizer`; None where there is none.
+
+    Returns:
+        Progress, current weights, weights of the best validation.
+
+    Raises:
+        TrainingError: the run was started with another recipe (names the key).
+        ArtefactError: the checkpoint is damaged.
+    """
+    folders = sorted((out / FOLDER).glob("step-*"))
+    if not folders:
+        return None
+    folder = folders[-1]
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if sha256_of_file(folder / "state.safetensors") != state["sha256"]:
+            raise ArtefactError(f"{folder}: state.safetensors is damaged (its hash differs)")
+        tensors = load_file(folder / "state.safetensors")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ArtefactError(f"{folder}: cannot be read: {error}") from error
+    if difference := _difference(state["recipe"], recipe):
+        raise TrainingError(
+            f"{out}: was started with another recipe ({difference}); resume with the same "
+            "one, or train into a new folder"
+        )
+    values = state["progress"]
+    values["best"] = float("inf") if values["best"] is None else values["best"]
+    _restore(optimizer, tensors)
+    return Progress(**values), _part(tensors, "model."), _part(tensors, "best.")
+
+
+def _restore(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in _part(tensors, "optimizer.").items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _part(tensors: Tensors, prefix: str) -> Tensors:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: an absent best value is null."""
+    return values | {"best": values["best"] if values["best_step"] else None}
+
+
+def _difference(old: Any, new: Any, key: str = "") -> str:
+    """Return the first key whose values differ, with both values, or an empty string."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            inner = f"{key}.{name}" if key else name
+            if found := _difference(old.get(name), new.get(name), inner):
+                return found
+        return ""
+    return "" if old == new else f"{key} was {old!r}, is {new!r}"

@@ -1,0 +1,206 @@
+"""The training loop: one function, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from shoulders.data.batching import length_grouped
+from shoulders.data.mixture import Mixture
+from shoulders.data.rows import Row
+from shoulders.data.templates import Templates
+from shoulders.errors import TrainingError, WindowError
+from shoulders.files import writing_to
+from shoulders.prompts.interface import Producer
+from shoulders.skills.skill import Skill
+from shoulders.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from shoulders.training.monitor import Monitor
+from shoulders.training.objective import Example, answer_losses
+from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
+from shoulders.training.recipe import Recipe
+from shoulders.training.validation import validate
+
+# After this many steps every trained tensor must have moved. (A zero-initialised projection
+# keeps what stands before it still during the first step.)
+MOVED_BY = 3
+
+
+class Interrupted(TrainingError):
+    """Training was stopped by the user; its checkpoint is on disk."""
+
+
+def fit(
+    skill: Skill,
+    mixture: Mixture,
+    validation: Sequence[Row],
+    templates: Templates,
+    recipe: Recipe,
+    out: Path,
+    *,
+    bound: dict[str, Any] | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Progress:
+    """Train a skill's producer; on return it holds the weights of the best validation.
+
+    Args:
+        skill: with an initialised producer.
+        mixture: the order of training examples, a function of (seed, position).
+        validation: rows to select on; without any, the last weights are kept.
+        templates: for the validation rows.
+        recipe: how to train; stored with every checkpoint.
+        out: folder for `checkpoints/` and `log.jsonl`.
+        bound: further facts (hashes of LM and data) that a resumed run must agree on.
+        resume: go on from the newest checkpoint in `out`, if there is one.
+        console: where progress goes.
+
+    Returns:
+        Step counts, time and validations of the whole run.
+
+    Raises:
+        TrainingError: no producer; a non-finite loss; a trained tensor that does not move;
+            Ctrl-C (`Interrupted`, after a checkpoint); another recipe on resume.
+    """
+    if skill.producer is None:
+        raise TrainingError("the recipe trains nothing: give the pass a prompt")
+    config, producer, console = recipe.training, skill.producer, console or Console(stderr=True)
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+    stored = {"recipe": recipe.model_dump(mode="json"), **(bound or {})}
+    optimizer = make_optimizer(producer.named_parameters(), config.optimizer)
+    progress, best = Progress(), copied(producer)
+    if resume and (found := load_checkpoint(out, optimizer, stored)):
+        progress, weights, best = found
+        producer.load_state_dict(weights)
+    checked = [example_of(skill, row, templates.render(row, 0), 0) for row in validation]
+    initial = copied(producer)
+    producer.train()
+
+    def save() -> None:
+        progress.seconds += time.monotonic() - clock[0]
+        clock[0] = time.monotonic()
+        save_checkpoint(out, progress, copied(producer), best, optimizer, stored)
+
+    clock = [time.monotonic()]
+    with (
+        Monitor(
+            out, config.steps, progress.step, console, tensorboard=config.tensorboard
+        ) as monitor,
+        deferred_interrupt() as interrupted,
+    ):
+        start = progress.step
+        while progress.step < config.steps:
+            step = progress.step
+            window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
+            examples = [example_at(skill, mixture, i, config.seed) for i in window]
+            answers = sum(len(e.answer_ids) for e in examples)
+            prompt = producer.length
+            micro = length_grouped(
+                [prompt + e.tokens for e in examples], config.micro_tokens, config.rows_per_step
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss = 0.0
+            for rows in micro:
+                part = [examples[i] for i in rows]
+                nll = answer_losses(skill.lm, skill.prompt([e.text for e in part]), part).sum()
+                (nll / answers).backward()
+                loss += float(nll.detach()) / answers
+            norm = float(torch.nn.utils.clip_grad_norm_(producer.parameters(), config.clip))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingError(
+                    f"step {step + 1}: loss is {loss}, gradient norm {norm}: training has "
+                    f"diverged; lower the learning rate (best weights so far: step "
+                    f"{progress.best_step}, kept in {out / 'checkpoints'})"
+                )
+            factor = rate_factor(step, config)
+            set_rates(optimizer, factor)
+            optimizer.step()
+            progress.step += 1
+            monitor.step(progress.step, loss, sum(e.tokens for e in examples), factor, norm)
+            if progress.step == min(start + MOVED_BY, config.steps) and config.steps >= MOVED_BY:
+                check_moved(producer, initial)
+
+            if checked and (
+                progress.step % config.validate_every == 0 or progress.step == config.steps
+            ):
+                producer.train(False)
+                entry = validate(skill, validation, templates, checked, config.select)
+                producer.train()
+                value = entry["loss"] if config.select == "loss" else -entry["exact_match"]
+                improved = value < progress.best or progress.best_step == 0
+                if improved:
+                    progress.best, progress.best_step, best = value, progress.step, copied(producer)
+                progress.validations.append({"step": progress.step, **entry})
+                monitor.validation({"step": progress.step, **entry}, best=improved)
+
+            if progress.step % config.save_every == 0 or progress.step == config.steps:
+                save()
+            if interrupted() and progress.step < config.steps:
+                save()
+                raise Interrupted(f"stopped at step {progress.step}; go on with --resume")
+    if progress.best_step:
+        producer.load_state_dict(best)
+    producer.train(False)
+    return progress
+
+
+def example_at(skill: Skill, mixture: Mixture, position: int, seed: int) -> Example:
+    """Return the example at a position of the mixture; of several right answers, one by seed."""
+    row, text = mixture.example(position)
+    return example_of(skill, row, text, np.random.PCG64([seed, position]).random_raw() >> 1)
+
+
+def example_of(skill: Skill, row: Row, text: str, which: int) -> Example:
+    """Turn a row and its rendered text into tokens; answer number `which` (modulo) is taught."""
+    answer = skill.answer_ids([row.targets[int(which) % len(row.targets)]])[0]
+    try:
+        ids = skill.input_ids([text], answer_room=len(answer))[0]
+    except WindowError as error:
+        raise WindowError(f"task '{row.task}', input '{row.input[:40]}...': {error}") from None
+    return Example(text=text, input_ids=ids, answer_ids=answer, task=row.task)
+
+
+def copied(producer: Producer) -> dict[str, torch.Tensor]:
+    """Return a copy of the producer's tensors."""
+    return {name: value.detach().clone() for name, value in producer.state_dict().items()}
+
+
+def check_moved(producer: Producer, initial: dict[str, torch.Tensor]) -> None:
+    """Raise `TrainingError` when a trained tensor is what it was at the start (promise 8)."""
+    still = [n for n, p in producer.named_parameters() if torch.equal(p, initial[n])]
+    if still:
+        raise TrainingError(
+            f"after {MOVED_BY} steps these trained tensors have not moved: {', '.join(still)}; "
+            "they get no gradient, or their learning rate is too small for their precision"
+        )
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let the running step finish after Ctrl-C or SIGTERM; a second signal stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def note(number: int, _frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

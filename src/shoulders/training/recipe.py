@@ -1,0 +1,201 @@
+"""Recipes: one YAML file that says which LM, which skill, which data and how to train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shoulders.data.mixture import MixtureConfig
+from shoulders.errors import RecipeError, nearest
+from shoulders.skills.config import SkillConfig
+
+
+class LMConfig(BaseModel):
+    """The frozen LM: `embedded`, a Hub id, a folder or a .gguf file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "embedded"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    revision: str | None = None
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW or Adafactor, with learning rates by part.
+
+    `lr_for` gives parts their own rate: the longest key that a parameter's name starts with
+    (`base`, `generator`, `project`, ...) wins over `lr`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    lr_for: dict[str, float] = {}
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+
+
+class TrainingConfig(BaseModel):
+    """How to train.
+
+    Attributes:
+        steps: optimizer steps.
+        rows_per_step: examples per step; their loss is the mean over their answer tokens.
+        micro_tokens: most positions in one forward pass; a step is split into passes of rows
+            of similar length, and their gradients add up.
+        warmup_steps: linear from 0 to the full rate.
+        decay: from there to 0 at the last step (`linear`, `cosine`) or not (`constant`).
+        clip: largest norm of the gradient.
+        seed: of initial values and of the order of examples.
+        validate_every: steps between validations; the last step always validates.
+        validation_rows: rows per task that select the best checkpoint.
+        select: what the best checkpoint is best at, averaged over tasks.
+        save_every: steps between checkpoints.
+        tensorboard: also write TensorBoard event files.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(ge=1)
+    rows_per_step: int = Field(default=16, ge=1)
+    micro_tokens: int = Field(default=1024, ge=1)
+    optimizer: OptimizerConfig
+    warmup_steps: int = Field(default=20, ge=0)
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    clip: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+    validate_every: int = Field(default=200, ge=1)
+    validation_rows: int = Field(default=8, ge=1)
+    select: Literal["loss", "exact_match"] = "loss"
+    save_every: int = Field(default=50, ge=1)
+    tensorboard: bool = False
+
+
+class Recipe(BaseModel):
+    """A whole training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lm: LMConfig = LMConfig()
+    skill: SkillConfig
+    data: MixtureConfig
+    training: TrainingConfig
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
+
+    Paths in `data` are looked up beside the recipe first, then in the working folder.
+
+    Raises:
+        RecipeError: names the file, the key and, for an unknown key, the nearest valid one.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping with lm, skill, data and training")
+    for override in overrides:
+        _override(values, override)
+    recipe = make_recipe(values, str(path))
+    return recipe.model_copy(update={"data": _located(recipe.data, path.parent)})
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a recipe given as nested mappings; raises `RecipeError` naming `where`."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {explain(error, Recipe)}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first problem of a validation as one line with its dotted key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        inside = error.title if error.title != model.__name__ else ""
+        known = _fields_at(model, first["loc"][:-1]) or _fields_named(model, inside)
+        return f"unknown key '{key}'{nearest(str(first['loc'][-1]), known)}"
+    if first["type"] == "missing":
+        return f"key '{key}' is missing"
+    return f"key '{key}': {first['msg']}"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: expected key=value, such as training.steps=100")
+    at: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(at, list):
+            at = at[int(part)] if part.isdigit() and int(part) < len(at) else None
+        elif isinstance(at, dict):
+            at = at.setdefault(part, {})
+        if not isinstance(at, dict | list):
+            raise RecipeError(f"--set {override}: '{part}' holds no further keys")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: '{text}' is not a YAML value") from error
+    if isinstance(value, str):
+        value = _number(value)
+    if isinstance(at, list):
+        if not last.isdigit() or int(last) >= len(at):
+            raise RecipeError(f"--set {override}: '{last}' is not a place in that list")
+        at[int(last)] = value
+    else:
+        at[last] = value
+
+
+def _number(text: str) -> float | str:
+    """Read `3e-2`, which YAML 1.1 takes for text, as the number everyone means."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _located(data: MixtureConfig, folder: Path) -> MixtureConfig:
+    def one(name: str) -> str:
+        beside = folder / name
+        return str(beside.resolve() if beside.exists() else Path(name).resolve())
+
+    return data.model_copy(
+        update={
+            "train": [one(name) for name in data.train],
+            "validation": [one(name) for name in data.validation],
+            "templates": one(data.templates) if data.templates else None,
+        }
+    )
+
+
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Return the valid keys of the part of a recipe at `place`."""
+    at: Any = model
+    for part in place:
+        if isinstance(part, int):
+            continue
+        field = at.model_fields.get(part) if hasattr(at, "model_fields") else None
+        if field is None:
+            return []
+        at = field.annotation
+        for inner in getattr(at, "__args__", ()):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                at = inner
+    return list(getattr(at, "model_fields", {}))
+
+
+def _fields_named(model: type[BaseModel], name: str) -> list[str]:
+    return list(model.model_fields) if not name or name == model.__name__ else []

@@ -1,0 +1,130 @@
+"""From a recipe to a saved skill: load, train, save. What `shoulders train` does."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from shoulders import __version__
+from shoulders.data.mixture import Mixture, MixtureConfig, select_rows
+from shoulders.data.rows import Row, read_rows
+from shoulders.data.templates import Templates
+from shoulders.encoders.load import load_encoder
+from shoulders.errors import TrainingError
+from shoulders.files import sha256_of_file
+from shoulders.lm.load import load_lm
+from shoulders.skills.artefact import FILE, save_skill
+from shoulders.skills.skill import Skill
+from shoulders.training.checkpoint import FOLDER
+from shoulders.training.fit import fit
+from shoulders.training.recipe import Recipe
+from shoulders.training.validation import choose_rows
+
+
+def run_recipe(
+    recipe: Recipe, out: Path, *, resume: bool = False, console: Console | None = None
+) -> Skill:
+    """Train what a recipe describes and save the skill in `out`.
+
+    Raises:
+        TrainingError: `out` already holds a run and `resume` is not set, or see `fit`.
+        DataError, LMError, RecipeError, ShouldersError: what cannot be read or written.
+    """
+    if (out / FILE).exists():
+        raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
+    if (out / FOLDER).exists() and not resume:
+        raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
+    rows, validation, templates = load_data(recipe.data)
+    mixture = Mixture(rows, templates, recipe.data, recipe.training.seed)
+    unseen = unseen_rows(validation, rows)
+    if console is not None and len(unseen) < len(validation):
+        console.print(
+            f"{len(validation) - len(unseen)} validation rows also stand in the training "
+            "files; they are not used to select"
+        )
+    validation = choose_rows(unseen, recipe.training.validation_rows)
+
+    lm = load_lm(recipe.lm.name, dtype=recipe.lm.dtype, revision=recipe.lm.revision)
+    random = torch.Generator().manual_seed(recipe.training.seed)
+    skill = Skill.create(lm, recipe.skill, functools.cache(load_encoder), random)
+    bound = {"lm": lm.fingerprint, "data": data_hashes(recipe.data)}
+    before = lm.digest()
+    progress = fit(
+        skill, mixture, validation, templates, recipe, out,
+        bound=bound, resume=resume, console=console,
+    )  # fmt: skip
+    if lm.digest() != before:
+        raise TrainingError("the frozen LM changed during training; nothing was saved")
+    provenance: dict[str, Any] = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "training_seconds": round(progress.seconds, 1),
+        "validations": progress.validations,
+        "lm_digest": before,
+        "recipe": recipe.model_dump(mode="json"),
+        "data_sha256": bound["data"],
+        "machine": machine(),
+    }
+    save_skill(skill, out, templates, provenance)
+    return skill
+
+
+def load_data(config: MixtureConfig) -> tuple[list[Row], list[Row], Templates]:
+    """Return training rows, validation rows and templates of a recipe's `data`."""
+    rows = read_all(config.train)
+    validation = select_rows(read_all(config.validation), config, missing_ok=True)
+    if config.templates is None:
+        return rows, validation, Templates()
+    return rows, validation, Templates.read(Path(config.templates))
+
+
+def unseen_rows(rows: Sequence[Row], training: Sequence[Row]) -> list[Row]:
+    """Return the rows whose task and input do not occur in `training` (promise 2)."""
+    seen = {(row.task, row.input) for row in training}
+    return [row for row in rows if (row.task, row.input) not in seen]
+
+
+def read_all(paths: Sequence[str]) -> list[Row]:
+    """Return the rows of several files, in order."""
+    return [row for path in paths for row in read_rows(Path(path))]
+
+
+def data_hashes(config: MixtureConfig) -> dict[str, str]:
+    """Return the SHA-256 of each data file (folders: of their files' hashes)."""
+    hashes = {}
+    for name in (*config.train, *config.validation, *filter(None, [config.templates])):
+        path = Path(name)
+        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        hashes[path.name] = "+".join(sha256_of_file(file) for file in files)
+    return hashes
+
+
+def machine() -> dict[str, Any]:
+    """Return what a figure depends on: versions, processor, threads."""
+    return {
+        "shoulders": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

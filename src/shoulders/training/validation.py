@@ -1,0 +1,54 @@
+"""Validation during training: cheap, on a fixed choice of rows, never on a test split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from shoulders.data.batching import length_grouped
+from shoulders.data.rows import Row
+from shoulders.data.templates import Templates
+from shoulders.evaluation.evaluate import evaluate
+from shoulders.skills.skill import BATCH_ROWS, BATCH_TOKENS, Skill
+from shoulders.training.objective import Example, answer_losses
+
+
+def choose_rows(rows: Sequence[Row], per_task: int) -> list[Row]:
+    """Return at most `per_task` rows of each task, chosen by a hash of their content.
+
+    The same rows for every method and seed, wherever they stand in the file.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.task, []).append(row)
+
+    def place(row: Row) -> str:
+        return hashlib.sha256(f"{row.task}\n{row.input}".encode()).hexdigest()
+
+    return [row for task in sorted(groups) for row in sorted(groups[task], key=place)[:per_task]]
+
+
+@torch.no_grad()
+def validate(
+    skill: Skill,
+    rows: Sequence[Row],
+    templates: Templates,
+    examples: Sequence[Example],
+    select: Literal["loss", "exact_match"],
+) -> dict[str, float]:
+    """Return `loss` (nats per answer token, averaged by task), and `exact_match` if selected."""
+    sums: dict[str, list[float]] = {}
+    lengths = [e.tokens for e in examples]
+    for batch in length_grouped(lengths, BATCH_TOKENS, BATCH_ROWS):
+        part = [examples[i] for i in batch]
+        losses = answer_losses(skill.lm, skill.prompt([e.text for e in part]), part)
+        per_row = losses.split([len(e.answer_ids) for e in part])
+        for example, values in zip(part, per_row, strict=True):
+            sums.setdefault(example.task, []).append(float(values.mean()))
+    entry = {"loss": sum(sum(v) / len(v) for v in sums.values()) / len(sums)}
+    if select == "exact_match":
+        entry["exact_match"] = evaluate(skill, rows, templates).metrics["exact_match"]
+    return entry
