@@ -100,6 +100,16 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "shoulders"
 
 
+def check_writable(path: Path) -> None:
+    """Raise `ShouldersError` now if `path` could not be written later, after hours of work."""
+    with writing_to(path):
+        if path.is_dir():
+            raise IsADirectoryError(21, "is a folder, a file name is needed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
 def _fsync(path: Path) -> None:
     """Make sure the bytes are on the disk before the rename that publishes them."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -12,7 +12,6 @@ import importlib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import time
 from typing import Any, TypeVar
 
 from shoulders.data.rows import Row
@@ -69,16 +68,12 @@ def demo_tasks() -> tuple[Task, ...]:
     """Return the tasks. Raises `ShouldersError` when a package they ask is missing."""
     inflect = _package("inflect").engine()
     num2words = _package("num2words").num2words
-    format_time = _package("babel.dates").format_time
     codes = _country_codes()
     languages = _country_languages(codes)
     kinds = {noun: kind for kind, nouns in NOUNS.items() for noun in nouns.split()}
 
     def words(number: str) -> str:
         return str(num2words(int(number)))
-
-    def clock(hours: str) -> tuple[str, ...]:
-        return (str(format_time(time.fromisoformat(hours), "h:mm a", locale="en_US")),)
 
     return (
         Task(
@@ -132,13 +127,6 @@ def demo_tasks() -> tuple[Task, ...]:
             lambda number: (str(num2words(int(number), to="ordinal_num")),),
         ),
         Task(
-            "parity",
-            "number",
-            ("Is {x} even or odd?", "Even or odd: {x}?", "Give the parity of {x}."),
-            lambda number: ("odd" if int(number) % 2 else "even",),
-            group=lambda parity: parity,
-        ),
-        Task(
             "number_digits",
             "number",
             ("Write {x} in digits.", "Give the number {x}.", "Which number is {x}?"),
@@ -158,12 +146,6 @@ def demo_tasks() -> tuple[Task, ...]:
             languages.__getitem__,
         ),
         Task(
-            "clock",
-            "time",
-            ("Write {x} in 12-hour time.", "What is {x} with AM or PM?", "Convert {x} to AM/PM."),
-            clock,
-        ),
-        Task(
             "month",
             "month",
             ("Month of {x}?", "Which month is {x}?", "Name the month of {x}."),
@@ -180,7 +162,6 @@ def demo_pools() -> dict[str, list[str]]:
         "verb": VERBS.split(),
         "number": [str(number) for number in range(1, 500)],
         "country": list(_country_codes()),
-        "time": [f"{hour:02}:{minute:02}" for hour in range(24) for minute in range(0, 60, 5)],
         "month": [f"{year}-{month:02}" for year in range(1970, 2030) for month in range(1, 13)],
     }
 

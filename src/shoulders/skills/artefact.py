@@ -33,6 +33,7 @@ class Bound(BaseModel):
 
     name: str
     fingerprint: str
+    parameters: int
 
 
 class Artefact(BaseModel):
@@ -75,9 +76,9 @@ def save_skill(
     artefact = Artefact(
         format_version=FORMAT_VERSION,
         shoulders_version=__version__,
-        lm=Bound(name=skill.lm.name, fingerprint=skill.lm.fingerprint),
+        lm=_bound(skill.lm),
         lm_dtype=str(skill.lm.dtype).removeprefix("torch."),
-        encoders=tuple(Bound(name=e.name, fingerprint=e.fingerprint) for e in skill.encoders()),
+        encoders=tuple(_bound(encoder) for encoder in skill.encoders()),
         skill=skill.config,
         templates=templates.as_dict(),
         tensors_sha256=tensors_hash,
@@ -153,6 +154,12 @@ def load_skill(
         raise ArtefactError(f"{folder / TENSORS}: does not fit {FILE}: {reason}") from error
     skill.producer.train(False)
     return skill, Templates.from_dict(artefact.templates, source=str(folder / FILE))
+
+
+def _bound(frozen: FrozenLM | FrozenEncoder) -> Bound:
+    return Bound(
+        name=frozen.name, fingerprint=frozen.fingerprint, parameters=frozen.parameters
+    )
 
 
 def _check_bound(folder: Path, what: str, bound: Bound, name: str, fingerprint: str) -> None:

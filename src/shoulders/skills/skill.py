@@ -97,7 +97,7 @@ class Skill:
         for i, ids in enumerate(self.lm.tokenize(texts)):
             if len(ids) > limit and form.keep is None:
                 raise WindowError(
-                    f"row {i + 1}: its input has {len(ids)} tokens, {max(limit, 0)} fit "
+                    f"row {i + 1} ('{texts[i][:40]}...'): {len(ids)} tokens, {max(limit, 0)} fit "
                     f"(window {self.lm.max_positions}, prompt {prompt}, answer {answer_room}); "
                     "shorten it, or allow truncation with keep: start or keep: end"
                 )

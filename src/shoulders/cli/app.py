@@ -1,0 +1,61 @@
+"""`shoulders`: the commands, and how errors reach the user.
+
+Heavy imports happen inside the commands, so that `shoulders --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import click
+import typer
+
+from shoulders import __version__
+from shoulders.cli import demo, evaluate, generate, info, train
+from shoulders.errors import ShouldersError
+
+app = typer.Typer(
+    name="shoulders",
+    help="One frozen language model, many skills: train small networks around it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("info")(info.info)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"shoulders {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; exit 2 with one line for what a user can mend, 130 on Ctrl-C."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except click.exceptions.Abort:
+        _fail("stopped", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; nothing was left half-written", 130)
+    except ShouldersError as error:
+        _fail(str(error), 130 if type(error).__name__ == "Interrupted" else 2)
+    except OSError as error:
+        # The disk filled up or a file vanished: the user's to mend, not a defect.
+        _fail(f"{error.filename or 'file system'}: {error.strerror or error}", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)

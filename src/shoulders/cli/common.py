@@ -1,0 +1,74 @@
+"""What several commands share: consoles, loading a skill by name, quiet libraries, JSON."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from shoulders.errors import ShouldersError
+from shoulders.files import write_json
+
+if TYPE_CHECKING:
+    from shoulders.data.templates import Templates
+    from shoulders.skills.skill import Skill
+
+BASE = "base"
+
+
+def stdout() -> Console:
+    """Return the console for results."""
+    return Console()
+
+
+def stderr() -> Console:
+    """Return the console for progress and notes, which machines do not read."""
+    return Console(stderr=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the model library's own progress bars and notices out of our output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def open_skill(
+    name: str, *, lm: str | None, dtype: str | None, templates: Path | None
+) -> tuple[Skill, Templates]:
+    """Load `base` or a skill folder, with its templates or those of a file.
+
+    A skill runs on the LM and in the precision it was trained with unless told otherwise.
+    """
+    from shoulders.data.templates import Templates
+    from shoulders.encoders.load import load_encoder
+    from shoulders.lm.load import load_lm
+    from shoulders.skills.artefact import load_skill, read_artefact
+    from shoulders.skills.skill import Skill
+
+    quiet_libraries()
+    chosen = Templates.read(templates) if templates else None
+    if name == BASE:
+        skill = Skill.base(load_lm(lm or "embedded", dtype=_precision(dtype or "auto")))
+        return skill, chosen or Templates()
+    artefact = read_artefact(Path(name))
+    frozen = load_lm(lm or artefact.lm.name, dtype=_precision(dtype or artefact.lm_dtype))
+    skill, own = load_skill(Path(name), frozen, functools.cache(load_encoder))
+    return skill, chosen or own
+
+
+def emit_json(path: Path | None, value: dict[str, Any]) -> None:
+    """Write the machine-readable result where one was asked for."""
+    if path is not None:
+        write_json(path, value)
+
+
+def _precision(dtype: str) -> Any:
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ShouldersError(f"--dtype {dtype}: use auto, float32 or bfloat16")
+    return dtype

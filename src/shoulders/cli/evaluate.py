@@ -1,0 +1,119 @@
+"""`shoulders eval SKILL_DIR|base --data FILE`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from shoulders.cli.common import emit_json, open_skill, stderr, stdout
+from shoulders.errors import ShouldersError
+from shoulders.files import check_writable
+
+if TYPE_CHECKING:
+    from shoulders.data.rows import Row
+    from shoulders.evaluation.evaluate import Evaluation
+
+
+def evaluate(
+    skill: Annotated[str, typer.Argument(help="A skill folder, or 'base' for the bare LM.")],
+    data: Annotated[Path, typer.Option(help="Rows with targets: .jsonl or .parquet.")],
+    templates: Annotated[
+        Path | None, typer.Option(help="YAML templates. Default: the skill's own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many rows, spread over the tasks.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write every row's answer, JSONL.")] = None,
+    normalizer: Annotated[
+        str, typer.Option(help="What exact match compares: general or squad.")
+    ] = "general",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Truncate over-long inputs: keep their 'start' or 'end'."),
+    ] = None,
+    lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+) -> None:
+    """Score a skill on data: exact match and F1 by task, with 95% bootstrap intervals."""
+    from shoulders.data.rows import read_rows
+    from shoulders.evaluation import evaluate as evaluation
+    from shoulders.training.monitor import quiet_progress
+    from shoulders.training.run import machine
+
+    if normalizer not in ("general", "squad"):
+        raise ShouldersError(f"--normalizer {normalizer}: use general or squad")
+    for path in filter(None, (json, dump)):
+        check_writable(path)
+    rows = spread(read_rows(data), limit)
+    opened, own = open_skill(skill, lm=lm, dtype=dtype, templates=templates)
+    if keep is not None:
+        opened = opened.keeping(keep)
+    decoding = evaluation.EVALUATION_DECODING.model_copy(
+        update={"max_new_tokens": max_new_tokens}
+    )
+    with quiet_progress(stderr(), "evaluating", len(rows)) as advance:
+        result = evaluation.evaluate(
+            opened,
+            rows,
+            own,
+            decoding=decoding,
+            normalizer="squad" if normalizer == "squad" else "general",
+            on_rows=advance,
+        )
+    if dump is not None:
+        evaluation.dump_predictions(dump, result.predictions)
+    emit_json(
+        json,
+        {
+            "skill": skill,
+            "data": str(data),
+            **result.as_dict(),
+            "normalizer": normalizer,
+            "trained_parameters": opened.trained_parameters,
+            "lm": {"name": opened.lm.name, "fingerprint": opened.lm.fingerprint},
+            "dtype": str(opened.lm.dtype).removeprefix("torch."),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+        },
+    )
+    stdout().print(results_table(f"{skill} on {data.name}", result))
+
+
+def spread(rows: list[Row], limit: int | None) -> list[Row]:
+    """Return at most `limit` rows, one task after the other in turn, in file order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    turn: dict[str, int] = {}
+    ranked = []
+    for place, row in enumerate(rows):
+        turn[row.task] = turn.get(row.task, 0) + 1
+        ranked.append((turn[row.task], place))
+    return [rows[place] for place in sorted(place for _, place in sorted(ranked)[:limit])]
+
+
+def results_table(title: str, result: Evaluation) -> Table:
+    """Return the scores by task and their macro average as a table."""
+    names = list(result.metrics)
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    table.add_column("rows", justify="right")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for task, scores in result.tasks.items():
+        table.add_row(task, str(int(scores["n"])), *(_number(scores.get(n)) for n in names))
+    table.add_section()
+    intervals = [
+        f"{result.metrics[n]:.1f} [{result.ci95[n][0]:.1f}, {result.ci95[n][1]:.1f}]" for n in names
+    ]
+    table.add_row("macro average, 95%", str(result.n), *intervals, style="bold")
+    return table
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.1f}"

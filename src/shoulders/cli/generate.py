@@ -1,0 +1,130 @@
+"""`shoulders generate --skill SKILL_DIR|base (--text S | --input FILE --output FILE)`."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoulders.cli.common import BASE, emit_json, open_skill, stderr
+from shoulders.errors import DataError, ShouldersError
+from shoulders.files import atomic_path, check_writable
+
+
+def generate(
+    skill: Annotated[str, typer.Option(help="A skill folder, or 'base' for the bare LM.")] = BASE,
+    text: Annotated[str | None, typer.Option(help="One input; the answer is streamed.")] = None,
+    input: Annotated[
+        Path | None, typer.Option(help='JSONL with "input" and, to use a template, "task".')
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL: each row with its outputs.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Render --text under this task's first template.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Answers per input.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string. Repeatable.")] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="YAML templates. Default: the skill's own.")
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Truncate over-long inputs: keep their 'start' or 'end'.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the answers to --text as JSON.")] = None,
+    lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+) -> None:
+    """Answer one text, or every row of a file, with a skill."""
+    from pydantic import ValidationError
+
+    from shoulders.lm.decode import DecodingConfig
+
+    if (text is None) == (input is None):
+        raise ShouldersError("give either --text or --input")
+    if (input is None) != (output is None):
+        raise ShouldersError("--input and --output go together")
+    if text is not None and not text.strip():
+        raise ShouldersError("--text is empty")
+    for path in filter(None, (output, json)):
+        check_writable(path)
+    try:
+        decoding = DecodingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            n=n,
+            stop=tuple(stop or ()),
+            seed=seed,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ShouldersError(f"--{first['loc'][0]}: {first['msg']}".replace("_", "-")) from None
+    rows = _read_inputs(input) if input else []
+    opened, own = open_skill(skill, lm=lm, dtype=dtype, templates=templates)
+    if keep is not None:
+        opened = opened.keeping(keep)
+    if text is not None:
+        rendered = own.render_input(text, task) if task else text
+        _answer_one(opened, rendered, decoding, json)
+        return
+    from shoulders.training.monitor import quiet_progress
+
+    texts = [own.render_input(r["input"], r["task"]) if "task" in r else r["input"] for r in rows]
+    with quiet_progress(stderr(), "generating", len(rows)) as advance:
+        answers = opened.generate(texts, decoding, on_rows=advance)
+    assert output is not None  # goes with --input
+    with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row, several in zip(rows, answers, strict=True):
+            outputs = [{"text": c.text, "logprob": c.logprob, "finish": c.finish} for c in several]
+            file.write(jsonlib.dumps({**row, "outputs": outputs}, ensure_ascii=False) + "\n")
+
+
+def _answer_one(skill: Any, text: str, decoding: Any, json: Path | None) -> None:
+    """Stream a single answer to standard output; print several one after the other."""
+    if decoding.n == 1:
+        completions = []
+        prefix = skill.config.format.answer_prefix
+        for delta in skill.stream(text, decoding):
+            piece = delta.text
+            if prefix and piece.startswith(prefix):
+                piece = piece.removeprefix(prefix)
+            prefix = "" if delta.text else prefix
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            if delta.completion is not None:
+                completions = [skill.stripped(delta.completion)]
+        sys.stdout.write("\n")
+    else:
+        completions = skill.generate([text], decoding)[0]
+        for number, completion in enumerate(completions, 1):
+            sys.stdout.write(f"[{number}] {completion.text}\n")
+    emit_json(json, {"input": text, "outputs": [asdict(c) for c in completions]})
+
+
+def _read_inputs(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = jsonlib.loads(line)
+        except (jsonlib.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
+        text = row.get("input") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f'{path}:{number}: each line needs a non-empty text "input"')
+        if "task" in row and not isinstance(row["task"], str):
+            raise DataError(f'{path}:{number}: "task" must be a text')
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: is empty; each line needs an object with an input")
+    return rows

@@ -1,0 +1,76 @@
+"""`shoulders info [SKILL_DIR]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from shoulders.cli.common import emit_json, quiet_libraries, stdout
+
+
+def info(
+    skill: Annotated[Path | None, typer.Argument(help="A skill folder. Default: the LM.")] = None,
+    lm: Annotated[str, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = "embedded",
+    json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
+) -> None:
+    """Show what a skill, or the LM, is: fingerprints, parameters, provenance."""
+    facts = _skill_facts(skill) if skill is not None else _lm_facts(lm)
+    emit_json(json, facts)
+    table = Table(show_header=False, title=str(skill or lm), title_justify="left")
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), _shown(value))
+    stdout().print(table)
+
+
+def _skill_facts(folder: Path) -> dict[str, Any]:
+    from shoulders.skills.artefact import read_artefact
+
+    artefact = read_artefact(folder)
+    provenance = dict(artefact.provenance)
+    facts: dict[str, Any] = {
+        "skill": str(folder),
+        "prompt": artefact.skill.passes[0].prompt,
+        "lm": artefact.lm.name,
+        "lm_fingerprint": artefact.lm.fingerprint,
+        "encoders": [e.model_dump() for e in artefact.encoders],
+        "trained_parameters": artefact.trained_parameters,
+        "frozen_parameters": artefact.lm.parameters + sum(e.parameters for e in artefact.encoders),
+        "dtype": artefact.lm_dtype,
+        "tasks": sorted(artefact.templates),
+    }
+    return {**facts, "provenance": provenance}
+
+
+def _lm_facts(name: str) -> dict[str, Any]:
+    from shoulders.files import cache_folder
+    from shoulders.lm.load import load_lm
+    from shoulders.training.run import machine
+
+    quiet_libraries()
+    lm = load_lm(name)
+    return {
+        "lm": lm.name,
+        "architecture": type(lm.model).__name__,
+        "lm_fingerprint": lm.fingerprint,
+        "trained_parameters": 0,
+        "frozen_parameters": lm.parameters,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "window": lm.max_positions,
+        "hidden_size": lm.hidden_size,
+        "cache": str(cache_folder()),
+        "provenance": {"machine": machine()},
+    }
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | dict | list):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return ", ".join(_shown(v) for v in value)
+    return "\n".join(f"{k}: {_shown(v)}" for k, v in value.items() if k != "validations")
