@@ -65,7 +65,7 @@ def combine(
     if prompt.rows != len(token_ids):
         raise ValueError(f"{prompt.rows} prompts for {len(token_ids)} rows of tokens")
     tokens = np.array([len(ids) for ids in token_ids])
-    _check_window(lm, prompt, tokens)
+    check_window(lm, prompt, tokens)
 
     p = prompt.vectors.shape[1]
     vector_mask = prompt.vector_mask.cpu().numpy()
@@ -127,7 +127,8 @@ def _prefix_cache(lm: FrozenLM, prompt: Prompt, keep_cache: bool) -> DynamicCach
     return cache
 
 
-def _check_window(lm: FrozenLM, prompt: Prompt, tokens: np.ndarray) -> None:
+def check_window(lm: FrozenLM, prompt: Prompt, tokens: np.ndarray) -> None:
+    """Raise `WindowError` for rows (`[b]` token counts) that are empty or too long."""
     total = prompt.lengths().cpu().numpy() + tokens
     if (tokens == 0).any():
         raise WindowError(f"row {int(tokens.argmin())} of the batch has no tokens")

@@ -49,7 +49,7 @@ class FrozenLM:
         self._embedding = model.get_input_embeddings()
         self._head = model.get_output_embeddings()
         self._body = model.base_model
-        self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         self._check_drivable()
 
     # -- facts ---------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class FrozenLM:
         Returns:
             Last hidden states after the final norm, `[b, s, d]`.
         """
-        arguments: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        arguments: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         output = self._body(
             inputs_embeds=embeddings.to(self.dtype),
             attention_mask=mask,

@@ -19,6 +19,8 @@ class Prompt:
         keys_values: `[b, layers, 2, kv_heads, q, head_dim]`, a prefix for every layer's
             attention (2 = keys, values); keys already carry their rotary position.
         keys_values_mask: `[b, q]` bool, True where a row really has that prefix position.
+        shared: every row's prompt is the same, with no padding, so that it need be computed
+            only once.
 
     `p` and `q` may be 0, so that a batch can mix rows of any form.
     """
@@ -27,6 +29,7 @@ class Prompt:
     vector_mask: Tensor
     keys_values: Tensor
     keys_values_mask: Tensor
+    shared: bool = False
 
     def __post_init__(self) -> None:
         b = self.vectors.shape[0]
@@ -64,6 +67,18 @@ class Prompt:
             keys_values_mask=torch.ones(b, q, dtype=torch.bool, device=keys_values.device),
         )
 
+    def repeated(self, rows: int) -> Prompt:
+        """Return this prompt of one row for `rows` rows, without copying it."""
+        if self.rows != 1:
+            raise ValueError(f"only a prompt of one row can be repeated, this has {self.rows}")
+        return Prompt(
+            vectors=self.vectors.expand(rows, -1, -1),
+            vector_mask=self.vector_mask.expand(rows, -1),
+            keys_values=self.keys_values.expand(rows, -1, -1, -1, -1, -1),
+            keys_values_mask=self.keys_values_mask.expand(rows, -1),
+            shared=True,
+        )
+
     @classmethod
     def empty(cls, rows: int, device: torch.device | str = "cpu") -> Prompt:
         """Make the prompt of the bare LM: nothing, for `rows` rows."""
@@ -99,6 +114,7 @@ class Prompt:
             vector_mask=self.vector_mask[index],
             keys_values=self.keys_values[index],
             keys_values_mask=self.keys_values_mask[index],
+            shared=self.shared,
         )
 
 

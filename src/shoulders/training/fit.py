@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from shoulders.data.batching import cheapest_split
+from shoulders.data.batching import length_grouped
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
@@ -33,9 +33,6 @@ from shoulders.training.validation import validate
 # After this many steps every trained tensor must have moved. (A zero-initialised projection
 # keeps what stands before it still during the first step.)
 MOVED_BY = 3
-# What a forward and backward pass costs beside its positions, counted in positions.
-# Measured for the embedded LM on two cores (docs/log.md); the optimum is flat.
-PASS_COST = 32
 
 
 class Interrupted(TrainingError):
@@ -108,8 +105,8 @@ def fit(
             examples = [example_at(skill, mixture, i, config.seed) for i in window]
             answers = sum(len(e.answer_ids) for e in examples)
             prompt = producer.length
-            micro = cheapest_split(
-                [prompt + e.tokens for e in examples], config.micro_tokens, PASS_COST
+            micro = length_grouped(
+                [prompt + e.tokens for e in examples], config.micro_tokens, config.rows_per_step
             )
             optimizer.zero_grad(set_to_none=True)
             loss = 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoulders.lm.combine import combine
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.pack import can_pack, pack
 from shoulders.lm.prompt import Prompt
 
 
@@ -40,13 +41,14 @@ def answer_losses(lm: FrozenLM, prompt: Prompt, examples: Sequence[Example]) -> 
 
     Logits are computed at the `n` answer positions only, as a 2-D product.
     """
-    batch = combine(lm, prompt, [e.input_ids + e.answer_ids[:-1] for e in examples])
+    ids = [e.input_ids + e.answer_ids[:-1] for e in examples]
+    batch = pack(lm, prompt, ids) if can_pack(lm, prompt, ids) else combine(lm, prompt, ids)
     hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
     rows, places = [], []
     for row, example in enumerate(examples):
         # The hidden state at the input's last token predicts the answer's first.
         start = int(batch.first_token[row]) + len(example.input_ids) - 1
-        rows += [row] * len(example.answer_ids)
+        rows += [row if len(hidden) > 1 else 0] * len(example.answer_ids)
         places += range(start, start + len(example.answer_ids))
     chosen = hidden[torch.tensor(rows), torch.tensor(places)]
     targets = torch.tensor([i for e in examples for i in e.answer_ids], device=lm.device)

@@ -50,4 +50,4 @@ class Producer(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Prompt:
         """Return the same `[p, d]` vectors for each of `b` texts."""
-        return Prompt.of_vectors((self.base * self.scale).expand(len(texts), -1, -1))
+        return Prompt.of_vectors((self.base * self.scale)[None]).repeated(len(texts))

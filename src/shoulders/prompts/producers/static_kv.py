@@ -52,5 +52,4 @@ class Producer(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Prompt:
         """Return the same prefix for each of `b` texts."""
-        prefix = self.base * self.scale
-        return Prompt.of_keys_values(prefix.expand(len(texts), -1, -1, -1, -1, -1))
+        return Prompt.of_keys_values((self.base * self.scale)[None]).repeated(len(texts))
