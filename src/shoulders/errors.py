@@ -38,6 +38,10 @@ class TrainingError(ShouldersError):
     """Training cannot go on: it diverged, does not learn, or cannot be resumed."""
 
 
+class InterruptedTraining(TrainingError):  # noqa: N818 - it is one, and not a failure
+    """Training was stopped by the user; its checkpoint is on disk."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the choice most like `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

@@ -44,9 +44,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(rules.encode()).hexdigest()
 
 
-def _combine(
-    tensors: Iterable[tuple[str, torch.Tensor]], cast: torch.dtype | None
-) -> str:
+def _combine(tensors: Iterable[tuple[str, torch.Tensor]], cast: torch.dtype | None) -> str:
     import torch
 
     def one(item: tuple[str, torch.Tensor]) -> str:
@@ -55,7 +53,7 @@ def _combine(
         if cast is not None and tensor.is_floating_point():
             tensor = tensor.to(cast)
         data = tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-        bytes_hash = hashlib.sha256(memoryview(data)).hexdigest()
+        bytes_hash = hashlib.sha256(memoryview(data)).hexdigest()  # type: ignore[arg-type]
         return f"{name} {tensor.dtype} {tuple(tensor.shape)} {bytes_hash}"
 
     # hashlib releases the interpreter lock: two cores hash twice as fast.

@@ -13,7 +13,7 @@ import typer
 
 from shoulders import __version__
 from shoulders.cli import demo, evaluate, generate, info, train
-from shoulders.errors import ShouldersError
+from shoulders.errors import InterruptedTraining, ShouldersError
 
 app = typer.Typer(
     name="shoulders",
@@ -50,7 +50,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("stopped; nothing was left half-written", 130)
     except ShouldersError as error:
-        _fail(str(error), 130 if type(error).__name__ == "Interrupted" else 2)
+        _fail(str(error), 130 if isinstance(error, InterruptedTraining) else 2)
     except OSError as error:
         # The disk filled up or a file vanished: the user's to mend, not a defect.
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}", 2)

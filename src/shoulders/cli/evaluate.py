@@ -54,9 +54,7 @@ def evaluate(
     opened, own = open_skill(skill, lm=lm, dtype=dtype, templates=templates)
     if keep is not None:
         opened = opened.keeping(keep)
-    decoding = evaluation.EVALUATION_DECODING.model_copy(
-        update={"max_new_tokens": max_new_tokens}
-    )
+    decoding = evaluation.EVALUATION_DECODING.model_copy(update={"max_new_tokens": max_new_tokens})
     with quiet_progress(stderr(), "evaluating", len(rows)) as advance:
         result = evaluation.evaluate(
             opened,

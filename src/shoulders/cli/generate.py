@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoulders.cli.common import BASE, emit_json, open_skill, stderr
+from shoulders.data.rows import Row
 from shoulders.errors import DataError, ShouldersError
 from shoulders.files import atomic_path, check_writable
 
@@ -71,12 +72,14 @@ def generate(
     if keep is not None:
         opened = opened.keeping(keep)
     if text is not None:
-        rendered = own.render_input(text, task) if task else text
+        rendered = own.render(Row(task, text, ())) if task else text
         _answer_one(opened, rendered, decoding, json)
         return
     from shoulders.training.monitor import quiet_progress
 
-    texts = [own.render_input(r["input"], r["task"]) if "task" in r else r["input"] for r in rows]
+    texts = [
+        own.render(Row(r["task"], r["input"], ())) if "task" in r else r["input"] for r in rows
+    ]
     with quiet_progress(stderr(), "generating", len(rows)) as advance:
         answers = opened.generate(texts, decoding, on_rows=advance)
     assert output is not None  # goes with --input

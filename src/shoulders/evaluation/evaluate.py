@@ -23,8 +23,7 @@ from shoulders.lm.decode import DecodingConfig
 from shoulders.skills.skill import Skill
 
 Normalizer = Literal["general", "squad"]
-# Answers are one line; an untrained LM goes on to further lines of its own invention.
-EVALUATION_DECODING = DecodingConfig(max_new_tokens=32, stop=("\n",))
+EVALUATION_DECODING = DecodingConfig(max_new_tokens=32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def evaluate(
         skill: a skill or the base LM.
         rows: rows with targets; those with `options` are also ranked by likelihood.
         templates: the first template of a row's task is used.
-        decoding: greedy by default, one line, at most 32 tokens.
+        decoding: greedy and at most 32 tokens by default; the answer is the first line.
         normalizer: what exact match compares: `general` (see `metrics.normalize`) or SQuAD's.
         on_rows: called with the number of rows after each batch.
     """
@@ -95,16 +94,27 @@ def evaluate(
         Prediction(
             task=row.task,
             input=text,
-            prediction=several[0].text.strip(),
+            prediction=answer,
             targets=row.targets,
-            exact_match=exact_match(several[0].text, row.targets, compare),
-            f1=token_f1(several[0].text, row.targets),
+            exact_match=exact_match(answer, row.targets, compare),
+            f1=token_f1(answer, row.targets),
             rank_accuracy=ranked.get(i),
             logprob=several[0].logprob,
         )
         for i, (row, text, several) in enumerate(zip(rows, texts, answers, strict=True))
+        for answer in [first_line(several[0].text)]
     ]
     return summarise(predictions, time.perf_counter() - started)
+
+
+def first_line(text: str) -> str:
+    """Return the first line that is not blank, which is the answer.
+
+    An untrained LM often starts on a new line, and goes on to lines of its own invention:
+    cutting at the first line break would score its format, not its answer.
+    """
+    lines = text.strip().splitlines()
+    return lines[0].strip() if lines else ""
 
 
 def summarise(predictions: Sequence[Prediction], seconds: float) -> Evaluation:

@@ -103,7 +103,9 @@ class CrossAttentionLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.feed_norm = nn.LayerNorm(width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.feed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """Map `x [b, p, w]`, `memory [b, t, w]`, `mask [b, t]` (True = real) to `[b, p, w]`."""

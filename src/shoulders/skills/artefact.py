@@ -157,9 +157,7 @@ def load_skill(
 
 
 def _bound(frozen: FrozenLM | FrozenEncoder) -> Bound:
-    return Bound(
-        name=frozen.name, fingerprint=frozen.fingerprint, parameters=frozen.parameters
-    )
+    return Bound(name=frozen.name, fingerprint=frozen.fingerprint, parameters=frozen.parameters)
 
 
 def _check_bound(folder: Path, what: str, bound: Bound, name: str, fingerprint: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from shoulders.data.batching import length_grouped
 from shoulders.encoders.frozen import FrozenEncoder
-from shoulders.errors import WindowError
+from shoulders.errors import ShouldersError, WindowError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, stream
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
@@ -62,6 +62,16 @@ class Skill:
             producer.initialise(lm, random)
         return cls(lm, config, producer)
 
+    def keeping(self, keep: str) -> Skill:
+        """Return this skill with truncation of over-long inputs allowed.
+
+        `keep` is the part that stays, `start` or `end`: where the instruction stands.
+        """
+        if keep not in ("start", "end"):
+            raise ShouldersError(f"keep '{keep}': use start or end")
+        form = self.config.format.model_copy(update={"keep": keep})
+        return Skill(self.lm, self.config.model_copy(update={"format": form}), self.producer)
+
     # -- facts ---------------------------------------------------------------------------
 
     @property
@@ -112,7 +122,7 @@ class Skill:
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Return each answer's token ids, with the LM's end token."""
         ids = self.lm.tokenize([self.config.format.answer_prefix + a for a in answers])
-        return [row + [self.lm.end_ids[0]] for row in ids]
+        return [[*row, self.lm.end_ids[0]] for row in ids]
 
     def generate(
         self,
@@ -139,7 +149,7 @@ class Skill:
                 prompt = self.prompt([texts[i] for i in rows])
             answers = generate(self.lm, prompt, [ids[i] for i in rows], decoding)
             for row, several in zip(rows, answers, strict=True):
-                results[row] = [self._stripped(c) for c in several]
+                results[row] = [self.stripped(c) for c in several]
             if on_rows is not None:
                 on_rows(len(rows))
         return results
@@ -174,8 +184,8 @@ class Skill:
                 on_rows(len(rows))
         return results
 
-    def _stripped(self, completion: Completion) -> Completion:
-        """Take the answer prefix, which is not part of the answer, off again."""
+    def stripped(self, completion: Completion) -> Completion:
+        """Take the answer prefix, which is not part of the answer, off a completion's text."""
         completion.text = completion.text.removeprefix(self.config.format.answer_prefix)
         return completion
 

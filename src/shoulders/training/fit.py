@@ -19,7 +19,7 @@ from shoulders.data.batching import length_grouped
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
-from shoulders.errors import TrainingError, WindowError
+from shoulders.errors import InterruptedTraining, TrainingError, WindowError
 from shoulders.files import writing_to
 from shoulders.prompts.interface import Producer
 from shoulders.skills.skill import Skill
@@ -33,10 +33,6 @@ from shoulders.training.validation import validate
 # After this many steps every trained tensor must have moved. (A zero-initialised projection
 # keeps what stands before it still during the first step.)
 MOVED_BY = 3
-
-
-class Interrupted(TrainingError):
-    """Training was stopped by the user; its checkpoint is on disk."""
 
 
 def fit(
@@ -69,7 +65,7 @@ def fit(
 
     Raises:
         TrainingError: no producer; a non-finite loss; a trained tensor that does not move;
-            Ctrl-C (`Interrupted`, after a checkpoint); another recipe on resume.
+            Ctrl-C (`InterruptedTraining`, after a checkpoint); another recipe on resume.
     """
     if skill.producer is None:
         raise TrainingError("the recipe trains nothing: give the pass a prompt")
@@ -147,7 +143,7 @@ def fit(
                 save()
             if interrupted() and progress.step < config.steps:
                 save()
-                raise Interrupted(f"stopped at step {progress.step}; go on with --resume")
+                raise InterruptedTraining(f"stopped at step {progress.step}; go on with --resume")
     if progress.best_step:
         producer.load_state_dict(best)
     producer.train(False)
@@ -193,7 +189,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
         return
 
-    def note(number: int, _frame: Any) -> None:
+    def note(_number: int, _frame: Any) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()

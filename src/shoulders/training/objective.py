@@ -44,7 +44,8 @@ def answer_losses(lm: FrozenLM, prompt: Prompt, examples: Sequence[Example]) -> 
     ids = [e.input_ids + e.answer_ids[:-1] for e in examples]
     batch = pack(lm, prompt, ids) if can_pack(lm, prompt, ids) else combine(lm, prompt, ids)
     hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
-    rows, places = [], []
+    rows: list[int] = []
+    places: list[int] = []
     for row, example in enumerate(examples):
         # The hidden state at the input's last token predicts the answer's first.
         start = int(batch.first_token[row]) + len(example.input_ids) - 1

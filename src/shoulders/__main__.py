@@ -1,0 +1,5 @@
+"""`python -m shoulders`."""
+
+from shoulders.cli.app import main
+
+main()
