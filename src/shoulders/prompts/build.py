@@ -30,7 +30,12 @@ def producer_config(spec: Mapping[str, Any]) -> BaseModel:
     Raises `RecipeError` for a missing or unknown kind, `pydantic.ValidationError` otherwise.
     """
     fields = {name: value for name, value in spec.items() if name != "kind"}
-    config: BaseModel = _module(spec.get("kind")).Config.model_validate(fields)
+    return config_of(spec.get("kind")).model_validate(fields)
+
+
+def config_of(kind: Any) -> type[BaseModel]:
+    """Return the `Config` of a kind of producer; raises `RecipeError` for an unknown one."""
+    config: type[BaseModel] = _module(kind).Config
     return config
 
 

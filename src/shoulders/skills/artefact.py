@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from shoulders import __version__
 from shoulders.data.templates import Templates
 from shoulders.encoders.frozen import FrozenEncoder
-from shoulders.errors import ArtefactError, ShouldersError
+from shoulders.errors import ArtefactError, RecipeError, ShouldersError
 from shoulders.files import atomic_path, sha256_of_file, write_json, write_text
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.card import model_card
@@ -115,6 +115,8 @@ def read_artefact(folder: Path) -> Artefact:
         raise ArtefactError(f"{file}: damaged: key '{key}': {first['msg']}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{file}: damaged: not valid JSON: {error}") from error
+    except RecipeError as error:  # a kind of producer that is not installed here
+        raise ArtefactError(f"{file}: {error}") from error
     tensors = folder / TENSORS
     if not tensors.is_file():
         raise ArtefactError(f"{tensors}: missing")

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from shoulders.errors import ArtefactError, TrainingError
+from shoulders.errors import ArtefactError, ShouldersError, TrainingError
 from shoulders.files import atomic_directory, sha256_of_file
 
 FOLDER = "checkpoints"
@@ -60,7 +60,10 @@ def save_checkpoint(
     state = {"progress": _finite(asdict(progress)), "recipe": recipe}
     with atomic_directory(folder) as temporary:
         file = temporary / "state.safetensors"
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, file)
+        try:
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, file)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise ShouldersError(f"{folder}: cannot write: {error}") from error
         state["sha256"] = sha256_of_file(file)
         (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     for old in sorted((out / FOLDER).glob("step-*")):
@@ -89,17 +92,18 @@ def load_checkpoint(
         if sha256_of_file(folder / "state.safetensors") != state["sha256"]:
             raise ArtefactError(f"{folder}: state.safetensors is damaged (its hash differs)")
         tensors = load_file(folder / "state.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ArtefactError(f"{folder}: cannot be read: {error}") from error
-    if difference := _difference(state["recipe"], recipe):
+        started, values = state["recipe"], state["progress"]
+        values["best"] = float("inf") if values["best"] is None else values["best"]
+        progress = Progress(**values)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ArtefactError(f"{folder}: cannot be read: {error!r}") from error
+    if difference := _difference(started, recipe):
         raise TrainingError(
             f"{out}: was started with another recipe ({difference}); resume with the same "
             "one, or train into a new folder"
         )
-    values = state["progress"]
-    values["best"] = float("inf") if values["best"] is None else values["best"]
     _restore(optimizer, tensors)
-    return Progress(**values), _part(tensors, "model."), _part(tensors, "best.")
+    return progress, _part(tensors, "model."), _part(tensors, "best.")
 
 
 def _restore(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shoulders.files import write_text
+
 LOG = "log.jsonl"
 
 
@@ -99,7 +101,7 @@ class Monitor:
                 continue  # half a line from a kill
             if entry.get("validation", entry).get("step", 0) <= done:
                 kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
+from shoulders.prompts.build import config_of
 from shoulders.skills.config import SkillConfig
 
 
@@ -114,18 +115,17 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error, Recipe)}") from error
+        raise RecipeError(f"{where}: {explain(error, Recipe, values)}") from error
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return the first problem of a validation as one line with its dotted key."""
+def explain(error: ValidationError, model: type[BaseModel], values: Any) -> str:
+    """Return the first problem of validating `values` as one line with its dotted key."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        inside = error.title if error.title != model.__name__ else ""
-        known = _fields_at(model, first["loc"][:-1]) or _fields_named(model, inside)
+        known = _fields_at(model, first["loc"][:-1], values)
         return f"unknown key '{key}'{nearest(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"key '{key}' is missing"
@@ -181,10 +181,11 @@ def _located(data: MixtureConfig, folder: Path) -> MixtureConfig:
     )
 
 
-def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Return the valid keys of the part of a recipe at `place`."""
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: Any) -> list[str]:
+    """Return the valid keys of the part of a recipe's `values` at `place`."""
     at: Any = model
     for part in place:
+        values = values[part]
         if isinstance(part, int):
             continue
         field = at.model_fields.get(part) if hasattr(at, "model_fields") else None
@@ -194,8 +195,6 @@ def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str
         for inner in getattr(at, "__args__", ()):
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 at = inner
+        if part == "prompt":  # its fields are those of its kind of producer
+            at = config_of(values.get("kind"))
     return list(getattr(at, "model_fields", {}))
-
-
-def _fields_named(model: type[BaseModel], name: str) -> list[str]:
-    return list(model.model_fields) if not name or name == model.__name__ else []
