@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2")
 # Window of every tiny LM, and how far Gemma-2's first layer looks back.
 TINY_WINDOW = 64
-TINY_SLIDING_WINDOW = 12
+TINY_SLIDING_WINDOW = 14
 
 _USER_CACHE = os.environ.get("SHOULDERS_CACHE")
 _CORPUS = (
@@ -29,9 +29,12 @@ _CORPUS = (
 
 
 @functools.cache
-def _tokenizer() -> Any:
-    """Train a byte-level BPE of 320 entries: every byte, some merges, two special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def _tokenizer(ends: bool = False) -> Any:
+    """Train a byte-level BPE of 320 entries: every byte, some merges, two special tokens.
+
+    With `ends`, as encoders have it, every text gets the end token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -44,9 +47,11 @@ def _tokenizer() -> Any:
         show_progress=False,
     )
     backend.train_from_iterator(_CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>"
-    )
+    if ends:
+        backend.post_processor = processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
 
 
 def _tiny_config(arch: str, vocabulary: int) -> Any:
@@ -62,7 +67,12 @@ def _tiny_config(arch: str, vocabulary: int) -> Any:
     special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
     if arch == "gpt2":
         return GPT2Config(
-            vocab_size=vocabulary, n_positions=TINY_WINDOW, n_embd=32, n_layer=3, n_head=4, **special
+            vocab_size=vocabulary,
+            n_positions=TINY_WINDOW,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            **special,
         )
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -213,7 +223,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _save_encoder(model: Any, folder: Path) -> Path:
     _randomise(model, seed=1)
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    _tokenizer(ends=True).save_pretrained(folder)
     return folder
 
 
@@ -234,11 +244,11 @@ def tiny_t5(t5_folder: Path) -> FrozenEncoder:
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Point `$SHOULDERS_CACHE` at an empty folder for one test."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("SHOULDERS_CACHE", str(folder))
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -355,7 +355,11 @@ def test_it_learns(lm: FrozenLM, tmp_path: Path) -> None:
 
 
 def test_a_diverging_run_stops_and_saves_nothing(lm: FrozenLM, tmp_path: Path) -> None:
-    recipe = _recipe(lm, tmp_path, optimizer={"lr": 1e38}, warmup_steps=0)
+    values = recipe_values(
+        Path(lm.name), tmp_path / "data", {"kind": "static_kv", "length": 4},
+        optimizer={"lr": 1e37}, warmup_steps=0,
+    )  # fmt: skip
+    recipe = make_recipe(values)
     with pytest.raises(TrainingError, match=r"step \d+: loss is nan.*diverged.*learning rate"):
         run_recipe(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / FILE).exists()

@@ -174,7 +174,8 @@ def _certain(text: str, stop: Sequence[str]) -> int:
 
     Held back: half a UTF-8 character, and an ending that may grow into a stop string.
     """
-    end = len(text.rstrip("\ufffd"))
+    text = text.rstrip("\ufffd")
+    end = len(text)
     for string in stop:
         for size in range(min(len(string) - 1, len(text)), 0, -1):
             if text.endswith(string[:size]):

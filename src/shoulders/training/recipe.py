@@ -122,7 +122,8 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def explain(error: ValidationError, model: type[BaseModel], values: Any) -> str:
     """Return the first problem of validating `values` as one line with its dotted key."""
-    first = error.errors()[0]
+    # A misspelt key may leave a required one missing: say what was misspelt.
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1], values)

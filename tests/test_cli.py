@@ -1,0 +1,611 @@
+"""The command line: what it prints, writes and refuses; bad input is one line, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shoulders
+from shoulders.cli.app import main
+from shoulders.data.templates import Templates
+from shoulders.encoders.load import load_encoder
+from shoulders.lm.load import load_lm
+from shoulders.skills import artefact
+from shoulders.skills.artefact import FILE, TENSORS, load_skill, save_skill
+from shoulders.training import checkpoint, fit
+from shoulders.training.recipe import read_recipe
+from shoulders.training.run import run_recipe
+from tiny_models import (
+    WINDOW,
+    environment,
+    recipe_values,
+    rows,
+    save_tiny_lm,
+    write_jsonl,
+    write_recipe,
+)
+
+SCRIPT = Path(sys.executable).parent / "shoulders"
+KEYS = {"skill", "data", "n", "seconds", "metrics", "ci95", "tasks"}
+MORE_KEYS = {"normalizer", "trained_parameters", "lm", "dtype", "date", "machine"}
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> Path:
+    return save_tiny_lm(folder / "lm")
+
+
+@pytest.fixture(scope="module")
+def skill(folder: Path, lm: Path) -> Path:
+    """A trained skill, not to be changed."""
+    values = recipe_values(lm, folder / "data", steps=3)
+    run_recipe(read_recipe(write_recipe(folder / "recipe.yaml", values)), folder / "skill")
+    shutil.rmtree(folder / "skill" / "checkpoints")
+    return folder / "skill"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    values = [*rows("north", 4), *rows("south", 2)]
+    values[0]["options"] = ["paris", "madrid"]
+    return write_jsonl(tmp_path / "rows.jsonl", values)
+
+
+@pytest.fixture
+def run(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Command:
+    """Run the command line in this process, in an empty folder."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("SHOULDERS_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["shoulders", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capfd.readouterr()
+        return Result(int(stopped.value.code or 0), out, err)
+
+    return command
+
+
+def _process(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPT), *map(str, arguments)],
+        env=environment(folder / "cache"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _refused(result: Result, *parts: object, code: int = 2) -> None:
+    """Check for one error line that holds `parts`, and nothing on standard output."""
+    assert result.code == code, result
+    assert result.out == ""
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.err
+    # Nothing comes after it, and nothing before it but the LM library's own progress bars.
+    assert result.err.rstrip().endswith(lines[0])
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert str(part) in lines[0]
+
+
+# -- starting ----------------------------------------------------------------------------
+
+
+def test_version_and_help(run: Command) -> None:
+    assert run("--version").out == f"shoulders {shoulders.__version__}\n"
+    helped = run("--help")
+    assert helped.code == 0
+    for verb in ("train", "eval", "generate", "info", "demo"):
+        assert verb in helped.out
+        assert run(verb, "--help").code == 0
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+    code = (
+        "import sys; import shoulders; assert 'torch' not in sys.modules\n"
+        "from shoulders.cli.app import main\n"
+        "sys.argv = ['shoulders', sys.argv[1]]\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for argument in ("--help", "--version"):
+        subprocess.run([sys.executable, "-c", code, argument], check=True, capture_output=True)
+
+
+def test_the_console_script_reports_errors_in_one_line(folder: Path) -> None:
+    done = _process(folder, "train", "nothing.yaml")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: nothing.yaml: no such recipe file\n"
+
+
+@pytest.mark.parametrize("arguments", [["--bogus"], ["evaluate"], ["eval", "base"], ["train"]])
+def test_wrong_usage_exits_2_without_a_traceback(arguments: list[str], run: Command) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+# -- train -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(lm: Path, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path / "recipe.yaml", recipe_values(lm, tmp_path / "data", steps=3))
+
+
+def test_train_saves_a_skill_that_loads(run: Command, recipe: Path, lm: Path) -> None:
+    result = run("train", recipe)
+    assert result.code == 0, result.err
+    assert "runs/recipe" in result.out  # the default folder
+    loaded, _ = load_skill(Path("runs/recipe"), load_lm(str(lm), dtype="float32"), load_encoder)
+    assert f"{loaded.trained_parameters:,} trained parameters" in result.out
+
+
+def test_set_overrides_the_lm_and_the_steps(run: Command, recipe: Path, tmp_path: Path) -> None:
+    other = save_tiny_lm(tmp_path / "other-lm", seed=7)
+    result = run(
+        "train", recipe, "--out", "out", "--set", f"lm.name={other}", "--set", "training.steps=4"
+    )
+    assert result.code == 0, result.err
+    stored = json.loads(Path("out", FILE).read_text())
+    assert stored["lm"]["name"] == str(other)
+    assert stored["provenance"]["steps"] == 4
+
+
+def test_train_refuses_an_unknown_key(run: Command, recipe: Path) -> None:
+    result = run("train", recipe, "--out", "out", "--set", "training.stepz=3")
+    _refused(result, recipe, "training.stepz", "did you mean 'steps'?")
+    assert not Path("out").exists()
+
+
+def test_train_refuses_missing_data(run: Command, recipe: Path) -> None:
+    result = run("train", recipe, "--out", "out", "--set", "data.train=[nothing.jsonl]")
+    _refused(result, "nothing.jsonl: no such file")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"input": "a", "targets"', "not valid JSON"),
+        ('["a"]', "must be a JSON object"),
+        ('{"input": "a"}', "no field 'targets'"),
+        ('{"inptu": "a", "target": "b"}', "did you mean 'input'?"),
+        ('{"input": "a", "target": "b", "task": " "}', "'task' is empty"),
+        ('{"input": "a", "targets": []}', "empty list"),
+        ('{"input": "", "target": "b"}', "'input' is empty"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_malformed_row_is_named_with_file_and_line(
+    verb: str, line: str, reason: str, run: Command, recipe: Path, skill: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"input": "x", "target": "y"}\n' + line + "\n")
+    if verb == "train":
+        result = run("train", recipe, "--out", "out", "--set", f"data.train=[{bad}]")
+    else:
+        result = run("eval", skill, "--data", bad, "--json", "out")
+    _refused(result, f"{bad}:2: ", reason)
+    assert not Path("out").exists()
+
+
+def test_train_refuses_a_task_without_rows(run: Command, recipe: Path) -> None:
+    result = run("train", recipe, "--out", "out", "--set", "data.tasks=[north, nroth]")
+    _refused(result, "unknown task 'nroth'", "did you mean 'north'?")
+    assert not Path("out").exists()
+
+
+def test_train_refuses_an_unknown_lm(run: Command, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "no-model").mkdir()
+    result = run("train", recipe, "--out", "out", "--set", f"lm.name={tmp_path / 'no-model'}")
+    _refused(result, "no-model: not a model folder")
+    assert not Path("out").exists()
+
+
+def test_train_names_the_row_that_is_too_long(run: Command, recipe: Path, tmp_path: Path) -> None:
+    long = {"task": "north", "input": "too long " * WINDOW, "target": "x"}
+    bad = write_jsonl(tmp_path / "long.jsonl", [long])
+    result = run("train", recipe, "--out", "out", "--set", f"data.train=[{bad}]")
+    _refused(result, "task 'north'", "too long too long", f"window {WINDOW}", "keep: start")
+    assert not Path("out", FILE).exists()
+    result = run(
+        "train", recipe, "--out", "cut", "--set", f"data.train=[{bad}]",
+        "--set", "skill.format.keep=end",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+
+
+def test_train_into_a_place_that_cannot_be_written(run: Command, recipe: Path) -> None:
+    Path("file").write_text("in the way")
+    result = run("train", recipe, "--out", "file/out")
+    _refused(result, "file/out: cannot write: Not a directory")
+    assert Path("file").read_text() == "in the way"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
+def test_train_into_a_read_only_folder(run: Command, recipe: Path) -> None:
+    Path("closed").mkdir(mode=0o555)
+    _refused(run("train", recipe, "--out", "closed/out"), "closed/out: cannot write: Permission")
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "skill"])
+def test_a_full_disk_in_training(
+    place: str, run: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint if place == "checkpoint" else artefact, "save_file", full)
+    result = run("train", recipe, "--out", "out")
+    assert "Traceback" not in result.err
+    assert result.code == 2
+    error = result.err.splitlines()[-1]
+    assert error.startswith("error: out/")
+    assert "cannot write: No space left on device" in error
+    left = {p.name for p in Path("out").rglob("*") if p.is_file()}
+    assert left <= {"log.jsonl", "state.json", "state.safetensors"}
+    monkeypatch.undo()
+
+
+def test_the_disk_really_fills_up_in_a_process(folder: Path, recipe: Path, tmp_path: Path) -> None:
+    """A limit on the size of files is what a full disk is, down to the library that writes."""
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
+    run_main = "sys.argv = sys.argv[1:]; from shoulders.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", limit + run_main, "shoulders", "train", recipe,
+         "--out", tmp_path / "out", "--set", "training.steps=1"],
+        env=environment(folder / "cache"), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path}/out/checkpoints/step-0000001: cannot write")
+    assert {p.name for p in (tmp_path / "out").rglob("*")} <= {"log.jsonl", "checkpoints"}
+
+
+def test_ctrl_c_in_training_saves_and_resumes(
+    run: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, steps = fit.rate_factor, []
+
+    def press(step: int, config: Any) -> float:
+        steps.append(step)
+        if steps == [0, 1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(step, config)
+
+    monkeypatch.setattr(fit, "rate_factor", press)
+    result = run("train", recipe, "--out", "out")
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == "error: stopped at step 2; go on with --resume"
+    assert not Path("out", FILE).exists()
+    _refused(run("train", recipe, "--out", "out"), "add --resume")
+    changed = run("train", recipe, "--out", "out", "--resume", "--set", "training.seed=9")
+    assert changed.code == 2
+    assert "training.seed was 0, is 9" in changed.err.splitlines()[-1]
+    assert run("train", recipe, "--out", "out", "--resume").code == 0
+    assert steps == [0, 1, 2]
+    run("train", recipe, "--out", "whole")
+    assert Path("out", TENSORS).read_bytes() == Path("whole", TENSORS).read_bytes()
+    _refused(run("train", recipe, "--out", "out"), "already holds a finished skill")
+
+
+def test_dry_run_writes_nothing(run: Command, recipe: Path) -> None:
+    result = run("train", recipe, "--dry-run", "--set", "data.train=[nothing.jsonl]")
+    assert result.code == 0
+    assert "valid" in result.out
+    assert list(Path.cwd().iterdir()) == []
+
+
+# -- eval --------------------------------------------------------------------------------
+
+
+def test_eval_json_has_the_documented_keys(run: Command, skill: Path, data: Path) -> None:
+    result = run("eval", skill, "--data", data, "--json", "r.json", "--dump", "d.jsonl")
+    assert result.code == 0, result.err
+    found = json.loads(Path("r.json").read_text())
+    assert set(found) == KEYS | MORE_KEYS
+    assert found["skill"] == str(skill)
+    assert found["data"] == str(data)
+    assert found["n"] == 6
+    assert set(found["tasks"]) == {"north", "south"}
+    assert set(found["metrics"]) == {"exact_match", "f1", "rank_accuracy"}
+    for low, high in found["ci95"].values():
+        assert low <= high
+    dumped = [json.loads(line) for line in Path("d.jsonl").read_text().splitlines()]
+    assert [d["input"] for d in dumped] == [
+        json.loads(x)["input"].strip() for x in data.read_text().splitlines()
+    ]
+    for text in ("north", "south", "exact match", "macro average"):
+        assert text in result.out
+
+
+def test_two_processes_evaluate_to_the_last_digit(
+    folder: Path, skill: Path, data: Path, run: Command
+) -> None:
+    found = []
+    for name in ("a", "b"):
+        arguments = ("eval", skill, "--data", data, "--json", f"{name}.json", "--dump", f"{name}.d")
+        done = _process(folder, *arguments)
+        assert done.returncode == 0, done.stderr
+        values = json.loads(Path(f"{name}.json").read_text())
+        del values["seconds"], values["date"]
+        found.append(values)
+    assert found[0] == found[1]
+    assert Path("a.d").read_bytes() == Path("b.d").read_bytes()
+
+
+def test_eval_of_the_base_lm(run: Command, lm: Path, data: Path) -> None:
+    result = run("eval", "base", "--lm", lm, "--data", data, "--limit", 2, "--json", "r.json")
+    assert result.code == 0, result.err
+    found = json.loads(Path("r.json").read_text())
+    assert found["trained_parameters"] == 0
+    assert {t: s["n"] for t, s in found["tasks"].items()} == {"north": 1, "south": 1}
+
+
+def test_eval_refuses_missing_data(run: Command, skill: Path) -> None:
+    _refused(run("eval", skill, "--data", "no.jsonl", "--json", "r.json"), "no.jsonl: no such file")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_eval_refuses_an_empty_file(run: Command, skill: Path) -> None:
+    Path("empty.jsonl").write_text("\n")
+    _refused(run("eval", skill, "--data", "empty.jsonl"), "empty.jsonl: holds no rows")
+
+
+def test_eval_names_the_row_that_is_too_long(run: Command, skill: Path, tmp_path: Path) -> None:
+    values = rows("north", 2)
+    values[1]["input"] = "too long " * WINDOW
+    long = write_jsonl(tmp_path / "long.jsonl", values)
+    arguments = ("eval", skill, "--data", long, "--json", "r.json", "--dump", "d.jsonl")
+    result = run(*arguments)
+    _refused(result, "row 2 ('too long too long", f"window {WINDOW}", "truncation")
+    assert list(Path.cwd().iterdir()) == []
+    for keep in ("start", "end"):
+        assert run(*arguments, "--keep", keep).code == 0
+    _refused(run(*arguments, "--keep", "middle"), "keep 'middle': use start or end")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--normalizer", "loose", "use general or squad"),
+        ("--dtype", "int8", "use auto, float32 or bfloat16"),
+        ("--json", "missing/../file/r.json", "cannot write"),
+        ("--dump", ".", "is a folder"),
+    ],
+)
+def test_eval_refuses_bad_options(
+    option: str, value: str, reason: str, run: Command, skill: Path, data: Path
+) -> None:
+    Path("file").touch()
+    value = value.replace("missing/../", "")
+    result = run("eval", skill, "--data", data, option, value)
+    _refused(result, value if value != "." else "", reason)
+    assert [p.name for p in Path.cwd().iterdir()] == ["file"]
+
+
+def test_eval_on_a_full_disk_leaves_no_file(
+    run: Command, skill: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shoulders.files._fsync", full)
+    result = run("eval", skill, "--data", data, "--dump", "d.jsonl")
+    _refused(result, "d.jsonl: cannot write: No space left on device")
+    assert list(Path.cwd().iterdir()) == []
+
+
+# -- skills that must not load -----------------------------------------------------------
+
+
+@pytest.fixture
+def verbs(data: Path) -> list[list[object]]:
+    return [
+        ["eval", "SKILL", "--data", data, "--json", "out.json"],
+        ["generate", "--skill", "SKILL", "--text", "x", "--json", "out.json"],
+    ]
+
+
+def _all_refuse(run: Command, verbs: list[list[object]], skill: Path, *parts: object) -> None:
+    for verb in verbs:
+        _refused(run(*(skill if part == "SKILL" else part for part in verb)), *parts)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_skill_for_another_lm_is_refused(
+    run: Command, verbs: list[list[object]], skill: Path, tmp_path: Path
+) -> None:
+    other = save_tiny_lm(tmp_path / "other", seed=1)
+    bound = json.loads((skill / FILE).read_text())["lm"]["fingerprint"]
+    fingerprint = load_lm(str(other), dtype="float32").fingerprint
+    _all_refuse(run, [[*v, "--lm", other] for v in verbs], skill, bound, fingerprint)
+
+
+@pytest.mark.parametrize("how", ["truncated", "edited", "missing", "json"])
+def test_a_damaged_skill_is_refused(
+    how: str, run: Command, verbs: list[list[object]], skill: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(skill, tmp_path / "damaged"))
+    tensors = copy / TENSORS
+    content = tensors.read_bytes()
+    if how == "truncated":
+        tensors.write_bytes(content[:-7])
+    elif how == "edited":
+        tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif how == "missing":
+        tensors.unlink()
+    else:
+        (copy / FILE).write_text("{")
+    named = copy / FILE if how == "json" else tensors
+    _all_refuse(run, verbs, copy, f"{named}: ")
+    _refused(run("info", copy, "--json", "out.json"), f"{named}: ")
+
+
+def test_a_skill_that_is_none_is_refused(
+    run: Command, verbs: list[list[object]], tmp_path: Path
+) -> None:
+    _all_refuse(run, verbs, tmp_path / "nothing", "no such skill folder")
+    (tmp_path / "nothing").mkdir()
+    _all_refuse(run, verbs, tmp_path / "nothing", "not a (finished) skill")
+
+
+# -- generate ----------------------------------------------------------------------------
+
+
+def test_generate_streams_what_json_holds(run: Command, skill: Path, lm: Path) -> None:
+    arguments = ("generate", "--skill", skill, "--text", "north question 1", "--json", "r.json")
+    first = run(*arguments, "--max-new-tokens", 12)
+    assert first.code == 0, first.err
+    found = json.loads(Path("r.json").read_text())
+    assert found["input"] == "north question 1"
+    assert len(found["outputs"]) == 1
+    assert first.out == found["outputs"][0]["text"] + "\n"
+    assert run(*arguments, "--max-new-tokens", 12).out == first.out
+
+
+def test_sampling_is_reproducible_by_its_seed(run: Command, skill: Path) -> None:
+    def sample(seed: int, n: int = 3) -> list[str]:
+        result = run(
+            "generate", "--skill", skill, "--text", "north question 1", "--n", n,
+            "--temperature", 1.0, "--seed", seed, "--max-new-tokens", 6, "--json", "r.json",
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        return [o["text"] for o in json.loads(Path("r.json").read_text())["outputs"]]
+
+    assert sample(1) == sample(1)
+    assert len(set(sample(1))) > 1
+    assert sample(1) != sample(2)
+    assert sample(1, n=1) == sample(1)[:1]
+
+
+def test_generate_answers_a_file(run: Command, skill: Path, lm: Path, tmp_path: Path) -> None:
+    values = [{"input": f"question {i}", "id": i, "note": "é"} for i in range(3)]
+    given = write_jsonl(tmp_path / "in.jsonl", values)
+    arguments = ("generate", "--skill", skill, "--input", given, "--max-new-tokens", 5)
+    assert run(*arguments, "--output", "a.jsonl", "--n", 2, "--temperature", 0.9).code == 0
+    assert run(*arguments, "--output", "b.jsonl", "--n", 2, "--temperature", 0.9).code == 0
+    assert Path("a.jsonl").read_bytes() == Path("b.jsonl").read_bytes()
+    written = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    for row, value in zip(written, values, strict=True):
+        assert {k: row[k] for k in value} == value
+        assert [set(o) for o in row["outputs"]] == [{"text", "logprob", "finish"}] * 2
+    # One text alone gets the answer it gets in a file.
+    assert run(*arguments, "--output", "c.jsonl").code == 0
+    alone = run("generate", "--skill", skill, "--text", "question 2", "--max-new-tokens", 5)
+    last = json.loads(Path("c.jsonl").read_text().splitlines()[2])
+    assert alone.out == last["outputs"][0]["text"] + "\n"
+
+
+def test_generate_renders_tasks_with_the_skills_templates(
+    run: Command, skill: Path, lm: Path, tmp_path: Path
+) -> None:
+    loaded, _ = load_skill(skill, load_lm(str(lm), dtype="float32"), load_encoder)
+    save_skill(loaded, tmp_path / "named", Templates({"north": ["N: {{ input }}?"]}), {})
+    arguments = ("generate", "--skill", tmp_path / "named", "--max-new-tokens", 5)
+    rendered = run(*arguments, "--text", "x", "--task", "north", "--json", "r.json")
+    assert rendered.code == 0, rendered.err
+    assert json.loads(Path("r.json").read_text())["input"] == "N: x?"
+    assert run(*arguments, "--text", "N: x?").out == rendered.out
+    _refused(run(*arguments, "--text", "x", "--task", "nroth"), "did you mean 'north'?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "give either --text or --input"),
+        (["--text", "x", "--input", "in.jsonl", "--output", "o"], "give either --text or --input"),
+        (["--input", "in.jsonl"], "--input and --output go together"),
+        (["--text", "x", "--output", "o.jsonl"], "--input and --output go together"),
+        (["--text", " "], "--text is empty"),
+        (["--text", "x", "--top-p", "0"], "--top-p: "),
+        (["--input", "nothing.jsonl", "--output", "o"], "nothing.jsonl: no such file"),
+        (["--input", "bad.jsonl", "--output", "o"], "bad.jsonl:2: not valid JSON"),
+        (["--input", "noinput.jsonl", "--output", "o"], "noinput.jsonl:1: each line needs"),
+        (["--input", "empty.jsonl", "--output", "o"], "empty.jsonl: is empty"),
+        (["--text", "x", "--json", "in.jsonl/r.json"], "in.jsonl/r.json: cannot write"),
+    ],
+)
+def test_generate_refuses(arguments: list[str], reason: str, run: Command, skill: Path) -> None:
+    Path("in.jsonl").write_text('{"input": "a"}\n')
+    Path("bad.jsonl").write_text('{"input": "a"}\n{"input"\n')
+    Path("noinput.jsonl").write_text('{"text": "a"}\n')
+    Path("empty.jsonl").write_text("")
+    _refused(run("generate", "--skill", skill, *arguments), reason)
+    assert len(list(Path.cwd().iterdir())) == 4
+
+
+def test_generate_names_the_row_that_is_too_long(run: Command, skill: Path) -> None:
+    given = write_jsonl(Path("in.jsonl"), [{"input": "a"}, {"input": "too long " * WINDOW}])
+    arguments = ("generate", "--skill", skill, "--input", given, "--output", "o.jsonl")
+    _refused(run(*arguments), "row 2 ('too long", "truncation")
+    assert not Path("o.jsonl").exists()
+    assert run(*arguments, "--keep", "start", "--max-new-tokens", 2).code == 0
+    assert len(Path("o.jsonl").read_text().splitlines()) == 2
+    _refused(run("generate", "--skill", skill, "--text", "too long " * WINDOW), "truncation")
+
+
+# -- info --------------------------------------------------------------------------------
+
+
+def test_info_on_a_skill(run: Command, skill: Path) -> None:
+    result = run("info", skill, "--json", "r.json")
+    assert result.code == 0, result.err
+    facts, stored = json.loads(Path("r.json").read_text()), json.loads((skill / FILE).read_text())
+    assert facts["lm_fingerprint"] == stored["lm"]["fingerprint"]
+    assert facts["prompt"]["kind"] == "static"
+    assert facts["trained_parameters"] == stored["trained_parameters"] == 4 * 32
+    assert facts["provenance"] == stored["provenance"]
+    assert stored["lm"]["fingerprint"] in result.out
+
+
+def test_info_on_an_lm(run: Command, lm: Path) -> None:
+    result = run("info", "--lm", lm, "--json", "r.json")
+    assert result.code == 0, result.err
+    facts = json.loads(Path("r.json").read_text())
+    assert facts["lm_fingerprint"] == load_lm(str(lm), dtype="float32").fingerprint
+    assert facts["window"] == WINDOW
+    assert facts["trained_parameters"] == 0

@@ -1,0 +1,322 @@
+"""Recipes: every mistake is named with its key, and the recipes we ship are valid."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shoulders.cli.app import main
+from shoulders.errors import RecipeError
+from shoulders.training.recipe import Recipe, make_recipe, read_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+VALUES: dict[str, Any] = {
+    "lm": {"name": "embedded"},
+    "skill": {"passes": [{"prompt": {"kind": "idpt", "length": 5}}]},
+    "data": {"train": ["train.jsonl"], "validation": ["held.jsonl"]},
+    "training": {"steps": 10, "optimizer": {"lr": 0.01}},
+}
+Change = Callable[[dict[str, Any]], object]
+
+
+def _prompt(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = values["skill"]["passes"][0]["prompt"]
+    return found
+
+
+def _message(change: Change) -> str:
+    values = copy.deepcopy(VALUES)
+    change(values)
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(values, "my.yaml")
+    message = str(caught.value)
+    assert message.startswith("my.yaml: ")
+    assert "\n" not in message
+    return message
+
+
+def _file(folder: Path, values: Any = VALUES) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def test_the_base_of_these_tests_is_valid() -> None:
+    recipe = make_recipe(copy.deepcopy(VALUES))
+    assert recipe.training.steps == 10
+    assert recipe.skill.passes[0].prompt is not None
+    assert recipe.skill.passes[0].prompt["length"] == 5
+    # Defaults are written out, so that a stored recipe says everything...
+    assert recipe.skill.passes[0].prompt["generator"]["encoder"] == "embedded"
+    # ... and reads back as the same recipe.
+    assert make_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "meant"),
+    [
+        (lambda v: v.update(traning={}), "traning", "training"),
+        (lambda v: v["lm"].update(nam="x"), "lm.nam", "name"),
+        (lambda v: v["skill"].update(pases=[]), "skill.pases", "passes"),
+        (lambda v: v["skill"]["passes"][0].update(promt={}), "skill.passes.0.promt", "prompt"),
+        (lambda v: _prompt(v).update(lenght=5), "skill.passes.0.prompt.lenght", "length"),
+        (
+            lambda v: _prompt(v).update(init={"sorce": "text"}),
+            "skill.passes.0.prompt.init.sorce",
+            "source",
+        ),
+        (
+            lambda v: _prompt(v).update(generator={"widht": 8}),
+            "skill.passes.0.prompt.generator.widht",
+            "width",
+        ),
+        (
+            lambda v: v["skill"].update(format={"seperator": ""}),
+            "skill.format.seperator",
+            "separator",
+        ),
+        (lambda v: v["data"].update(trian=[]), "data.trian", "train"),
+        (lambda v: v["training"].update(step=3), "training.step", "steps"),
+        (lambda v: v["training"].update(sede=3), "training.sede", "seed"),
+        (
+            lambda v: v["training"].update(stepz=v["training"].pop("steps")),
+            "training.stepz",
+            "steps",
+        ),
+        (lambda v: v.update(date=v.pop("data")), "date", "data"),
+        (
+            lambda v: v["training"]["optimizer"].update(weight_decays=0),
+            "training.optimizer.weight_decays",
+            "weight_decay",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_one(change: Change, key: str, meant: str) -> None:
+    assert _message(change) == f"my.yaml: unknown key '{key}' (did you mean '{meant}'?)"
+
+
+def test_a_key_like_no_other_gets_no_suggestion() -> None:
+    assert _message(lambda v: v["lm"].update(zzz=1)) == "my.yaml: unknown key 'lm.zzz'"
+
+
+def test_a_key_of_another_kind_of_producer_is_unknown() -> None:
+    message = _message(lambda v: _prompt(v).update(kind="static", generator={"width": 8}))
+    assert "unknown key 'skill.passes.0.prompt.generator'" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda v: v.pop("skill"), "skill"),
+        (lambda v: v.pop("data"), "data"),
+        (lambda v: v.pop("training"), "training"),
+        (lambda v: v["data"].pop("train"), "data.train"),
+        (lambda v: v["training"].pop("steps"), "training.steps"),
+        (lambda v: v["training"].pop("optimizer"), "training.optimizer"),
+        (lambda v: v["training"]["optimizer"].pop("lr"), "training.optimizer.lr"),
+    ],
+)
+def test_a_missing_key_is_named(change: Change, key: str) -> None:
+    assert _message(change) == f"my.yaml: key '{key}' is missing"
+
+
+@pytest.mark.parametrize("kind", ["statik", None, 3, ["static"]])
+def test_an_unknown_kind_lists_the_known_ones(kind: Any) -> None:
+    message = _message(lambda v: _prompt(v).update(kind=kind))
+    assert "producer kind" in message
+    assert "idpt, idpt_kv, static, static_kv" in message
+    assert kind != "statik" or "did you mean 'static'?" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda v: v.update(lm="embedded"), "lm"),
+        (lambda v: v["lm"].update(dtype="float8"), "lm.dtype"),
+        (lambda v: v.update(skill=3), "skill"),
+        (lambda v: v["skill"].update(passes=[]), "skill.passes"),
+        (lambda v: v["skill"]["passes"][0].update(prompt="static"), "skill.passes.0.prompt"),
+        (lambda v: _prompt(v).update(length="many"), "skill.passes.0.prompt.length"),
+        (lambda v: _prompt(v).update(length=0), "skill.passes.0.prompt.length"),
+        (lambda v: v["data"].update(train="train.jsonl"), "data.train"),
+        (lambda v: v["data"].update(train=[]), "data.train"),
+        (lambda v: v["data"].update(temperature=0), "data.temperature"),
+        (lambda v: v["data"].update(tasks=["a"], exclude=["a"]), "data"),
+        (lambda v: v["training"].update(steps="many"), "training.steps"),
+        (lambda v: v["training"].update(steps=0), "training.steps"),
+        (lambda v: v["training"].update(steps=1.5), "training.steps"),
+        (lambda v: v["training"].update(decay="slow"), "training.decay"),
+        (lambda v: v["training"].update(clip=0), "training.clip"),
+        (lambda v: v["training"]["optimizer"].update(lr=-1), "training.optimizer.lr"),
+        (lambda v: v["training"]["optimizer"].update(lr=float("nan")), "training.optimizer.lr"),
+        (lambda v: v["training"]["optimizer"].update(kind="sgd"), "training.optimizer.kind"),
+        (
+            lambda v: v["training"]["optimizer"].update(lr_for={"base": "x"}),
+            "training.optimizer.lr_for.base",
+        ),
+    ],
+)
+def test_a_wrong_value_names_its_key(change: Change, key: str) -> None:
+    assert f"my.yaml: key '{key}': " in _message(change)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("lm: {name: [", "not valid YAML"),
+        ("a: b: c", "not valid YAML"),
+        ("- a\n- b\n", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("just words", "a recipe is a mapping"),
+        ("1: 2\n", "unknown key '1'"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(text: str, reason: str, tmp_path: Path) -> None:
+    path = _file(tmp_path, text)
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"lm: \xff\xfe")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["nothing.yaml", "."])
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        read_recipe(tmp_path / name)
+
+
+# -- overrides ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "get", "expected"),
+    [
+        ("training.steps=100", lambda r: r.training.steps, 100),
+        ("training.optimizer.lr=3e-2", lambda r: r.training.optimizer.lr, 0.03),
+        ("training.optimizer.lr=3.0e-2", lambda r: r.training.optimizer.lr, 0.03),
+        ("training.optimizer.betas=[0.5, 0.75]", lambda r: r.training.optimizer.betas, (0.5, 0.75)),
+        (
+            "training.optimizer.lr_for.base=1e-3",
+            lambda r: r.training.optimizer.lr_for.get("base"),
+            1e-3,
+        ),
+        ("training.tensorboard=true", lambda r: r.training.tensorboard, True),
+        ("training.decay=cosine", lambda r: r.training.decay, "cosine"),
+        ("data.tasks=[a, b]", lambda r: r.data.tasks, ["a", "b"]),
+        ("data.tasks=null", lambda r: r.data.tasks, None),
+        ("lm.name=some/model=x", lambda r: r.lm.name, "some/model=x"),
+        ("skill.passes.0.prompt.length=7", lambda r: r.skill.passes[0].prompt["length"], 7),
+        ("skill.passes.0={prompt: null}", lambda r: r.skill.passes[0].prompt, None),
+        ("skill.format.keep=end", lambda r: r.skill.format.keep, "end"),
+    ],
+)
+def test_an_override_changes_its_key_alone(
+    override: str, get: Callable[[Recipe], Any], expected: Any, tmp_path: Path
+) -> None:
+    path = _file(tmp_path)
+    assert get(read_recipe(path)) != expected or expected is None
+    changed = read_recipe(path, [override])
+    assert get(changed) == expected
+    assert type(get(changed)) is type(expected)
+    before, after = read_recipe(path).model_dump(), changed.model_dump()
+    part = override.split(".")[0]
+    assert {k for k in before if before[k] != after[k]} <= {part}
+
+
+def test_later_overrides_win(tmp_path: Path) -> None:
+    recipe = read_recipe(_file(tmp_path), ["training.steps=3", "training.steps=4"])
+    assert recipe.training.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("training.steps", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("training.stepz=3", "unknown key 'training.stepz' (did you mean 'steps'?)"),
+        ("training.steps.more=3", "holds no further keys"),
+        ("skill.passes.1.prompt=null", "holds no further keys"),
+        ("skill.passes.first.prompt=null", "holds no further keys"),
+        ("skill.passes.5=null", "'5' is not a place in that list"),
+        ("training.steps=[", "is not a YAML value"),
+        ("training.steps=many", "key 'training.steps'"),
+        ("training.optimizer.lr=inf", "key 'training.optimizer.lr'"),
+    ],
+)
+def test_a_bad_override_is_explained(override: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(_file(tmp_path), [override])
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# -- paths -------------------------------------------------------------------------------
+
+
+def test_paths_are_looked_up_beside_the_recipe_then_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, here = tmp_path / "recipes", tmp_path / "here"
+    beside.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (beside / "train.jsonl").touch()
+    (here / "train.jsonl").touch()
+    (here / "held.jsonl").touch()
+    data = read_recipe(_file(beside)).data
+    assert data.train == [str(beside / "train.jsonl")]
+    assert data.validation == [str(here / "held.jsonl")]
+
+
+# -- the recipes we ship -----------------------------------------------------------------
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_shipped_recipe_is_valid_without_its_data(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Elsewhere its data cannot be found; nothing may be read, loaded or written.
+    moved = tmp_path / "elsewhere" / path.name
+    moved.parent.mkdir()
+    moved.write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for file in (path, moved):
+        recipe = read_recipe(file)
+        assert recipe.skill.passes[0].prompt is not None
+        monkeypatch.setattr(sys, "argv", ["shoulders", "train", str(file), "--dry-run"])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "valid" in printed
+        assert f"{recipe.training.steps} steps" in printed
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["elsewhere", path.name]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_shipped_recipe_never_reads_a_test_split(path: Path) -> None:
+    data = read_recipe(path).data
+    for name in (*data.train, *data.validation):
+        assert not Path(name).stem.startswith("test")
+    assert not set(data.train) & set(data.validation)
