@@ -6,14 +6,17 @@ Heavy imports happen inside the commands, so that `shoulders --help` answers at 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from shoulders import __version__
 from shoulders.cli import demo, evaluate, generate, info, train
 from shoulders.errors import InterruptedTraining, ShouldersError
+
+# Wrong usage of the command line. New versions of typer carry click inside them, old ones
+# import it: the class is reached through what typer exports.
+_Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="shoulders",
@@ -42,11 +45,13 @@ def main() -> None:
     """Run the command line; exit 2 with one line for what a user can mend, 130 on Ctrl-C."""
     try:
         sys.exit(app(standalone_mode=False))
-    except click.exceptions.Abort:
+    except typer.Abort:
         _fail("stopped", 130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    except _Usage as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(error.exit_code)
+        _fail(error.format_message(), error.exit_code)
     except KeyboardInterrupt:
         _fail("stopped; nothing was left half-written", 130)
     except ShouldersError as error:

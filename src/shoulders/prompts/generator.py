@@ -7,9 +7,10 @@ become a fixed number of vectors (arXiv 2204.10019, section on input-dependent p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from shoulders.encoders.cache import EncoderCache
@@ -37,14 +38,18 @@ class GeneratorConfig(BaseModel):
     layers: int = Field(default=2, ge=1)
     heads: int = Field(default=6, ge=1)
 
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
 
 class PromptGenerator(nn.Module):
     """Texts -> `[b, p, w]`: `p` learned queries attending to the encoded text."""
 
     def __init__(self, config: GeneratorConfig, length: int, around: Surroundings) -> None:
         super().__init__()
-        if config.width % config.heads:
-            raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
         self._encoder = around.encoder(config.encoder)
         self.encoder_prompt: nn.Parameter | None = None
         self._cache: EncoderCache | None = None

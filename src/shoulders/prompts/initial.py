@@ -35,7 +35,7 @@ class InitConfig(BaseModel):
     def _complete(self) -> Self:
         if self.source == "text" and not (self.text and self.text.strip()):
             raise ValueError("init.source is 'text': init.text must be given")
-        if self.source == "labels" and not self.labels:
+        if self.source == "labels" and not any(label.strip() for label in self.labels):
             raise ValueError("init.source is 'labels': init.labels must be given")
         return self
 
