@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def encoder(folder: Path) -> FrozenEncoder:
 @pytest.fixture(autouse=True)
 def _own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOULDERS_CACHE", str(folder / "cache"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as the other process does: sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +147,7 @@ def test_loaded_skill_computes_the_same_bits(
 
 
 def test_another_process_computes_the_same_bits(
-    lm: FrozenLM, encoder: FrozenEncoder, folder: Path, tmp_path: Path
+    lm: FrozenLM, encoder: FrozenEncoder, folder: Path, tmp_path: Path, one_thread: None
 ) -> None:
     expected = {}
     for kind in KINDS:
@@ -154,16 +163,7 @@ def test_another_process_computes_the_same_bits(
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # The other process runs on one thread too; a sum must not depend on more than that.
-    if torch.get_num_threads() == 1:
-        assert found == expected
-    for kind in KINDS:
-        torch.testing.assert_close(
-            torch.tensor(found[kind]["logits"]), torch.tensor(expected[kind]["logits"])
-        )
-        assert [[c[:2] for c in row] for row in found[kind]["answers"]] == [
-            [c[:2] for c in row] for row in expected[kind]["answers"]
-        ]
+    assert found == expected
 
 
 # -- promise 6: bound to its LM ----------------------------------------------------------
@@ -396,9 +396,11 @@ def test_training_leaves_only_json_and_safetensors(
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert {"skill.json", "skill.safetensors", "README.md"} <= {p.name for p in files}
     assert {p.suffix for p in files} <= {".json", ".jsonl", ".safetensors", ".md"}
-    for file in files:
-        # A pickle by another name: protocol 2 and above, and torch's zip files.
-        assert not file.read_bytes().startswith((b"\x80", b"PK"))
+    for file in files:  # and none is something else by another name
+        if file.suffix == ".safetensors":
+            assert file.read_bytes()[8:9] == b"{"  # eight bytes of length, then a JSON header
+        else:
+            assert "\0" not in file.read_text(encoding="utf-8")
 
 
 def _main(lm_name: str, encoder_name: str, skills: str, *kinds: str) -> None:

@@ -191,9 +191,12 @@ def test_saved_lm_loads_to_the_same_bits(
     lm = tiny_lm(arch)
     loaded = load_lm(str(save_lm(lm, tmp_path / "lm")), dtype="float32")
     assert loaded.digest() == lm.digest()
-    assert loaded.fingerprint == lm.fingerprint
+    assert identity(loaded.model.named_parameters()) == identity(lm.model.named_parameters())
     assert torch.equal(bare_logits(loaded), bare_logits(lm))
     assert loaded.end_ids == lm.end_ids == (0,)
+    # Not compared with the first: transformers changes the tokenizer by the kind of model.
+    again = load_lm(str(tmp_path / "lm"), dtype="float32")
+    assert again.fingerprint == loaded.fingerprint
 
 
 def test_missing_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ cache filled by hand. Full logits are compared, never means.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,14 +44,15 @@ def make_prompt(lm: FrozenLM, vectors: int, prefix: int, seed: int = 0) -> Promp
     random = torch.Generator().manual_seed(1000 * seed + 10 * vectors + prefix)
     d, s = lm.hidden_size, lm.prefix_shape
     x = torch.randn(1, vectors, d, generator=random) * lm.embedding_scale
-    kv = torch.zeros(1, s.layers, 2, s.kv_heads, prefix, s.head_dim)
+    x = x.to(lm.dtype)
+    kv = torch.zeros(1, s.layers, 2, s.kv_heads, prefix, s.head_dim, dtype=lm.dtype)
     if prefix:
         ids = torch.randint(2, 300, (1, prefix), generator=random)
         cache = DynamicCache()
         with torch.no_grad():
             lm.model(ids, past_key_values=cache, use_cache=True)
         kv = torch.stack([torch.stack([y.keys, y.values], 1) for y in cache.layers], 1)
-        kv = kv + 0.1 * kv.std() * torch.randn(kv.shape, generator=random)
+        kv = kv + 0.1 * kv.std() * torch.randn(kv.shape, generator=random).to(lm.dtype)
     if not prefix:
         return Prompt.of_vectors(x)
     if not vectors:
@@ -170,6 +172,18 @@ def sliding_window(lm: FrozenLM) -> int | None:
     return window
 
 
+@pytest.fixture(scope="session")
+def exact_lm(lm: FrozenLM) -> FrozenLM:
+    """Every LM, the embedded one in float64.
+
+    On random tokens its float32 rounding alone moves some logits by up to 5e-3; in float64
+    the same comparisons agree to less than float32 can tell.
+    """
+    if lm.name != "embedded":
+        return lm
+    return FrozenLM(copy.deepcopy(lm.model).double(), lm.tokenizer, lm.name)
+
+
 def known_gap(request: pytest.FixtureRequest, lm: FrozenLM) -> None:
     """Expect failure where left padding stands between a prefix and its row's tokens.
 
@@ -239,8 +253,9 @@ def test_every_part_of_the_prompt_matters(lm: FrozenLM) -> None:
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("keep_cache", [False, True])
 def test_row_in_any_batch_equals_row_alone(
-    request: pytest.FixtureRequest, lm: FrozenLM, pad: str, keep_cache: bool
+    request: pytest.FixtureRequest, exact_lm: FrozenLM, pad: str, keep_cache: bool
 ) -> None:
+    lm = exact_lm
     if pad == "left":
         known_gap(request, lm)
     prompts, rows = some_rows(lm)
@@ -250,8 +265,29 @@ def test_row_in_any_batch_equals_row_alone(
             assert_close(logits, naive_logits(lm, prompt, ids))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_row_independence_of_the_embedded_lm_in_float32(embedded_lm: FrozenLM, pad: str) -> None:
+    """On ordinary text float32 keeps the promise too."""
+    lm = embedded_lm
+    texts = ["The capital of France is", "Once upon a time there was a king who", "Hello, my"]
+    rows = lm.tokenize(texts)
+    (words,) = lm.tokenize(["Answer the question below in one short sentence:"])
+    cache = DynamicCache()
+    with torch.no_grad():
+        lm.model(torch.tensor([words]), past_key_values=cache, use_cache=True)
+        vectors = lm.embed(torch.tensor([words]))
+    kv = torch.stack([torch.stack([y.keys, y.values], 1) for y in cache.layers], 1)
+    prompts = [Prompt.of_vectors(vectors), Prompt.empty(1), Prompt.of_keys_values(kv)]
+    found = combined_logits(lm, Prompt.stack(prompts), rows, pad=pad)
+    for prompt, ids, logits in zip(prompts, rows, found, strict=True):
+        with torch.no_grad():
+            assert_close(logits, naive_logits(lm, prompt, ids))
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_each_form_alone_equals_reference(lm: FrozenLM, form: tuple[int, int]) -> None:
+def test_each_form_alone_equals_reference(exact_lm: FrozenLM, form: tuple[int, int]) -> None:
+    lm = exact_lm
     prompt = make_prompt(lm, *form)
     (ids,) = make_rows([9])
     with torch.no_grad():
@@ -263,8 +299,9 @@ def test_each_form_alone_equals_reference(lm: FrozenLM, form: tuple[int, int]) -
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_order_of_rows_and_stacks_in_stacks_do_not_matter(
-    request: pytest.FixtureRequest, lm: FrozenLM, pad: str
+    request: pytest.FixtureRequest, exact_lm: FrozenLM, pad: str
 ) -> None:
+    lm = exact_lm
     if pad == "left":
         known_gap(request, lm)
     prompts, rows = some_rows(lm, seed=3)
@@ -278,8 +315,9 @@ def test_order_of_rows_and_stacks_in_stacks_do_not_matter(
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_changing_one_row_never_changes_another(
-    request: pytest.FixtureRequest, lm: FrozenLM, pad: str
+    request: pytest.FixtureRequest, exact_lm: FrozenLM, pad: str
 ) -> None:
+    lm = exact_lm
     if pad == "left":
         known_gap(request, lm)
     prompts, rows = some_rows(lm)
@@ -333,7 +371,8 @@ def test_prefix_of_another_shape_is_refused(tiny_lm: Callable[[str], FrozenLM]) 
 
 
 @pytest.mark.parametrize("form", [(0, 0), (5, 0), (0, 6), (2, 3)])
-def test_pack_of_a_shared_prompt_equals_combine(lm: FrozenLM, form: tuple[int, int]) -> None:
+def test_pack_of_a_shared_prompt_equals_combine(exact_lm: FrozenLM, form: tuple[int, int]) -> None:
+    lm = exact_lm
     prompt = make_prompt(lm, *form)
     rows = make_rows([7, 1, 3, 5])
     shared = prompt.repeated(4)
@@ -350,7 +389,8 @@ def test_pack_of_a_shared_prompt_equals_combine(lm: FrozenLM, form: tuple[int, i
 
 
 @pytest.mark.parametrize("form", [(4, 0), (0, 5), "mixture"])
-def test_pack_of_own_prompts_equals_combine(lm: FrozenLM, form: Any) -> None:
+def test_pack_of_own_prompts_equals_combine(exact_lm: FrozenLM, form: Any) -> None:
+    lm = exact_lm
     forms = FORMS if form == "mixture" else [form] * 4
     prompts = make_prompts(lm, forms)
     rows = make_rows([3, 1, 6, 2, 5, 4, 1, 7][: len(forms)])
@@ -363,7 +403,8 @@ def test_pack_of_own_prompts_equals_combine(lm: FrozenLM, form: Any) -> None:
             assert_close(found, naive_logits(lm, one, ids)[-len(ids) :])
 
 
-def test_changing_one_packed_row_never_changes_another(lm: FrozenLM) -> None:
+def test_changing_one_packed_row_never_changes_another(exact_lm: FrozenLM) -> None:
+    lm = exact_lm
     prompts, rows = make_prompts(lm, FORMS), make_rows([3, 1, 6, 2, 5, 4, 1, 7])
     before = packed_logits(lm, Prompt.stack(prompts), rows)
     for j in (2, 5):
@@ -493,11 +534,11 @@ def test_greedy_equals_loop_without_cache(
 ) -> None:
     if any(prefix for _, prefix in forms):
         known_gap(request, lm)
-    steps = 12
+    steps = 6 if lm.name == "embedded" else 12  # its loop from scratch takes long
     prompts, rows = make_prompts(lm, forms), make_rows([3, 14, 1, 8, 6, 11, 2, 5][: len(forms)])
     config = DecodingConfig(max_new_tokens=steps)
     pairs = list(zip(prompts, rows, strict=True))
-    if lm.name == "embedded":  # 8 rows x 12 steps from scratch take long
+    if lm.name == "embedded":
         pairs = pairs[-4:]
         prompts, rows = [p for p, _ in pairs], [r for _, r in pairs]
     free = [naive_generate(lm, p, ids, steps) for p, ids in pairs]
@@ -532,8 +573,8 @@ def test_samples_sharing_a_prefill_equal_separate_runs(
     request: pytest.FixtureRequest, lm: FrozenLM
 ) -> None:
     known_gap(request, lm)
-    forms = [(0, 0), (3, 0), (0, 4), (2, 3)]
-    prompts, rows = make_prompts(lm, forms), make_rows([3, 14, 1, 6])
+    forms = [(0, 0), (3, 0), (0, 4), (2, 3)][-2 if lm.name == "embedded" else 0 :]
+    prompts, rows = make_prompts(lm, forms), make_rows([3, 14, 1, 6][: len(forms)])
     config = DecodingConfig(max_new_tokens=6, temperature=0.9, top_p=0.9, n=3, seed=5)
     found = generate(lm, Prompt.stack(prompts), rows, config)
     for prompt, ids, several in zip(prompts, rows, found, strict=True):
@@ -759,7 +800,7 @@ def test_stop_string_with_a_character_over_several_tokens(
     assert [d.text for d in deltas] == ["a", ""]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     text=st.text("ab€é😀\n", min_size=1, max_size=12),
     stop=st.lists(st.text("ab€é\n", min_size=1, max_size=3), max_size=2),

@@ -58,7 +58,7 @@ def spec(request: pytest.FixtureRequest) -> dict[str, Any]:
     return given
 
 
-@pytest.fixture(params=["llama", "gemma", "gpt2"])
+@pytest.fixture(params=["llama", "gemma"])
 def arch(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -114,7 +114,7 @@ def test_shapes(spec: dict[str, Any], around: Surroundings) -> None:
         assert vectors != keys_values
         assert torch.isfinite(content(prompt)).all()
         assert content(prompt).dtype == torch.float32
-        assert not reads_input(producer) == prompt.shared
+        assert reads_input(producer) != prompt.shared
 
 
 @torch.no_grad()
@@ -196,13 +196,11 @@ def test_start_from_vocabulary(spec: dict[str, Any], around: Surroundings) -> No
             one, table = found[0], lm.embed(torch.arange(top))
             ids = [int((table - v).abs().amax(1).argmin()) for v in one]
         else:
-            # The first layer's values depend on the token alone (in GPT-2 also on its place).
             ids = []
             for place in range(LENGTH):
-                trials = [own_values(lm, [*ids, t], found)[0] for t in range(top)]
-                gaps = [
-                    float((t[..., place, :] - found[0][..., place, :]).abs().max()) for t in trials
-                ]
+                here = found[0][..., place, :]
+                trials = [own_values(lm, [*ids, t], found)[0][..., place, :] for t in range(top)]
+                gaps = [float((trial - here).abs().max()) for trial in trials]
                 ids.append(min(range(top), key=gaps.__getitem__))
     assert set(ids) <= allowed
     assert len(set(ids)) > 1
@@ -245,7 +243,9 @@ def test_gradients_reach_every_trainable_tensor(spec: dict[str, Any], around: Su
     producer = started(spec, around)
     optimizer = torch.optim.SGD(producer.parameters(), lr=1.0)
     rows = [[5, 9, 20, 33], [7, 8], [100, 101, 102], [40]]
-    examples = [Example(t, ids, [30 + i, 4], "") for i, (t, ids) in enumerate(zip(TEXTS, rows))]
+    examples = [
+        Example(t, ids, [30 + i, 4], "") for i, (t, ids) in enumerate(zip(TEXTS, rows, strict=True))
+    ]
     for _ in range(2):
         optimizer.zero_grad()
         answer_losses(around.lm, producer(TEXTS), examples).mean().backward()
@@ -257,6 +257,7 @@ def test_gradients_reach_every_trainable_tensor(spec: dict[str, Any], around: Su
         assert float(gradient.abs().max()) > 0, name
 
 
+@pytest.mark.parametrize("arch", ["llama"])
 def test_training_lowers_the_loss(spec: dict[str, Any], around: Surroundings) -> None:
     producer = started(spec, around)
     optimizer = torch.optim.AdamW(producer.parameters(), lr=0.02)
@@ -278,7 +279,7 @@ def test_unknown_kind_suggests_the_nearest(tiny_lm: Callable[[str], FrozenLM]) -
     for kind in producer_kinds():
         with pytest.raises(RecipeError, match=rf"'{kind}q' is unknown \(did you mean '{kind}'\?"):
             producer_config({"kind": f"{kind}q"})
-    with pytest.raises(RecipeError, match="known: .*static"):
+    with pytest.raises(RecipeError, match=r"known: .*static"):
         producer_config({"kind": "zzzz"})
     with pytest.raises(RecipeError, match="kind 'None'"):
         producer_config({"length": 3})
@@ -330,6 +331,6 @@ def test_cache_is_used_by_producers_without_encoder_prompt(
             started(spec, around)(TEXTS)
             assert not list(own_cache.rglob("*.sqlite"))
             started({"kind": kind, "generator": GENERATOR}, around)(TEXTS)
-            (file,) = own_cache.rglob("*.sqlite")
+            assert len(list(own_cache.rglob("*.sqlite"))) == 1
             for path in own_cache.rglob("*.sqlite*"):
                 path.unlink()
