@@ -56,13 +56,25 @@ def main() -> None:
             results.append(facts | _evaluated(str(folder), options, folder / "eval"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for result in results:
-        scores = [
-            f"{split} {result[split]['exact_match']:.1f} "
-            f"[{result[split]['ci95'][0]:.1f}, {result[split]['ci95'][1]:.1f}]"
-            for split in ("validation", "test")
-        ]
-        print(f"{result['method']:>10} seed {result['seed']}: {', '.join(scores)}")
+    print(_markdown(results))
+
+
+def _markdown(results: list[dict[str, Any]]) -> str:
+    """Return the README's table."""
+    lines = [
+        "| method | trained | training | validation EM | test EM, 95% | without the 3 small tasks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        low, high = r["test"]["ci95"]
+        minutes = f"{r['training_seconds'] / 60:.1f} min" if r["seed"] is not None else ""
+        lines.append(
+            f"| `{r['method']}` | {r['trained_parameters'] / 1e6:.2f}M | {minutes} "
+            f"| {r['validation']['exact_match']:.1f} "
+            f"| {r['test']['exact_match']:.1f} [{low:.1f}, {high:.1f}] "
+            f"| {r['test']['exact_match_without_small_tasks']:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def _evaluated(

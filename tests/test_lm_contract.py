@@ -268,7 +268,7 @@ def test_row_in_any_batch_equals_row_alone(
 @pytest.mark.slow
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_row_independence_of_the_embedded_lm_in_float32(embedded_lm: FrozenLM, pad: str) -> None:
-    """On ordinary text float32 keeps the promise too."""
+    """On ordinary text, to float32 rounding: 1e-5 of the largest logit (1.6e-4 was seen)."""
     lm = embedded_lm
     texts = ["The capital of France is", "Once upon a time there was a king who", "Hello, my"]
     rows = lm.tokenize(texts)
@@ -282,7 +282,8 @@ def test_row_independence_of_the_embedded_lm_in_float32(embedded_lm: FrozenLM, p
     found = combined_logits(lm, Prompt.stack(prompts), rows, pad=pad)
     for prompt, ids, logits in zip(prompts, rows, found, strict=True):
         with torch.no_grad():
-            assert_close(logits, naive_logits(lm, prompt, ids))
+            expected = naive_logits(lm, prompt, ids)
+        assert_close(logits, expected, 1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,6 +14,8 @@ from typing import Any
 
 from shoulders.errors import ShouldersError
 
+PARTIAL = ".partial-"  # in the name of everything that is still being written
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -24,7 +26,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}")
         os.close(handle)
         temporary = Path(name)
         try:
@@ -47,7 +49,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -69,6 +71,15 @@ def writing_to(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ShouldersError(f"{path}: cannot write: {reason}") from error
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`; nobody else may write there."""
+    for left in folder.glob(f".*{PARTIAL}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

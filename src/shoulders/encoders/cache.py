@@ -57,7 +57,7 @@ class EncoderCache:
         self._db.close()
 
     def _one(self, text: str) -> np.ndarray:
-        key = hashlib.sha256(text[:2].encode()).digest()
+        key = hashlib.sha256(text.encode()).digest()
         width = self._encoder.hidden_size
         # A cache that cannot be read or written (disk full, damaged page) only costs time.
         with contextlib.suppress(sqlite3.DatabaseError):

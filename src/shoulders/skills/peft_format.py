@@ -66,7 +66,7 @@ def import_from_peft(folder: Path, lm: FrozenLM, form: TextFormat | None = None)
         raise ArtefactError(f"{folder}: PEFT type {described.get('peft_type')}, not PROMPT_TUNING")
     if vectors.dim() != 2 or vectors.shape[1] != lm.hidden_size:
         raise ArtefactError(
-            f"{folder}: prompt of shape {tuple(vectors.shape)}, {lm.name} has width {lm.hidden_size}"
+            f"{folder}: prompt {tuple(vectors.shape)}, but {lm.name} has width {lm.hidden_size}"
         )
 
     def no_encoder(name: str) -> None:

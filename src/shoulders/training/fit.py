@@ -20,10 +20,10 @@ from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
 from shoulders.errors import InterruptedTraining, TrainingError, WindowError
-from shoulders.files import writing_to
+from shoulders.files import remove_partial, writing_to
 from shoulders.prompts.interface import Producer
 from shoulders.skills.skill import Skill
-from shoulders.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
 from shoulders.training.monitor import Monitor
 from shoulders.training.objective import Example, answer_losses
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
@@ -73,6 +73,8 @@ def fit(
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
     stored = {"recipe": recipe.model_dump(mode="json"), **(bound or {})}
+    for folder in (out, out / FOLDER):
+        remove_partial(folder)
     optimizer = make_optimizer(producer.named_parameters(), config.optimizer)
     progress, best = Progress(), copied(producer)
     if resume and (found := load_checkpoint(out, optimizer, stored)):
@@ -94,7 +96,7 @@ def fit(
         ) as monitor,
         deferred_interrupt() as interrupted,
     ):
-        start = progress.step
+        start, felt = progress.step, set[str]()
         while progress.step < config.steps:
             step = progress.step
             window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
@@ -116,15 +118,19 @@ def fit(
                 raise TrainingError(
                     f"step {step + 1}: loss is {loss}, gradient norm {norm}: training has "
                     f"diverged; lower the learning rate (best weights so far: step "
-                    f"{progress.best_step}, kept in {out / 'checkpoints'})"
+                    f"{progress.best_step}, kept in {out / FOLDER})"
                 )
             factor = rate_factor(step, config)
             set_rates(optimizer, factor)
+            if step < start + MOVED_BY:
+                felt |= {
+                    n for n, p in producer.named_parameters() if p.grad is not None and p.grad.any()
+                }
             optimizer.step()
             progress.step += 1
             monitor.step(progress.step, loss, sum(e.tokens for e in examples), factor, norm)
             if progress.step == min(start + MOVED_BY, config.steps) and config.steps >= MOVED_BY:
-                check_moved(producer, initial)
+                check_moved(producer, initial, felt)
 
             if checked and (
                 progress.step % config.validate_every == 0 or progress.step == config.steps
@@ -171,9 +177,13 @@ def copied(producer: Producer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in producer.state_dict().items()}
 
 
-def check_moved(producer: Producer, initial: dict[str, torch.Tensor]) -> None:
-    """Raise `TrainingError` when a trained tensor is what it was at the start (promise 8)."""
-    still = [n for n, p in producer.named_parameters() if torch.equal(p, initial[n])]
+def check_moved(producer: Producer, initial: dict[str, torch.Tensor], felt: set[str]) -> None:
+    """Raise `TrainingError` when a trained tensor is what it was at the start (promise 8).
+
+    `felt` names those that had a gradient: weight decay alone also moves, but teaches nothing.
+    """
+    named = list(producer.named_parameters())
+    still = [n for n, p in named if torch.equal(p, initial[n]) or n not in felt]
     if still:
         raise TrainingError(
             f"after {MOVED_BY} steps these trained tensors have not moved: {', '.join(still)}; "
