@@ -184,17 +184,6 @@ def exact_lm(lm: FrozenLM) -> FrozenLM:
     return FrozenLM(copy.deepcopy(lm.model).double(), lm.tokenizer, lm.name)
 
 
-def known_gap(request: pytest.FixtureRequest, lm: FrozenLM) -> None:
-    """Expect failure where left padding stands between a prefix and its row's tokens.
-
-    Sliding-window layers count distance by place in the batch, not by position, so those
-    pads push the prefix out of the window too early. Remove this when `combine` is right.
-    """
-    if sliding_window(lm) is not None:
-        reason = "pads between prefix and tokens take room in a sliding window"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError, strict=True))
-
-
 # -- embeddings, logits ------------------------------------------------------------------
 
 
@@ -252,12 +241,8 @@ def test_every_part_of_the_prompt_matters(lm: FrozenLM) -> None:
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("keep_cache", [False, True])
-def test_row_in_any_batch_equals_row_alone(
-    request: pytest.FixtureRequest, exact_lm: FrozenLM, pad: str, keep_cache: bool
-) -> None:
+def test_row_in_any_batch_equals_row_alone(exact_lm: FrozenLM, pad: str, keep_cache: bool) -> None:
     lm = exact_lm
-    if pad == "left":
-        known_gap(request, lm)
     prompts, rows = some_rows(lm)
     found = combined_logits(lm, Prompt.stack(prompts), rows, pad=pad, keep_cache=keep_cache)
     for prompt, ids, logits in zip(prompts, rows, found, strict=True):
@@ -299,12 +284,8 @@ def test_each_form_alone_equals_reference(exact_lm: FrozenLM, form: tuple[int, i
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
-def test_order_of_rows_and_stacks_in_stacks_do_not_matter(
-    request: pytest.FixtureRequest, exact_lm: FrozenLM, pad: str
-) -> None:
+def test_order_of_rows_and_stacks_in_stacks_do_not_matter(exact_lm: FrozenLM, pad: str) -> None:
     lm = exact_lm
-    if pad == "left":
-        known_gap(request, lm)
     prompts, rows = some_rows(lm, seed=3)
     nested = Prompt.stack([Prompt.stack(prompts[:3]), Prompt.stack(prompts[3:])])
     order = [5, 0, 7, 2, 1, 6, 4, 3]
@@ -315,12 +296,8 @@ def test_order_of_rows_and_stacks_in_stacks_do_not_matter(
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
-def test_changing_one_row_never_changes_another(
-    request: pytest.FixtureRequest, exact_lm: FrozenLM, pad: str
-) -> None:
+def test_changing_one_row_never_changes_another(exact_lm: FrozenLM, pad: str) -> None:
     lm = exact_lm
-    if pad == "left":
-        known_gap(request, lm)
     prompts, rows = some_rows(lm)
     before = combined_logits(lm, Prompt.stack(prompts), rows, pad=pad)
     j = 4
@@ -528,13 +505,10 @@ def with_ends(
 
 @pytest.mark.parametrize("forms", [[(0, 0)] * 5, [(4, 0)] * 5, [(0, 5)] * 5, FORMS])
 def test_greedy_equals_loop_without_cache(
-    request: pytest.FixtureRequest,
     lm: FrozenLM,
     forms: Sequence[tuple[int, int]],
     with_ends: Callable[[list[list[int]]], set[int]],
 ) -> None:
-    if any(prefix for _, prefix in forms):
-        known_gap(request, lm)
     steps = 6 if lm.name == "embedded" else 12  # its loop from scratch takes long
     prompts, rows = make_prompts(lm, forms), make_rows([3, 14, 1, 8, 6, 11, 2, 5][: len(forms)])
     config = DecodingConfig(max_new_tokens=steps)
@@ -557,8 +531,7 @@ def test_greedy_equals_loop_without_cache(
         assert several[0].text == lm.text([t for t in tokens if t not in ends])
 
 
-def test_logprob_equals_reference(request: pytest.FixtureRequest, lm: FrozenLM) -> None:
-    known_gap(request, lm)
+def test_logprob_equals_reference(lm: FrozenLM) -> None:
     prompts, rows = make_prompts(lm, FORMS[1::3]), make_rows([3, 9, 5])
     config = DecodingConfig(max_new_tokens=6, temperature=0.7, n=2)
     for prompt, ids, several in zip(
@@ -570,10 +543,7 @@ def test_logprob_equals_reference(request: pytest.FixtureRequest, lm: FrozenLM) 
             assert completion.logprob == pytest.approx(-float(loss.sum()), abs=1e-3)
 
 
-def test_samples_sharing_a_prefill_equal_separate_runs(
-    request: pytest.FixtureRequest, lm: FrozenLM
-) -> None:
-    known_gap(request, lm)
+def test_samples_sharing_a_prefill_equal_separate_runs(lm: FrozenLM) -> None:
     forms = [(0, 0), (3, 0), (0, 4), (2, 3)][-2 if lm.name == "embedded" else 0 :]
     prompts, rows = make_prompts(lm, forms), make_rows([3, 14, 1, 6][: len(forms)])
     config = DecodingConfig(max_new_tokens=6, temperature=0.9, top_p=0.9, n=3, seed=5)
@@ -602,11 +572,8 @@ def test_sampling_of_a_row_does_not_depend_on_its_batch(
     assert other[0][0].token_ids != together[0][0].token_ids
 
 
-def test_generation_ends_with_the_window(
-    request: pytest.FixtureRequest, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_ends_with_the_window(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows run into the window at different steps, also when only the last id fits."""
-    known_gap(request, lm)
     monkeypatch.setattr(lm, "end_ids", ())
     window = 24
     monkeypatch.setattr(FrozenLM, "max_positions", window)
@@ -618,10 +585,7 @@ def test_generation_ends_with_the_window(
         assert completion.token_ids == naive_generate(lm, prompt, ids, 40)
 
 
-def test_score_equals_log_softmax_of_full_sequences(
-    request: pytest.FixtureRequest, lm: FrozenLM
-) -> None:
-    known_gap(request, lm)
+def test_score_equals_log_softmax_of_full_sequences(lm: FrozenLM) -> None:
     prompts, rows = make_prompts(lm, FORMS), make_rows([3, 14, 1, 8, 6, 11, 2, 5])
     lengths = [[1, 4], [2], [1, 1, 6], [], [3, 2], [5, 1], [1], [2, 7]]
     continuations = [make_rows(several, seed=20 + i) for i, several in enumerate(lengths)]

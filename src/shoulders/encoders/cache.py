@@ -35,6 +35,9 @@ class EncoderCache:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = self._open(path)
+        except sqlite3.OperationalError:
+            # Locked, or on a file system that SQLite cannot use: cache in memory instead.
+            self._db = self._open(":memory:")
         except sqlite3.DatabaseError:
             # A damaged cache costs only recomputing: start it again.
             path.unlink(missing_ok=True)
@@ -74,7 +77,7 @@ class EncoderCache:
         return row
 
     @staticmethod
-    def _open(path: Path) -> sqlite3.Connection:
+    def _open(path: Path | str) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=60, isolation_level=None)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = OFF")  # losing entries in a power cut is harmless

@@ -80,6 +80,12 @@ class FrozenLM:
         return int(self.model.config.max_position_embeddings)
 
     @property
+    def sliding_window(self) -> int | None:
+        """Positions that the LM's sliding layers see; None where every layer sees all."""
+        window = getattr(self.model.config, "sliding_window", None)
+        return int(window) if window else None
+
+    @property
     def parameters(self) -> int:
         """Number of frozen parameters (tied matrices counted once)."""
         return sum(p.numel() for p in self.model.parameters())
@@ -139,8 +145,12 @@ class FrozenLM:
         return embedded
 
     def new_cache(self) -> DynamicCache:
-        """Return an empty key/value cache for this LM."""
-        return DynamicCache(config=self.model.config)
+        """Return an empty key/value cache for this LM.
+
+        Sliding-window LMs get plain layers: theirs would drop keys by place in the batch,
+        where pads count, and `hidden` masks by position instead.
+        """
+        return DynamicCache() if self.sliding_window else DynamicCache(config=self.model.config)
 
     def hidden(
         self,
@@ -154,12 +164,15 @@ class FrozenLM:
         Args:
             embeddings: `[b, s, d]`.
             mask: `[b, c + s]` int64, 1 where a position is real; `c` positions are cached.
+                Or `[b, 1, s, c + s]`, added to the attention scores of every layer as it is.
             positions: `[b, s]` int64, each token's place among its row's real positions.
             cache: keys/values of earlier positions; extended in place.
 
         Returns:
             Last hidden states after the final norm, `[b, s, d]`.
         """
+        if self.sliding_window and mask.dim() == 2 and mask.shape[1] > self.sliding_window:
+            mask = self._masks_by_position(mask, embeddings.shape[1])
         arguments: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         output = self._body(
             inputs_embeds=embeddings.to(self.dtype),
@@ -202,6 +215,27 @@ class FrozenLM:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield name, tensor
+
+    def _masks_by_position(self, mask: Tensor, s: int) -> Any:
+        """Return additive masks for full and sliding layers, counting real positions only.
+
+        transformers' own sliding mask counts places, so that pads between a cached prefix and
+        a row's tokens would push the prefix out of the window too early.
+        """
+        place = torch.arange(mask.shape[1], device=mask.device)
+        position = mask.cumsum(1) - 1
+        seen = (place[None, :] <= place[-s:, None]) & mask.bool()[:, None]
+        near = position[:, None] > position[:, -s:, None] - (self.sliding_window or 0)
+        low = torch.finfo(self.dtype).min
+        full, sliding = (
+            torch.zeros(seen.shape, dtype=self.dtype, device=mask.device).masked_fill_(~m, low)[
+                :, None
+            ]
+            for m in (seen, seen & near)
+        )
+        if getattr(self.model.config, "layer_types", None) is None:
+            return sliding
+        return {"full_attention": full, "sliding_attention": sliding}
 
     @torch.no_grad()
     def _check_drivable(self) -> None:

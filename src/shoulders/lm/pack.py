@@ -49,9 +49,8 @@ def can_pack(lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]]) -
     A layer that sees only the last `w` positions needs a mask of its own; within `w`
     positions it sees all, and one mask serves every layer.
     """
-    window = getattr(lm.model.config, "sliding_window", None)
     longest = max(len(ids) for ids in token_ids) + int(prompt.lengths().max())
-    return lm.takes_positions and (window is None or longest <= window)
+    return lm.takes_positions and (lm.sliding_window is None or longest <= lm.sliding_window)
 
 
 def pack(lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]]) -> Packed:

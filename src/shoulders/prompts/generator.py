@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shoulders.encoders.cache import EncoderCache
 from shoulders.encoders.frozen import FrozenEncoder
+from shoulders.errors import RecipeError
 from shoulders.prompts.interface import Surroundings
 
 
@@ -54,6 +55,11 @@ class PromptGenerator(nn.Module):
         self.encoder_prompt: nn.Parameter | None = None
         self._cache: EncoderCache | None = None
         if config.encoder_prompt:
+            if config.encoder_prompt >= self._encoder.max_tokens - 2:
+                raise RecipeError(
+                    f"encoder_prompt {config.encoder_prompt} leaves no room for the input: "
+                    f"{self._encoder.name} reads {self._encoder.max_tokens} positions"
+                )
             shape = (config.encoder_prompt, self._encoder.hidden_size)
             self.encoder_prompt = nn.Parameter(torch.zeros(shape))
         else:
