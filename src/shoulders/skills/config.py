@@ -12,6 +12,9 @@ from shoulders.prompts.build import producer_config
 class TextFormat(BaseModel):
     """How a row becomes tokens: `input + separator`, then `answer_prefix + answer + end`.
 
+    With `chat`, the LM's own chat template stands around the input (as one user turn) in place
+    of the separator.
+
     Input, separator and answer are tokenised apart, so that training and inference see the
     same tokens at their borders.
 
@@ -27,6 +30,7 @@ class TextFormat(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    chat: bool = False
     separator: str = "\nAnswer:"
     answer_prefix: str = " "
     max_input_tokens: int | None = Field(default=None, ge=1)

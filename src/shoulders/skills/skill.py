@@ -8,14 +8,14 @@ import torch
 
 from shoulders.data.batching import length_grouped
 from shoulders.encoders.frozen import FrozenEncoder
-from shoulders.errors import ShouldersError, WindowError
+from shoulders.errors import LMError, ShouldersError, WindowError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, stream
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.score import Score, score
 from shoulders.prompts.build import build_producer
 from shoulders.prompts.interface import Producer, Surroundings
-from shoulders.skills.config import SkillConfig
+from shoulders.skills.config import SkillConfig, TextFormat
 
 # Rows that are computed together: enough to keep two cores or a GPU busy, small in memory.
 BATCH_TOKENS = 2048
@@ -39,7 +39,13 @@ class Skill:
 
     @classmethod
     def base(cls, lm: FrozenLM, config: SkillConfig | None = None) -> Skill:
-        """Return the bare LM as a skill: no prompt, nothing trained."""
+        """Return the bare LM as a skill: no prompt, nothing trained.
+
+        By default it is addressed as it was tuned to be: through its chat template, if it has
+        one, and with the plain text and separator otherwise.
+        """
+        if config is None and lm.tokenizer.chat_template:
+            config = SkillConfig(format=TextFormat(chat=True, answer_prefix=""))
         return cls(lm, config or SkillConfig(), None)
 
     @classmethod
@@ -99,9 +105,9 @@ class Skill:
         `answer_room` positions does not fit, unless the format says what to keep of it.
         """
         form = self.config.format
-        separator = self.lm.tokenize([form.separator])[0] if form.separator else []
+        head, tail = self._frame()
         prompt = self.producer.length if self.producer else 0
-        room = self.lm.max_positions - prompt - len(separator) - answer_room
+        room = self.lm.max_positions - prompt - len(head) - len(tail) - answer_room
         limit = min(room, form.max_input_tokens or room)
         rows = []
         for i, ids in enumerate(self.lm.tokenize(texts)):
@@ -114,10 +120,26 @@ class Skill:
             if limit < 1:
                 raise WindowError(f"no room for any input: the window has {self.lm.max_positions}")
             cut = ids[:limit] if form.keep == "start" else ids[-limit:]
-            if not cut + separator:
+            if not cut + tail:
                 raise WindowError(f"row {i + 1}: its input has no tokens")
-            rows.append(cut + separator)
+            rows.append(head + cut + tail)
         return rows
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Return the tokens before and after every input."""
+        form = self.config.format
+        if not form.chat:
+            return [], self.lm.tokenize([form.separator])[0] if form.separator else []
+        if not self.lm.tokenizer.chat_template:
+            raise LMError(f"{self.lm.name} has no chat template; set format.chat to false")
+        mark = "\x00"  # stands where the input goes; no template contains it
+        turn = [{"role": "user", "content": mark}]
+        framed = self.lm.tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True
+        )
+        head, _, tail = framed.partition(mark)
+        before, after = self.lm.tokenize([head, tail])
+        return before, after
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Return each answer's token ids, with the LM's end token."""
