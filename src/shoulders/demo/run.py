@@ -28,7 +28,7 @@ from shoulders.skills.artefact import save_skill
 from shoulders.skills.skill import Skill
 from shoulders.training.fit import fit
 from shoulders.training.monitor import quiet_progress
-from shoulders.training.recipe import make_recipe
+from shoulders.training.recipe import Recipe, make_recipe
 from shoulders.training.run import machine
 
 PROMPT_TEXT = "Read the instruction and give only the short answer."
@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "static": {"kind": "static_kv"},
     "input-dependent": {"kind": "idpt_kv", "generator": {"width": 384, "layers": 2, "heads": 6}},
 }
-LR_FOR = {"static": {}, "input-dependent": {"generator": 5e-4, "project": 5e-4}}
+LR_FOR = {"static": {}, "input-dependent": {"generator": 5e-4, "project": 1e-4}}
 TEST_ROWS = 10  # per task
 DECODING = EVALUATION_DECODING.model_copy(update={"max_new_tokens": 12})
 
@@ -57,37 +57,16 @@ def run_demo(out: Path, *, steps: int, seed: int, console: Console) -> dict[str,
     templates = Templates()  # the instruction is already in the input
     console.print(f"[bold]2.[/] {len({r.task for r in train})} tasks, {len(train)} training rows")
 
-    # 3. The LM alone.
+    # 3. The LM alone, asked through its chat template.
+    console.print("[bold]3.[/] The LM alone")
     base = Skill.base(lm)
     results = {"zero-shot": _evaluate("zero-shot", base, test, templates, console)}
 
     # 4. Train a static and an input-dependent prefix: same rows, same order, same steps.
     skills: dict[str, Skill] = {}
-    for method, prompt in METHODS.items():
-        console.print(f"[bold]3.[/] Training the {method} prompt")
-        recipe = make_recipe(
-            {
-                "skill": {
-                    "passes": [
-                        {
-                            "prompt": {
-                                **prompt,
-                                "length": 10,
-                                "init": {"source": "text", "text": PROMPT_TEXT},
-                            }
-                        }
-                    ]
-                },
-                "data": {"train": ["made by shoulders.demo.tasks"]},
-                "training": {
-                    "steps": steps,
-                    "rows_per_step": 12,
-                    "warmup_steps": 10,
-                    "optimizer": {"lr": 1e-2, "lr_for": LR_FOR[method]},
-                    "seed": seed,
-                },
-            }
-        )
+    for method in METHODS:
+        console.print(f"[bold]4.[/] Training the {method} prompt")
+        recipe = _recipe(method, steps, seed)
         mixture = Mixture(train, templates, recipe.data, seed)
         random = torch.Generator().manual_seed(seed)
         skill = Skill.create(lm, recipe.skill, functools.cache(load_encoder), random)
@@ -130,6 +109,23 @@ def run_demo(out: Path, *, steps: int, seed: int, console: Console) -> dict[str,
         f"  shoulders generate --skill {out / 'input-dependent'} --text 'Plural of teacher?'"
     )
     return summary
+
+
+def _recipe(method: str, steps: int, seed: int) -> Recipe:
+    """Return what a YAML recipe would say; see `recipes/` for those."""
+    init = {"source": "text", "text": PROMPT_TEXT}
+    prompt = {**METHODS[method], "length": 10, "init": init}
+    training = {
+        "steps": steps,
+        "rows_per_step": 12,
+        "warmup_steps": 10,
+        "optimizer": {"lr": 1e-2, "lr_for": LR_FOR[method]},
+        "seed": seed,
+    }
+    data = {"train": ["made by shoulders.demo.tasks"]}
+    return make_recipe(
+        {"skill": {"passes": [{"prompt": prompt}]}, "data": data, "training": training}
+    )
 
 
 def _evaluate(
