@@ -106,7 +106,8 @@ def run_demo(out: Path, *, steps: int, seed: int, console: Console) -> dict[str,
     write_json(out / "demo.json", summary)
     console.print(
         f"\nWritten to {out} in {summary['seconds']:.0f} s: demo.png, demo.json, two skills. Try\n"
-        f"  shoulders generate --skill {out / 'input-dependent'} --text 'Plural of teacher?'"
+        f"  shoulders generate --skill {out / 'input-dependent'} --text 'Plural of teacher?'",
+        soft_wrap=True,
     )
     return summary
 
