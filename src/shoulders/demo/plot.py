@@ -29,6 +29,6 @@ def plot_tasks(path: Path, results: dict[str, Evaluation]) -> None:
     axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right")
     axes.set_ylabel("exact match on unseen inputs, %")
     axes.set_title("One frozen LM, many tasks: what a small trained prompt adds")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(results))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
