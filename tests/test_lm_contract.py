@@ -28,6 +28,7 @@ from shoulders.lm.pack import can_pack, pack
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import next_tokens, sample_stream
 from shoulders.lm.score import score
+from shoulders.skills.skill import Skill
 from shoulders.training import objective
 from shoulders.training.objective import Example, answer_losses
 
@@ -321,6 +322,20 @@ def test_changing_one_row_never_changes_another(exact_lm: FrozenLM, pad: str) ->
             assert not torch.equal(after[j][-1], before[j][-1])
 
 
+def test_special_tokens_come_from_the_frame_and_never_from_a_text(
+    tiny_lm: Callable[[str], FrozenLM],
+) -> None:
+    lm = tiny_lm("llama")
+    end = lm.tokenizer.eos_token
+    (framed,) = lm.tokenize([f"a{end}"], markup=True)
+    assert framed[-1] == lm.tokenizer.eos_token_id
+    (ids,) = lm.tokenize([f"a{end}b"])
+    assert lm.tokenizer.eos_token_id not in ids
+    assert lm.text(ids) == f"a{end}b", "it is read as the text it is"
+    (row,) = Skill.base(lm).input_ids([f"a{end}b"])
+    assert lm.tokenizer.eos_token_id not in row
+
+
 def test_too_long_row_is_named(tiny_lm: Callable[[str], FrozenLM]) -> None:
     lm = tiny_lm("llama")
     prompt = Prompt.stack(make_prompts(lm, [(0, 0), (2, 3), (0, 0)]))
@@ -329,11 +344,11 @@ def test_too_long_row_is_named(tiny_lm: Callable[[str], FrozenLM]) -> None:
     pack(lm, prompt, exact)
     config = DecodingConfig(max_new_tokens=2)
     for run in (combine, pack, lambda *a: generate(*a, config)):
-        with pytest.raises(WindowError, match=r"row 1 .*65 positions.*64"):
+        with pytest.raises(WindowError, match=r"row 2 .*65 positions.*64"):
             run(lm, prompt, [exact[0], [*exact[1], 5], exact[2]])
-        with pytest.raises(WindowError, match=r"row 2 .*no tokens"):
+        with pytest.raises(WindowError, match=r"row 3 .*no tokens"):
             run(lm, prompt, [exact[0], exact[1], []])
-    with pytest.raises(WindowError, match="row 1"):
+    with pytest.raises(WindowError, match="row 2"):
         score(lm, prompt, exact, [[[3]], [[3], [4, 5]], [[3]]])
     with pytest.raises(WindowError, match="no tokens"):
         score(lm, prompt, exact, [[[3]], [[]], [[3]]])

@@ -30,10 +30,3 @@ def length_grouped(lengths: Sequence[int], max_tokens: int, max_rows: int) -> li
         else:
             batches.append([index])
     return batches
-
-
-def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """Return the share of padding among all tokens of padded `batches`, from 0 to below 1."""
-    used = sum(lengths[index] for batch in batches for index in batch)
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches if batch)
-    return 1 - used / padded if padded else 0.0

@@ -60,7 +60,7 @@ def combine(
         keep_cache: return a cache even when no row has a prefix.
 
     Raises:
-        WindowError: a row is longer than the LM's window (names the row), or is empty.
+        WindowError: a row is longer than the LM's window (names the row, from 1), or is empty.
     """
     if prompt.rows != len(token_ids):
         raise ValueError(f"{prompt.rows} prompts for {len(token_ids)} rows of tokens")
@@ -131,10 +131,10 @@ def check_window(lm: FrozenLM, prompt: Prompt, tokens: np.ndarray) -> None:
     """Raise `WindowError` for rows (`[b]` token counts) that are empty or too long."""
     total = prompt.lengths().cpu().numpy() + tokens
     if (tokens == 0).any():
-        raise WindowError(f"row {int(tokens.argmin())} of the batch has no tokens")
+        raise WindowError(f"row {int(tokens.argmin()) + 1} of the batch has no tokens")
     if (total > lm.max_positions).any():
         row = int(total.argmax())
         raise WindowError(
-            f"row {row} of the batch takes {total[row]} positions, the window of {lm.name} "
+            f"row {row + 1} of the batch takes {total[row]} positions, the window of {lm.name} "
             f"has {lm.max_positions}; shorten the input, or allow truncation"
         )

@@ -193,10 +193,18 @@ class FrozenLM:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap is not None else logits
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return token ids of each text, without special tokens."""
+    def tokenize(self, texts: Sequence[str], *, markup: bool = False) -> list[list[int]]:
+        """Return token ids of each text; no special tokens are added.
+
+        What reads like a special token (`<|im_end|>`) is plain text, as users' inputs must be,
+        unless `markup` is set: for a chat template's own frame.
+        """
         ids: list[list[int]] = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=not markup,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]
         return ids
 

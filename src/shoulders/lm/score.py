@@ -62,7 +62,7 @@ def score(
     total = batch.lengths[owner] + lengths
     if int(total.max()) > lm.max_positions:
         row = int(owner[int(total.argmax())])
-        raise WindowError(f"row {row} with its continuation takes {int(total.max())} positions")
+        raise WindowError(f"row {row + 1} with its continuation takes {int(total.max())} positions")
     ids = torch.zeros(len(flat), int(lengths.max()), dtype=torch.long, device=lm.device)
     for i, continuation in enumerate(flat):
         ids[i, : len(continuation)] = torch.tensor(continuation, device=lm.device)

@@ -129,7 +129,8 @@ class Skill:
         """Return the tokens before and after every input."""
         form = self.config.format
         if not form.chat:
-            return [], self.lm.tokenize([form.separator])[0] if form.separator else []
+            tail = self.lm.tokenize([form.separator], markup=True)[0] if form.separator else []
+            return [], tail
         if not self.lm.tokenizer.chat_template:
             raise LMError(f"{self.lm.name} has no chat template; set format.chat to false")
         mark = "\x00"  # stands where the input goes; no template contains it
@@ -138,7 +139,7 @@ class Skill:
             turn, tokenize=False, add_generation_prompt=True
         )
         head, _, tail = framed.partition(mark)
-        before, after = self.lm.tokenize([head, tail])
+        before, after = self.lm.tokenize([head, tail], markup=True)
         return before, after
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
