@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from shoulders.errors import LMError
 from shoulders.fingerprint import digest, identity, tokenizer_digest
+from shoulders.lm.fused import Blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class FrozenLM:
         self._embedding = model.get_input_embeddings()
         self._head = model.get_output_embeddings()
         self._body = model.base_model
+        self.blocks = Blocks.of(model)
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         self._check_drivable()
 

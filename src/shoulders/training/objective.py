@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from shoulders.lm.combine import combine
+from shoulders.lm.combine import Combined, check_window, combine
 from shoulders.lm.frozen import FrozenLM
-from shoulders.lm.pack import can_pack, pack
+from shoulders.lm.fused import Pack
+from shoulders.lm.pack import Packed, can_pack, pack
 from shoulders.lm.prompt import Prompt
 
 
@@ -36,14 +38,28 @@ class Example:
         return len(self.input_ids) + len(self.answer_ids) - 1
 
 
-def answer_losses(lm: FrozenLM, prompt: Prompt, examples: Sequence[Example]) -> Tensor:
+def answer_losses(
+    lm: FrozenLM,
+    prompt: Prompt,
+    examples: Sequence[Example],
+    *,
+    compiled: bool = False,
+    recompute: bool = False,
+) -> Tensor:
     """Return each answer token's negative log-likelihood in nats, `[n]`, row after row.
 
-    Logits are computed at the `n` answer positions only, as a 2-D product.
+    Logits are computed at the `n` answer positions only, as a 2-D product. `compiled` and
+    `recompute` are those of `shoulders.lm.fused.Blocks.hidden`.
     """
     ids = [e.input_ids + e.answer_ids[:-1] for e in examples]
-    batch = pack(lm, prompt, ids) if can_pack(lm, prompt, ids) else combine(lm, prompt, ids)
-    hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
+    batch: Pack | Packed | Combined
+    if lm.blocks is not None and lm.blocks.fits(prompt) and can_pack(lm, prompt, ids):
+        check_window(lm, prompt, np.array([len(row) for row in ids]))
+        batch = lm.blocks.pack(lm.embed, prompt, ids)
+        hidden = lm.blocks.hidden(batch, compiled=compiled, recompute=recompute)[None]
+    else:
+        batch = pack(lm, prompt, ids) if can_pack(lm, prompt, ids) else combine(lm, prompt, ids)
+        hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
     rows: list[int] = []
     places: list[int] = []
     for row, example in enumerate(examples):

@@ -1,0 +1,219 @@
+"""One Llama-style decoder layer over packed rows, forwards and backwards, as plain functions.
+
+The weights are frozen, so the backward pass needs no product for them: only the gradient that
+goes on to the layer below and to the prefix's keys/values. Written out by hand, it is also two
+functions without autograd in them, which a compiler turns into few passes over memory.
+
+Shapes: `t` packed positions of width `d`; `b` rows of at most `s` positions; `c` positions
+before them that a row also sees (its prefix, then a shared prompt's own positions); `h` query
+heads and `g` key/value heads of width `e`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LEVELS = 127
+_SMALLEST = 1e-30
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Matrix(NamedTuple):
+    """A frozen weight: `[k, n]` in floating point, or `[n, k]` int8 with `scale` `[n]`."""
+
+    values: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+class Layer(NamedTuple):
+    """What one layer computes with; `qkv` and `gate_up` are several matrices side by side."""
+
+    attention_norm: Tensor
+    qkv: Matrix
+    output: Matrix
+    feed_norm: Tensor
+    gate_up: Matrix
+    down: Matrix
+
+
+class Rows(NamedTuple):
+    """Where the rows of a pack lie; the same for every layer.
+
+    Attributes:
+        cos, sin: `[t, 1, e / 2]` rotary tables of every position.
+        spread: `[b * s]`, packed position of every padded place (any position for a pad).
+        packed: `[t]`, padded place of every packed position.
+        mask: `[b, 1, s, c + s]`, 0 where a key is seen, the dtype's minimum elsewhere.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    spread: Tensor
+    packed: Tensor
+    mask: Tensor
+
+
+class Sizes(NamedTuple):
+    """Constants of a layer: heads, key/value heads, head width, norm epsilon, shared positions."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    epsilon: float
+    shared: int
+
+
+class Saved(NamedTuple):
+    """What `backward` needs of a layer's `forward`."""
+
+    x: Tensor
+    middle: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    attended: Tensor
+    logsumexp: Tensor
+    gate_up: Tensor
+
+
+def forward(
+    x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
+) -> tuple[Tensor, Saved]:
+    """Map `x [t, d]` to the layer's output `[t, d]`.
+
+    `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0.
+    """
+    h, g, e = sizes.heads, sizes.kv_heads, sizes.width
+    qkv = times(_norm(x, layer.attention_norm, sizes.epsilon), layer.qkv).view(-1, h + 2 * g, e)
+    turned = rotated(qkv[:, : h + g], rows.cos, rows.sin)
+    b = rows.mask.shape[0]
+    queries = turned[:, :h][rows.spread].view(b, -1, h, e).transpose(1, 2)
+    keys = _before(prefix[0], turned[:, h:], rows, sizes)
+    values = _before(prefix[1], qkv[:, h + g :], rows, sizes)
+    attended, logsumexp = _attend(queries, keys, values, 0.0, False, attn_mask=rows.mask)
+    out = attended.transpose(1, 2).reshape(-1, h * e)[rows.packed]
+    middle = x + times(out, layer.output)
+    gate_up = times(_norm(middle, layer.feed_norm, sizes.epsilon), layer.gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    y = middle + times(torch.nn.functional.silu(gate) * up, layer.down)
+    return y, Saved(x, middle, queries, keys, values, attended, logsumexp, gate_up)
+
+
+def backward(
+    gradient: Tensor, saved: Saved, layer: Layer, rows: Rows, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
+    h, g, e = sizes.heads, sizes.kv_heads, sizes.width
+    gate, up = saved.gate_up.chunk(2, -1)
+    through = times_back(gradient, layer.down)
+    sigmoid = torch.sigmoid(gate)
+    g_gate = through * up * sigmoid * (1 + gate * (1 - sigmoid))
+    g_gate_up = torch.cat([g_gate, through * gate * sigmoid], -1)
+    g_middle = gradient + _norm_back(
+        times_back(g_gate_up, layer.gate_up), saved.middle, layer.feed_norm, sizes.epsilon
+    )
+    b = rows.mask.shape[0]
+    # A pad's place reads some real position's gradient: its own must be nothing.
+    g_out = _padded(times_back(g_middle, layer.output).view(-1, h, e), rows)
+    g_queries, g_keys, g_values = _attend_back(
+        g_out.view(b, -1, h, e).transpose(1, 2),
+        *(saved.queries, saved.keys, saved.values, saved.attended, saved.logsumexp),
+        0.0,
+        False,
+        attn_mask=rows.mask,
+    )
+    g_q = g_queries.transpose(1, 2).reshape(-1, h, e)[rows.packed]
+    g_k, g_prefix_k = _before_back(g_keys, rows, sizes)
+    g_v, g_prefix_v = _before_back(g_values, rows, sizes)
+    g_turned = rotated(torch.cat([g_q, g_k], 1), rows.cos, -rows.sin)
+    g_qkv = torch.cat([g_turned, g_v], 1).flatten(1)
+    g_x = g_middle + _norm_back(
+        times_back(g_qkv, layer.qkv), saved.x, layer.attention_norm, sizes.epsilon
+    )
+    return g_x, torch.stack([g_prefix_k, g_prefix_v])
+
+
+def times(x: Tensor, matrix: Matrix) -> Tensor:
+    """Return `x W^T + bias`, `[t, k] -> [t, n]`."""
+    if matrix.scale is None:
+        y = x @ matrix.values
+    else:
+        levels, row_scale = rounded(x)
+        product = torch._int_mm(levels, matrix.values.T).float()
+        y = (product * row_scale * matrix.scale).to(x.dtype)
+    return y if matrix.bias is None else y + matrix.bias
+
+
+def times_back(gradient: Tensor, matrix: Matrix) -> Tensor:
+    """Return the gradient of `x`, `[t, n] -> [t, k]`."""
+    if matrix.scale is None:
+        return gradient @ matrix.values.T
+    levels, row_scale = rounded(gradient * matrix.scale)
+    return (torch._int_mm(levels, matrix.values).float() * row_scale).to(gradient.dtype)
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `[m, k]` int8 levels and `[m, 1]` float32 scales, with `levels * scale ~ x`.
+
+    Symmetric and per row; the error is at most half a scale, which is the row's largest
+    magnitude / 127.
+    """
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / _LEVELS).clamp_min(_SMALLEST)
+    return (x / scale).round().to(torch.int8), scale
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn `x [t, heads, e]` by its positions' angles (RoPE, arXiv 2104.09864)."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMS norm, in float32 inside as transformers does."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return weight * (wide * inverse).to(x.dtype)
+
+
+def _norm_back(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    weighted, normal = gradient.float() * weight, wide * inverse
+    through = weighted - normal * (weighted * normal).mean(-1, keepdim=True)
+    return (inverse * through).to(x.dtype)
+
+
+def _before(prefix: Tensor, own: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
+    """Return `[b, h, c + s, e]`: prefix, shared positions, then each row's own, per query head."""
+    b = rows.mask.shape[0]
+    parts = [prefix, own[rows.spread].view(b, -1, *own.shape[1:])]
+    if sizes.shared:
+        parts.insert(1, own[: sizes.shared].expand(b, -1, -1, -1))
+    joined = torch.cat(parts, 1).transpose(1, 2)
+    return joined.repeat_interleave(sizes.heads // sizes.kv_heads, 1)
+
+
+def _before_back(gradient: Tensor, rows: Rows, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Undo `_before`: gradients of `own [t, g, e]` and of `prefix [b, q, g, e]`."""
+    b, s = rows.mask.shape[0], rows.mask.shape[2]
+    group = sizes.heads // sizes.kv_heads
+    summed = gradient.reshape(b, sizes.kv_heads, group, -1, sizes.width).sum(2).transpose(1, 2)
+    q = summed.shape[1] - s - sizes.shared
+    own = summed[:, q + sizes.shared :].reshape(b * s, sizes.kv_heads, sizes.width)[rows.packed]
+    if sizes.shared:
+        several = summed[:, q : q + sizes.shared].sum(0)
+        own = torch.cat([own[: sizes.shared] + several, own[sizes.shared :]])
+    return own, summed[:, :q]
+
+
+def _padded(x: Tensor, rows: Rows) -> Tensor:
+    """Spread `[t, ...]` over the padded places, zeros at pads: `[b * s, ...]`."""
+    places = x.new_zeros(len(rows.spread), *x.shape[1:])
+    places[rows.packed] = x
+    return places

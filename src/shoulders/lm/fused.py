@@ -1,0 +1,258 @@
+"""Training's way through a Llama-style LM on a CPU: packed rows, few large products, no pads.
+
+Where an LM has Llama's layers (Llama, SmolLM, Mistral, Qwen2), its query, key and value weights
+are laid side by side, as are gate and up, so that one product serves several; the Hugging Face
+modules become views of them and nothing is stored twice. `Blocks.hidden` then runs the rows of a
+batch end to end: linear layers see no pads at all, attention sees each row by itself, and a
+prompt that all rows share is computed once. Other LMs, and other devices, keep to the Hugging
+Face modules (`shoulders.lm.pack`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shoulders.lm import block
+from shoulders.lm.block import Layer, Matrix, Rows, Saved, Sizes
+from shoulders.lm.int8 import Int8Linear
+from shoulders.lm.prompt import Prompt
+
+
+@dataclass(slots=True)
+class Pack:
+    """Rows laid end to end, ready for `Blocks.hidden`.
+
+    Attributes:
+        embeddings: `[t, d]`; a shared prompt's vectors come first.
+        prefix: `[layers, 2, b, q, kv_heads, head_dim]`.
+        rows: where each row lies.
+        shared: positions of a prompt that all rows share.
+        first_token: index in `t` of each row's first token.
+    """
+
+    embeddings: Tensor
+    prefix: Tensor
+    rows: Rows
+    shared: int
+    first_token: list[int]
+
+
+class Blocks:
+    """The layers of a Llama-style LM as plain matrices."""
+
+    def __init__(self, model: Any) -> None:
+        self._body = model.base_model
+        first = self._body.layers[0]
+        attention = first.self_attn
+        config = model.config
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.width = attention.head_dim
+        self.epsilon = first.input_layernorm.variance_epsilon
+        self.layers = [_laid_out(layer) for layer in self._body.layers]
+
+    @classmethod
+    def of(cls, model: Any) -> Blocks | None:
+        """Lay out a model's layers, or return None where they are not Llama's."""
+        return cls(model) if _llama_style(model) else None
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Tell whether every row's prompt has the same number of positions of each form."""
+        return bool(prompt.vector_mask.all()) and bool(prompt.keys_values_mask.all())
+
+    def pack(
+        self, embed: Callable[[Tensor], Tensor], prompt: Prompt, token_ids: Sequence[Sequence[int]]
+    ) -> Pack:
+        """Lay `b` rows of `[prompt ; tokens]` end to end."""
+        q, p = prompt.keys_values.shape[4], prompt.vectors.shape[1]
+        shared = p if prompt.shared else 0
+        counts = [len(ids) for ids in token_ids]
+        embedded = embed(torch.tensor([i for ids in token_ids for i in ids]))
+        pieces, first, spans, at, start = [], [], [], 0, shared
+        if shared:
+            pieces.append(prompt.vectors[0].to(embedded))
+            spans.append((0, shared))
+        for row, count in enumerate(counts):
+            own = 0 if shared else p
+            if own:
+                pieces.append(prompt.vectors[row].to(embedded))
+            pieces.append(embedded[at : at + count])
+            first.append(start + own)
+            spans.append((start, own + count))
+            at, start = at + count, start + own + count
+        embeddings = torch.cat(pieces)
+        rows = self._rows(embeddings, spans, q, shared)
+        prefix = self._prefix(prompt, len(spans), embeddings)
+        return Pack(embeddings, prefix, rows, shared, first)
+
+    def hidden(self, pack: Pack, *, compiled: bool = False, recompute: bool = False) -> Tensor:
+        """Return last hidden states after the final norm, `[t, d]`.
+
+        Args:
+            pack: from `pack`.
+            compiled: run compiled layers; the first call compiles for half a minute or so.
+            recompute: keep only each layer's input, and compute the rest again backwards.
+        """
+        sizes = Sizes(self.heads, self.kv_heads, self.width, self.epsilon, pack.shared)
+        run = _compiled() if compiled else _Functions(block.forward, block.backward)
+        x, prefixes = pack.embeddings, pack.prefix.unbind(0)
+        for layer, prefix in zip(self.layers, prefixes, strict=True):
+            x = _Block.apply(x, prefix, layer, pack.rows, sizes, run, recompute)
+        normed: Tensor = self._body.norm(x)
+        return normed
+
+    def _prefix(self, prompt: Prompt, b: int, like: Tensor) -> Tensor:
+        """Return `[layers, 2, b, q, kv_heads, head_dim]`; a shared row comes first."""
+        if prompt.keys_values.shape[4] == 0:
+            return like.new_zeros(len(self.layers), 2, b, 0, self.kv_heads, self.width)
+        values = prompt.keys_values[:1] if prompt.shared else prompt.keys_values
+        # [b, layers, 2, heads, q, width] -> [layers, 2, b, q, heads, width]
+        arranged = values.permute(1, 2, 0, 4, 3, 5).to(like)
+        return arranged.expand(-1, -1, b, -1, -1, -1)
+
+    def _rows(self, x: Tensor, spans: list[tuple[int, int]], q: int, shared: int) -> Rows:
+        t, s = len(x), max(length for _, length in spans)
+        b = len(spans)
+        spread = np.zeros((b, s), dtype=np.int64)
+        packed, position = np.zeros(t, dtype=np.int64), np.zeros(t, dtype=np.int64)
+        seen = np.zeros((b, s, q + shared + s), dtype=bool)
+        seen[:, :, q + shared :] = np.tri(s, dtype=bool)
+        seen[:, :, : q + shared] = True
+        if shared:
+            seen[0, :, q : q + shared] = False  # the shared row is what the others see there
+        for row, (start, length) in enumerate(spans):
+            spread[row, :length] = np.arange(start, start + length)
+            packed[start : start + length] = row * s + np.arange(length)
+            before = q + (shared if row or not shared else 0)
+            position[start : start + length] = before + np.arange(length)
+        cos, sin = self._body.rotary_emb(x[None], torch.from_numpy(position)[None])
+        half = self.width // 2
+        mask = torch.zeros(seen.shape, dtype=x.dtype)
+        mask.masked_fill_(~torch.from_numpy(seen), torch.finfo(x.dtype).min)
+        return Rows(
+            cos[0, :, None, :half],
+            sin[0, :, None, :half],
+            torch.from_numpy(spread).flatten(),
+            torch.from_numpy(packed),
+            mask[:, None],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Functions:
+    forward: Callable[..., tuple[Tensor, Saved]]
+    backward: Callable[..., tuple[Tensor, Tensor]]
+
+
+@functools.cache
+def _compiled() -> _Functions:
+    return _Functions(
+        torch.compile(block.forward, dynamic=True), torch.compile(block.backward, dynamic=True)
+    )
+
+
+class _Block(torch.autograd.Function):
+    """One layer in autograd's eyes: inputs `x [t, d]` and `prefix [2, b, q, kv_heads, e]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        prefix: Tensor,
+        layer: Layer,
+        rows: Rows,
+        sizes: Sizes,
+        run: _Functions,
+        recompute: bool,
+    ) -> Tensor:
+        y, saved = run.forward(x, prefix, layer, rows, sizes)
+        ctx.constants = layer, rows, sizes, run
+        ctx.recompute = recompute
+        ctx.save_for_backward(*((x, prefix) if recompute else saved))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        layer, rows, sizes, run = ctx.constants
+        with torch.no_grad():
+            if ctx.recompute:
+                _, saved = run.forward(*ctx.saved_tensors, layer, rows, sizes)
+            else:
+                saved = Saved(*ctx.saved_tensors)
+            g_x, g_prefix = run.backward(gradients[0], saved, layer, rows, sizes)
+        return g_x, g_prefix, None, None, None, None, None
+
+
+def _llama_style(model: Any) -> bool:
+    """Tell whether `block.forward` computes what the model's layers do."""
+    body = model.base_model
+    if model.device.type != "cpu" or getattr(model.config, "hidden_act", None) != "silu":
+        return False
+    try:
+        for layer in body.layers:
+            attention = layer.self_attn
+            named = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            named += (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+            if not all(isinstance(m, nn.Linear | Int8Linear) for m in named):
+                return False
+            norms = (layer.input_layernorm, layer.post_attention_layernorm)
+            parts = len(list(layer.children())), len(list(attention.children()))
+            if parts != (4, 4) or not all(hasattr(n, "variance_epsilon") for n in norms):
+                return False  # further norms or projections
+            if attention.scaling != attention.head_dim**-0.5:
+                return False
+        position = torch.zeros(1, 1, dtype=torch.long)
+        cos, _ = body.rotary_emb(torch.zeros(1, 1, 1), position)
+    except (AttributeError, TypeError):
+        return False
+    return bool(cos.shape[-1] == body.layers[0].self_attn.head_dim)
+
+
+def _laid_out(layer: Any) -> Layer:
+    attention, feed = layer.self_attn, layer.mlp
+    return Layer(
+        layer.input_layernorm.weight,
+        _joined([attention.q_proj, attention.k_proj, attention.v_proj]),
+        _joined([attention.o_proj]),
+        layer.post_attention_layernorm.weight,
+        _joined([feed.gate_proj, feed.up_proj]),
+        _joined([feed.down_proj]),
+    )
+
+
+@torch.no_grad()
+def _joined(linears: Sequence[Any]) -> Matrix:
+    """Lay the weights of several linear layers side by side and make them views of the whole.
+
+    Floating-point weights are laid out as `[k, n]`: with few rows, as when generating, `x W`
+    is then two to three times as fast as from `[n, k]`.
+    """
+    sizes = [linear.weight.shape[0] for linear in linears]
+    values = torch.cat([linear.weight for linear in linears])
+    if values.is_floating_point():
+        values = values.t().contiguous()
+        views: Sequence[Tensor] = [part.t() for part in values.split(sizes, 1)]
+    else:
+        views = values.split(sizes)
+    for linear, view in zip(linears, views, strict=True):
+        linear.weight.data = view
+    scales = [linear.scale for linear in linears if isinstance(linear, Int8Linear)]
+    biases: list[Tensor] = []
+    if any(linear.bias is not None for linear in linears):
+        empty = values.new_zeros(1, dtype=torch.float32)
+        biases = [
+            empty.expand(size) if linear.bias is None else linear.bias
+            for linear, size in zip(linears, sizes, strict=True)
+        ]
+    return Matrix(
+        values,
+        torch.cat(scales) if scales else None,
+        torch.cat(biases) if biases else None,
+    )
