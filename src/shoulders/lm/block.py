@@ -11,6 +11,7 @@ heads and `g` key/value heads of width `e`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Rows(NamedTuple):
         spread: `[b * s]`, packed position of every padded place (any position for a pad).
         packed: `[t]`, padded place of every packed position.
         mask: `[b, 1, s, c + s]`, 0 where a key is seen, the dtype's minimum elsewhere.
+        start, length: `[b]`, packed position where each row begins, and how many it has.
     """
 
     cos: Tensor
@@ -56,6 +58,8 @@ class Rows(NamedTuple):
     spread: Tensor
     packed: Tensor
     mask: Tensor
+    start: Tensor
+    length: Tensor
 
 
 class Sizes(NamedTuple):
@@ -88,27 +92,20 @@ def forward(
 
     `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0.
     """
-    h, g, e = sizes.heads, sizes.kv_heads, sizes.width
-    qkv = times(_norm(x, layer.attention_norm, sizes.epsilon), layer.qkv).view(-1, h + 2 * g, e)
-    turned = rotated(qkv[:, : h + g], rows.cos, rows.sin)
-    b = rows.mask.shape[0]
-    queries = turned[:, :h][rows.spread].view(b, -1, h, e).transpose(1, 2)
-    keys = _before(prefix[0], turned[:, h:], rows, sizes)
-    values = _before(prefix[1], qkv[:, h + g :], rows, sizes)
-    attended, logsumexp = _attend(queries, keys, values, 0.0, False, attn_mask=rows.mask)
-    out = attended.transpose(1, 2).reshape(-1, h * e)[rows.packed]
-    middle = x + times(out, layer.output)
+    qkv = times(_norm(x, layer.attention_norm, sizes.epsilon), layer.qkv)
+    attended = attend(qkv, prefix, rows, sizes)
+    middle = x + times(attended.out, layer.output)
     gate_up = times(_norm(middle, layer.feed_norm, sizes.epsilon), layer.gate_up)
     gate, up = gate_up.chunk(2, -1)
     y = middle + times(torch.nn.functional.silu(gate) * up, layer.down)
-    return y, Saved(x, middle, queries, keys, values, attended, logsumexp, gate_up)
+    return y, Saved(x, middle, *attended.saved, gate_up)
 
 
 def backward(
-    gradient: Tensor, saved: Saved, layer: Layer, rows: Rows, sizes: Sizes
+    gradient: Tensor, tensors: Sequence[Tensor], layer: Layer, rows: Rows, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
-    h, g, e = sizes.heads, sizes.kv_heads, sizes.width
+    saved = Saved(*tensors)
     gate, up = saved.gate_up.chunk(2, -1)
     through = times_back(gradient, layer.down)
     sigmoid = torch.sigmoid(gate)
@@ -117,9 +114,42 @@ def backward(
     g_middle = gradient + _norm_back(
         times_back(g_gate_up, layer.gate_up), saved.middle, layer.feed_norm, sizes.epsilon
     )
+    g_qkv, g_prefix = attend_back(times_back(g_middle, layer.output), saved, rows, sizes)
+    g_x = g_middle + _norm_back(
+        times_back(g_qkv, layer.qkv), saved.x, layer.attention_norm, sizes.epsilon
+    )
+    return g_x, g_prefix
+
+
+class Attended(NamedTuple):
+    """What the rows read: `out [t, h * e]`, and what `attend_back` needs (see `Saved`)."""
+
+    out: Tensor
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def attend(qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Attended:
+    """Let every row attend to its prefix and itself: `qkv [t, (h + 2 g) e]`."""
+    h, g, e = sizes.heads, sizes.kv_heads, sizes.width
+    b = rows.mask.shape[0]
+    qkv = qkv.view(-1, h + 2 * g, e)
+    turned = rotated(qkv[:, : h + g], rows.cos, rows.sin)
+    queries = turned[:, :h][rows.spread].view(b, -1, h, e).transpose(1, 2)
+    keys = _before(prefix[0], turned[:, h:], rows, sizes)
+    values = _before(prefix[1], qkv[:, h + g :], rows, sizes)
+    attended, logsumexp = _attend(queries, keys, values, 0.0, False, attn_mask=rows.mask)
+    out = attended.transpose(1, 2).reshape(-1, h * e)[rows.packed]
+    return Attended(out, (queries, keys, values, attended, logsumexp))
+
+
+def attend_back(
+    gradient: Tensor, saved: Saved, rows: Rows, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `qkv` and `prefix`, given that of `out [t, h * e]`."""
+    h, e = sizes.heads, sizes.width
     b = rows.mask.shape[0]
     # A pad's place reads some real position's gradient: its own must be nothing.
-    g_out = _padded(times_back(g_middle, layer.output).view(-1, h, e), rows)
+    g_out = _padded(gradient.view(-1, h, e), rows)
     g_queries, g_keys, g_values = _attend_back(
         g_out.view(b, -1, h, e).transpose(1, 2),
         *(saved.queries, saved.keys, saved.values, saved.attended, saved.logsumexp),
@@ -132,10 +162,7 @@ def backward(
     g_v, g_prefix_v = _before_back(g_values, rows, sizes)
     g_turned = rotated(torch.cat([g_q, g_k], 1), rows.cos, -rows.sin)
     g_qkv = torch.cat([g_turned, g_v], 1).flatten(1)
-    g_x = g_middle + _norm_back(
-        times_back(g_qkv, layer.qkv), saved.x, layer.attention_norm, sizes.epsilon
-    )
-    return g_x, torch.stack([g_prefix_k, g_prefix_v])
+    return g_qkv, torch.stack([g_prefix_k, g_prefix_v])
 
 
 def times(x: Tensor, matrix: Matrix) -> Tensor:

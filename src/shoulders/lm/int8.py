@@ -47,13 +47,17 @@ class Int8Linear(nn.Module):
         return self.weight.float() * self.scale[:, None]
 
 
-def to_int8(model: nn.Module) -> None:
-    """Replace every linear layer of a Hugging Face LM, its head included, in place.
+def to_int8(model: Any) -> None:
+    """Replace every linear layer of a Hugging Face LM, in place.
 
-    The embedding table, which is only looked up, stays as it is.
+    Its embedding table and its head stay as they are: the gradient of the logits has one large
+    entry a row, beside which rounding would lose all others.
     """
+    head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
+            if child is head:
+                continue
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Int8Linear(child.weight, child.bias))
             elif isinstance(child, Conv1D):  # GPT-2 stores [k, n]

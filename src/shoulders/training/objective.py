@@ -43,20 +43,19 @@ def answer_losses(
     prompt: Prompt,
     examples: Sequence[Example],
     *,
-    compiled: bool = False,
     recompute: bool = False,
 ) -> Tensor:
     """Return each answer token's negative log-likelihood in nats, `[n]`, row after row.
 
-    Logits are computed at the `n` answer positions only, as a 2-D product. `compiled` and
-    `recompute` are those of `shoulders.lm.fused.Blocks.hidden`.
+    Logits are computed at the `n` answer positions only, as a 2-D product. `recompute` saves memory,
+    see `shoulders.lm.fused.Blocks.hidden`.
     """
     ids = [e.input_ids + e.answer_ids[:-1] for e in examples]
     batch: Pack | Packed | Combined
     if lm.blocks is not None and lm.blocks.fits(prompt) and can_pack(lm, prompt, ids):
         check_window(lm, prompt, np.array([len(row) for row in ids]))
         batch = lm.blocks.pack(lm.embed, prompt, ids)
-        hidden = lm.blocks.hidden(batch, compiled=compiled, recompute=recompute)[None]
+        hidden = lm.blocks.hidden(batch, recompute=recompute)[None]
     else:
         batch = pack(lm, prompt, ids) if can_pack(lm, prompt, ids) else combine(lm, prompt, ids)
         hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)

@@ -1,0 +1,127 @@
+"""PEFT's side of `shoulders bench train`: prompt tuning or LoRA through transformers' Trainer.
+
+Started by that command, as one process that waits: for every line on standard input it trains
+one run over the same rows and prints one JSON line. As PEFT's documentation shows it: the
+tokenized row with labels on its answer, padded by `DataCollatorForSeq2Seq`, `Trainer` with AdamW.
+
+    default     prompt tuning, float32, batches as they come
+    grouped     prompt tuning, float32, rows of similar length together
+    bf16        prompt tuning, bfloat16, rows of similar length together
+    lora        LoRA r16 on attention and feed-forward, --dtype, rows of similar length together
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from peft import LoraConfig, PromptTuningConfig, PromptTuningInit, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+
+def main() -> None:
+    """Load once, then one run for every line that comes in."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lm", required=True)
+    parser.add_argument("--rows", required=True, help='JSONL with "text" and "answer"')
+    parser.add_argument("--variant", choices=("default", "grouped", "bf16", "lora"), required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--length", type=int, required=True, help="prompt positions")
+    parser.add_argument("--rows-per-step", type=int, required=True)
+    parser.add_argument("--lr", type=float, default=3e-2)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.lm)
+    with open(options.rows, encoding="utf-8") as file:
+        rows = [features(json.loads(line), tokenizer) for line in file]
+    bf16 = options.variant == "bf16" or options.dtype == "bfloat16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(options.lm, dtype=dtype)
+        model = get_peft_model(base, config_of(options))
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=options.rows_per_step,
+                num_train_epochs=1,
+                learning_rate=options.lr,
+                train_sampling_strategy=(
+                    "random" if options.variant == "default" else "group_by_length"
+                ),
+                bf16=bf16,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),
+                dataloader_pin_memory=False,
+            )
+            collate = DataCollatorForSeq2Seq(tokenizer)
+            trainer = Trainer(model, arguments, collate, rows, callbacks=[clock])
+            trainer.train()
+        result = {
+            "seconds": clock.end - clock.start,
+            "steps": trainer.state.global_step,
+            "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        print(json.dumps(result), flush=True)
+
+
+def features(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
+    """Return ids and labels of a row: the loss counts its answer and the end token."""
+    text = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+    answer = [*answer, tokenizer.eos_token_id]
+    return {
+        "input_ids": text + answer,
+        "attention_mask": [1] * len(text + answer),
+        "labels": [-100] * len(text) + answer,
+    }
+
+
+def config_of(options: argparse.Namespace) -> LoraConfig | PromptTuningConfig:
+    """Return PEFT's configuration of the variant."""
+    if options.variant == "lora":
+        return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=options.length,
+        prompt_tuning_init=PromptTuningInit.RANDOM,
+        tokenizer_name_or_path=options.lm,
+    )
+
+
+class Clock(TrainerCallback):
+    """Times the steps only: from the first one's beginning to the last one's end."""
+
+    start = end = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Note when the first step begins."""
+        self.start = self.start or time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note when a step, its optimizer's too, has ended."""
+        self.end = time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

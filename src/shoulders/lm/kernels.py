@@ -1,0 +1,206 @@
+"""Compile and call `kernels.c`, where there is a C compiler; `available()` is None elsewhere.
+
+The library is built once, in a second or two, and kept in the cache folder under the hash of its
+source, flags and processor. Its functions run on one thread each and let other Python threads
+run meanwhile. Each has the plain torch functions of `shoulders.lm.block` as its reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoulders.errors import ShouldersError
+from shoulders.files import atomic_path, cache_folder
+from shoulders.lm.block import Rows, Sizes
+
+_FLAGS = (
+    *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-signed-zeros", "-fassociative-math"),
+)
+_WIDE = 32  # as in kernels.c
+_POINTERS = {
+    "round_rows": 5,
+    "rescale": 6,
+    "gate_round": 4,
+    "gate_back_round": 7,
+}
+
+
+class Kernels:
+    """The compiled functions; tensors are contiguous, on the CPU, float32 unless said otherwise."""
+
+    def __init__(self, library: Path) -> None:
+        self._c = ctypes.CDLL(str(library))
+        pointer, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+        for name, count in _POINTERS.items():
+            getattr(self._c, name).argtypes = [pointer] * count + [size] * 2
+        self._c.norm_round.argtypes = [pointer, pointer, real, pointer, pointer, pointer, size, size]
+        self._c.norm_back.argtypes = [*[pointer] * 4, real, *[pointer] * 3, size, size]
+        self._c.rotate.argtypes = [pointer, pointer, pointer, real, *[size] * 4]
+        self._c.attend.argtypes = [*[pointer] * 7, *[size] * 6]
+        self._c.attend_back.argtypes = [*[pointer] * 10, *[size] * 6]
+
+    def round_rows(self, x: Tensor, channel: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `[m, n]` int8 levels and `[m]` scales of `x [m, n]`, times `channel [n]`."""
+        x = x.contiguous()
+        levels, scale, row = _room(x.shape[0], x.shape[1])
+        self._c.round_rows(
+            _at(x), _at(channel), _at(levels), _at(scale), _at(row), x.shape[0], x.shape[1]
+        )
+        return levels, scale
+
+    def norm_round(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """Return levels and scales of the RMS norm of `x [m, n]`."""
+        levels, scale, row = _room(x.shape[0], x.shape[1])
+        self._c.norm_round(
+            _at(x), _at(weight), epsilon, _at(levels), _at(scale), _at(row), x.shape[0], x.shape[1]
+        )
+        return levels, scale
+
+    def rescale(
+        self,
+        product: Tensor,
+        scale: Tensor,
+        channel: Tensor | None,
+        bias: Tensor | None = None,
+        rest: Tensor | None = None,
+    ) -> Tensor:
+        """Return `product [m, n] int32 * scale [m] * channel [n] + bias [n] + rest [m, n]`."""
+        y = torch.empty(product.shape)
+        self._c.rescale(
+            *(_at(product), _at(scale), _at(channel), _at(bias), _at(rest), _at(y)), *product.shape
+        )
+        return y
+
+    def gate_round(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return levels and scales of `silu(gate) * up`, from `gate_up [m, 2 n]`."""
+        m, n = gate_up.shape[0], gate_up.shape[1] // 2
+        levels, scale, row = _room(m, n)
+        self._c.gate_round(_at(gate_up), _at(levels), _at(scale), _at(row), m, n)
+        return levels, scale
+
+    def gate_back_round(
+        self, product: Tensor, scale: Tensor, gate_up: Tensor, channel: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return levels and scales of the gradient of `gate_up [m, 2 n]`, times `channel`.
+
+        The gradient of `silu(gate) * up` is `product [m, n] int32 * scale [m]`.
+        """
+        m, n = product.shape
+        levels, out, row = _room(m, 2 * n)
+        self._c.gate_back_round(
+            *(_at(product), _at(scale), _at(gate_up), _at(channel)),
+            *(_at(levels), _at(out), _at(row), m, n),
+        )
+        return levels, out
+
+    def norm_back(
+        self,
+        product: Tensor,
+        scale: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        rest: Tensor,
+    ) -> Tensor:
+        """Return `rest` plus the gradient of `x [m, n]` through its RMS norm.
+
+        The gradient of the norm's output is `product [m, n] int32 * scale [m]`.
+        """
+        y, row = torch.empty(product.shape), torch.empty(product.shape[1])
+        self._c.norm_back(
+            *(_at(product), _at(scale), _at(x), _at(weight), epsilon, _at(rest), _at(y), _at(row)),
+            *product.shape,
+        )
+        return y
+
+
+    def rotate(self, qkv: Tensor, rows: Rows, sizes: Sizes, sign: float = 1.0) -> None:
+        """Turn queries and keys of `qkv [t, (h + 2 g) e]` by their positions, in place."""
+        heads, kv_heads = sizes.heads, sizes.kv_heads
+        self._c.rotate(
+            *(_at(qkv), _at(rows.cos), _at(rows.sin), sign, len(qkv)),
+            *(heads + kv_heads, heads + 2 * kv_heads, sizes.width),
+        )
+
+    def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
+        """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""
+        out = torch.empty(len(qkv), sizes.heads * sizes.width)
+        b, q = prefix.shape[1:3]
+        room = torch.empty(_seen(rows, q, sizes) * (4 * sizes.width + 1))
+        self._c.attend(
+            *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
+            *(_at(out), _at(room), b, q, sizes.shared, sizes.heads, sizes.kv_heads, sizes.width),
+        )
+        return out
+
+    def attend_back(
+        self, gradient: Tensor, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of rotated `qkv` and of `prefix`, given that of `attend`."""
+        g_qkv, g_prefix = torch.empty_like(qkv), torch.empty_like(prefix)
+        b, q = prefix.shape[1:3]
+        room = torch.empty(_seen(rows, q, sizes) * (6 * sizes.width + 2))
+        self._c.attend_back(
+            *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
+            *(_at(gradient), _at(g_qkv), _at(g_prefix[0]), _at(g_prefix[1]), _at(room)),
+            *(b, q, sizes.shared, sizes.heads, sizes.kv_heads, sizes.width),
+        )
+        return g_qkv, g_prefix
+
+
+@functools.cache
+def available() -> Kernels | None:
+    """Return the compiled functions, or None where no compiler is or it fails."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or platform.system() == "Windows":
+        return None
+    source = files("shoulders.lm").joinpath("kernels.c").read_text(encoding="utf-8")
+    key = "\n".join((source, *_FLAGS, compiler, platform.machine(), _processor_flags()))
+    library = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    if not library.is_file():
+        try:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(library) as temporary:
+                subprocess.run(
+                    [compiler, *_FLAGS, "-x", "c", "-", "-o", str(temporary), "-lm"],
+                    input=source.encode(),
+                    check=True,
+                    capture_output=True,
+                )
+        except (ShouldersError, OSError, subprocess.CalledProcessError):
+            return None
+    return Kernels(library)
+
+
+def _processor_flags() -> str:
+    """Return what `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _seen(rows: Rows, q: int, sizes: Sizes) -> int:
+    """Return the most positions that a row sees, in whole vectors."""
+    return -(-(q + sizes.shared + rows.mask.shape[2]) // _WIDE) * _WIDE
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _room(m: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(m, n, dtype=torch.int8), torch.empty(m), torch.empty(n)

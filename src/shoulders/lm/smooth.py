@@ -1,0 +1,100 @@
+"""Prepare a Llama-style LM for int8: move what is hard to round from activations to weights.
+
+Some channels of an LM's activations are far larger than the rest, and rounding by rows loses the
+rest. Dividing a channel of an activation by `s` and multiplying the weights that read it by `s`
+changes nothing in exact arithmetic (SmoothQuant, arXiv 2211.10438, alpha = 0.5), and here
+costs nothing to compute: the division goes into the norm's weight, or into the weights that
+write the channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALPHA = 0.5
+_SMALLEST = 1e-5
+# What the LM reads while its activations are measured: prose, questions, lists, numbers, code.
+_TEXT = """\
+The river had frozen early that year, and by the second week of December people were crossing it
+on foot. Question: Which city is the capital of Australia? Answer: Canberra. Translate the word
+into German: house -> Haus; tree -> Baum; the night train -> der Nachtzug. The opposite of "warm"
+is "cold". 17 + 26 = 43, and 43 - 19 = 24. Is this review positive or negative? "I have rarely
+been so bored; the plot goes nowhere." negative. def area(r): return 3.14159 * r ** 2
+1. Wash the rice. 2. Add two cups of water. 3. Simmer for fifteen minutes. In 1969, about 650
+million people watched on television as two astronauts walked on the moon. Dear Ms. Alvarez, thank
+you for your letter of 3 March; we shall send the missing parts by Friday. Write the plural:
+one mouse, two mice; one leaf, two leaves. Which of these is larger, an elephant or a mouse?
+An elephant. The committee did not agree; it rarely does. https://example.org/page?id=42 {"a": 1}
+"""
+
+
+@torch.no_grad()
+def smooth(model: Any, tokenizer: Any) -> None:
+    """Balance activations and weights of a Llama-style model, in place."""
+    largest = _measured(model, tokenizer)
+    for layer in model.base_model.layers:
+        attention, feed = layer.self_attn, layer.mlp
+        readers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        _through_norm(layer.input_layernorm, readers, largest[attention.q_proj])
+        # Query heads of a group read the same channels of v.
+        v, o, e = attention.v_proj, attention.o_proj, attention.head_dim
+        heads = (v.weight.shape[0] // e, -1, e)
+        channels = largest[o].view(heads).amax(1), o.weight.abs().amax(0).view(heads).amax(1)
+        s = _scale(*channels)
+        _divide(v, s.flatten())
+        o.weight.mul_(s[:, None].expand(-1, o.weight.shape[1] // s.numel(), -1).reshape(-1))
+        _through_norm(
+            layer.post_attention_layernorm,
+            [feed.gate_proj, feed.up_proj],
+            largest[feed.gate_proj],
+        )
+        s = _scale(largest[feed.down_proj], feed.down_proj.weight.abs().amax(0))
+        _divide(feed.up_proj, s)  # silu(gate) * up is linear in up
+        feed.down_proj.weight.mul_(s)
+
+
+def _measured(model: Any, tokenizer: Any) -> dict[Any, Tensor]:
+    """Return the largest magnitude of every input channel of the layers' projections."""
+    largest: dict[Any, Tensor] = {}
+
+    def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        largest[module] = inputs[0].detach().flatten(0, -2).abs().amax(0).float()
+
+    hooks = [
+        module.register_forward_pre_hook(note)
+        for layer in model.base_model.layers
+        for module in (
+            layer.self_attn.q_proj,
+            layer.self_attn.o_proj,
+            layer.mlp.gate_proj,
+            layer.mlp.down_proj,
+        )
+    ]
+    ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+    ids = ids[: model.config.max_position_embeddings]
+    model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return largest
+
+
+def _scale(activation: Tensor, weight: Tensor) -> Tensor:
+    largest = activation.clamp_min(_SMALLEST), weight.float().clamp_min(_SMALLEST)
+    return largest[0] ** _ALPHA / largest[1] ** (1 - _ALPHA)
+
+
+def _through_norm(norm: Any, readers: Sequence[Any], largest: Tensor) -> None:
+    s = _scale(largest, torch.stack([r.weight.abs().amax(0) for r in readers]).amax(0))
+    norm.weight.div_(s)
+    for reader in readers:
+        reader.weight.mul_(s)
+
+
+def _divide(linear: Any, s: Tensor) -> None:
+    linear.weight.div_(s[:, None])
+    if linear.bias is not None:
+        linear.bias.div_(s)

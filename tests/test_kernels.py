@@ -1,0 +1,187 @@
+"""Every compiled function against its plain torch reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoulders.lm import block, kernels
+from shoulders.lm.block import Rows, Saved, Sizes
+from shoulders.lm.kernels import Kernels
+
+EPSILON = 1e-5
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Kernels:
+    found = kernels.available()
+    assert found is not None, "CI has a C compiler"
+    return found
+
+
+def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(mine: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> bool:
+    return float((mine - theirs).abs().max()) <= tolerance * max(1.0, float(theirs.abs().max()))
+
+
+def restored(rounded: tuple[Tensor, Tensor]) -> Tensor:
+    return rounded[0].float() * rounded[1].view(-1, 1)
+
+
+def level(x: Tensor) -> Tensor:
+    """Return half a level of each row: the most that rounding may be off."""
+    return 0.501 * x.abs().amax(-1, keepdim=True) / 127
+
+
+@pytest.mark.parametrize("n", [1, 15, 64, 577])
+def test_rounding_is_within_half_a_level(compiled: Kernels, n: int) -> None:
+    x, channel = drawn(7, n), drawn(n, seed=1)
+    x[3] = 0
+    assert bool(((restored(compiled.round_rows(x)) - x).abs() <= level(x)).all())
+    scaled = x * channel
+    off = (restored(compiled.round_rows(x, channel)) - scaled).abs()
+    assert bool((off <= level(scaled)).all())
+    levels, scales = block.rounded(x)
+    assert bool(((levels.float() * scales - x).abs() <= level(x)).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_seen(compiled: Kernels, bad: float) -> None:
+    x = drawn(3, 40)
+    x[1, 7] = bad
+    _, scale = compiled.round_rows(x)
+    assert torch.isfinite(scale).tolist() == [True, False, True]
+    product = torch.ones(3, 4, dtype=torch.int32)
+    y = compiled.rescale(product, scale, None)
+    assert torch.isfinite(y).all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("n", [33, 576])
+def test_norm_and_its_gradient(compiled: Kernels, n: int) -> None:
+    x, weight = drawn(9, n), 1 + drawn(n, seed=1, scale=0.3)
+    normed = block._norm(x, weight, EPSILON)
+    off = (restored(compiled.norm_round(x, weight, EPSILON)) - normed).abs()
+    assert bool((off <= level(normed) + 1e-6).all())
+    product = torch.randint(-9999, 9999, (9, n), dtype=torch.int32)
+    scale, rest = drawn(9, seed=2).abs() * 1e-4, drawn(9, n, seed=3)
+    mine = compiled.norm_back(product, scale, x, weight, EPSILON, rest)
+    leaf = x.clone().requires_grad_()
+    block._norm(leaf, weight, EPSILON).backward(product.float() * scale[:, None])
+    assert leaf.grad is not None
+    assert close(mine, rest + leaf.grad)
+
+
+def test_products_are_scaled_and_added_to(compiled: Kernels) -> None:
+    product = torch.randint(-99999, 99999, (5, 70), dtype=torch.int32)
+    scale, channel, bias = drawn(5).abs(), drawn(70, seed=1), drawn(70, seed=2)
+    rest = drawn(5, 70, seed=3)
+    plain = product.float() * scale[:, None]
+    assert close(compiled.rescale(product, scale, None), plain)
+    assert close(
+        compiled.rescale(product, scale, channel, bias, rest), plain * channel + bias + rest
+    )
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 300.0])
+def test_gates_and_their_gradient(compiled: Kernels, size: float) -> None:
+    gate_up = drawn(6, 100, scale=size).requires_grad_()
+    gate, up = gate_up.chunk(2, -1)
+    opened = torch.nn.functional.silu(gate) * up
+    plain = opened.detach()
+    off = (restored(compiled.gate_round(gate_up.detach())) - plain).abs()
+    assert bool((off <= level(plain) + 1e-6).all())
+    product = torch.randint(-9999, 9999, (6, 50), dtype=torch.int32)
+    scale, channel = drawn(6).abs() * 1e-4, drawn(100, seed=4).abs()
+    opened.backward(product.float() * scale[:, None])
+    assert gate_up.grad is not None
+    expected = gate_up.grad * channel
+    mine = restored(compiled.gate_back_round(product, scale, gate_up.detach(), channel))
+    assert bool(((mine - expected).abs() <= level(expected) + 1e-6).all())
+
+
+def rows_of(lengths: list[int], q: int, shared: int, width: int) -> Rows:
+    """Lay out rows as `Blocks._rows` does, with angles drawn at random."""
+    t, s, b = sum(lengths), max(lengths), len(lengths)
+    spread, packed = torch.zeros(b, s, dtype=torch.long), torch.zeros(t, dtype=torch.long)
+    mask = torch.full((b, s, q + shared + s), torch.finfo(torch.float32).min)
+    start = 0
+    starts = []
+    for r, length in enumerate(lengths):
+        starts.append(start)
+        spread[r, :length] = torch.arange(start, start + length)
+        packed[start : start + length] = r * s + torch.arange(length)
+        for i in range(s):
+            mask[r, i, :q] = 0
+            if r or not shared:
+                mask[r, i, q : q + shared] = 0
+            mask[r, i, q + shared : q + shared + i + 1] = 0
+        start += length
+    angle = drawn(t, 1, width // 2, seed=9)
+    return Rows(
+        *(angle.cos(), angle.sin(), spread.flatten(), packed, mask[:, None]),
+        *(torch.tensor(starts), torch.tensor(lengths)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "q", "shared"),
+    [
+        ([5, 1, 3], 0, 0),
+        ([40, 70, 2], 3, 0),
+        ([3, 5, 1], 0, 3),
+        ([4, 33, 29], 20, 4),
+        ([1], 0, 0),
+    ],
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 2, 8), (2, 2, 40)])
+def test_attention_and_its_gradient(
+    compiled: Kernels, lengths: list[int], q: int, shared: int, heads: int, kv_heads: int, width: int
+) -> None:
+    sizes = Sizes(heads, kv_heads, width, EPSILON, shared)
+    rows = rows_of(lengths, q, shared, width)
+    t, b = sum(lengths), len(lengths)
+    qkv = drawn(t, (heads + 2 * kv_heads) * width)
+    prefix = drawn(2, b, q, kv_heads, width, seed=1)
+    expected = block.attend(qkv, prefix, rows, sizes)
+    turned = qkv.clone()
+    compiled.rotate(turned, rows, sizes)
+    out = compiled.attend(turned, prefix, rows, sizes)
+    assert close(out, expected.out)
+
+    gradient = drawn(t, heads * width, seed=2)
+    empty = torch.empty(0)
+    saved = Saved(empty, empty, *expected.saved, empty)
+    g_qkv, g_prefix = block.attend_back(gradient, saved, rows, sizes)
+    mine, mine_prefix = compiled.attend_back(gradient, turned, prefix, rows, sizes)
+    compiled.rotate(mine, rows, sizes, -1.0)
+    assert close(mine, g_qkv)
+    assert not q or close(mine_prefix, g_prefix)
+
+
+def test_nan_in_a_row_stays_in_it_and_is_seen(compiled: Kernels) -> None:
+    sizes = Sizes(2, 1, 8, EPSILON, 0)
+    rows = rows_of([3, 4], 0, 0, 8)
+    qkv = drawn(7, 32)
+    qkv[4, 3] = float("nan")
+    out = compiled.attend(qkv, drawn(2, 2, 0, 1, 8), rows, sizes)
+    assert torch.isfinite(out[:3]).all()
+    assert torch.isnan(out[4]).any()
+
+
+def test_without_a_compiler_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("SHOULDERS_CACHE", str(tmp_path))
+    kernels.available.cache_clear()
+    try:
+        assert kernels.available() is None
+        assert not list(tmp_path.rglob("*.so"))
+    finally:
+        kernels.available.cache_clear()
