@@ -18,6 +18,7 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.lm)
-    with open(options.rows, encoding="utf-8") as file:
+    with Path(options.rows).open(encoding="utf-8") as file:
         rows = [features(json.loads(line), tokenizer) for line in file]
     bf16 = options.variant == "bf16" or options.dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32

@@ -429,7 +429,7 @@ def test_eval_names_the_row_that_is_too_long(run: Command, skill: Path, tmp_path
     ("option", "value", "reason"),
     [
         ("--normalizer", "loose", "use general or squad"),
-        ("--dtype", "int8", "use auto, float32 or bfloat16"),
+        ("--dtype", "int4", "use one of auto, float32, bfloat16, int8"),
         ("--json", "missing/../file/r.json", "cannot write"),
         ("--dump", ".", "is a folder"),
     ],

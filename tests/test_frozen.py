@@ -18,7 +18,7 @@ from shoulders.fingerprint import digest, identity, tokenizer_digest
 from shoulders.lm import gguf
 from shoulders.lm.combine import combine
 from shoulders.lm.decode import DecodingConfig, generate
-from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.frozen import FrozenLM, lm_tensors
 from shoulders.lm.load import load_lm
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.score import score
@@ -173,7 +173,7 @@ def test_tied_weights_are_counted_and_hashed_once(fresh_lm: Callable[..., Frozen
     table = tied.vocab_size * tied.hidden_size
     other = sum(p.numel() for n, p in tied.model.named_parameters() if "wte" not in n)
     assert tied.parameters == table + other
-    names = [name for name, _ in tied._tensors()]
+    names = [name for name, _ in lm_tensors(tied.model)]
     assert len(names) == len(set(names))
     assert not any("lm_head" in name for name in names)
     before = tied.digest()

@@ -28,9 +28,7 @@ def prompt_of(lm: FrozenLM, shared: bool, p: int, q: int) -> tuple[Prompt, list[
     random = torch.Generator().manual_seed(0)
     b, shape = 1 if shared else len(ROWS), lm.prefix_shape
     vectors = 0.2 * torch.randn(b, p, lm.hidden_size, generator=random)
-    kv = torch.randn(
-        b, shape.layers, 2, shape.kv_heads, q, shape.head_dim, generator=random
-    )
+    kv = torch.randn(b, shape.layers, 2, shape.kv_heads, q, shape.head_dim, generator=random)
     leaves = [vectors.requires_grad_(), kv.requires_grad_()]
     prompt = Prompt(
         vectors, torch.ones(b, p, dtype=torch.bool), kv, torch.ones(b, q, dtype=torch.bool)
@@ -65,7 +63,9 @@ def test_hidden_states_and_gradients_are_those_of_the_model(
                 for i, (at, r) in enumerate(zip(starts, ROWS, strict=True))
             ]
         if p or q:
-            torch.stack([(w * r).sum() for w, r in zip(weights, rows, strict=True)]).sum().backward()
+            torch.stack(
+                [(w * r).sum() for w, r in zip(weights, rows, strict=True)]
+            ).sum().backward()
         return rows, [leaf.grad for leaf in leaves if leaf.numel() and leaf.grad is not None]
 
     rows, gradients = states(fused=True)

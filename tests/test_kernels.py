@@ -141,7 +141,13 @@ def rows_of(lengths: list[int], q: int, shared: int, width: int) -> Rows:
 )
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 2, 8), (2, 2, 40)])
 def test_attention_and_its_gradient(
-    compiled: Kernels, lengths: list[int], q: int, shared: int, heads: int, kv_heads: int, width: int
+    compiled: Kernels,
+    lengths: list[int],
+    q: int,
+    shared: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
 ) -> None:
     sizes = Sizes(heads, kv_heads, width, EPSILON, shared)
     rows = rows_of(lengths, q, shared, width)
@@ -174,9 +180,7 @@ def test_nan_in_a_row_stays_in_it_and_is_seen(compiled: Kernels) -> None:
     assert torch.isnan(out[4]).any()
 
 
-def test_without_a_compiler_there_are_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
     monkeypatch.setenv("SHOULDERS_CACHE", str(tmp_path))
     kernels.available.cache_clear()

@@ -37,7 +37,7 @@ from shoulders.lm.prompt import Prompt
 from shoulders.prompts.build import producer_kinds
 from shoulders.skills.artefact import FILE, load_skill
 from shoulders.skills.skill import Skill
-from shoulders.training import checkpoint, fit, objective, run
+from shoulders.training import checkpoint, fit, objective, run, step
 from shoulders.training.fit import example_at
 from shoulders.training.objective import Example, answer_losses
 from shoulders.training.optimizer import make_optimizer, rate_factor
@@ -371,7 +371,9 @@ def test_a_non_finite_loss_stops_before_the_step(
 ) -> None:
     skill, mixture, _, templates = _parts(_recipe(lm, tmp_path), lm)
     before = fit.copied(skill.producer)
-    monkeypatch.setattr(fit, "answer_losses", lambda *given: answer_losses(*given) * bad)
+    monkeypatch.setattr(
+        step, "answer_losses", lambda *given, **how: answer_losses(*given, **how) * bad
+    )
     with pytest.raises(TrainingError, match=r"step 1: loss is (nan|inf)"):
         fit.fit(skill, mixture, [], templates, _recipe(lm, tmp_path), tmp_path / "out")
     assert all(torch.equal(before[n], v) for n, v in fit.copied(skill.producer).items())

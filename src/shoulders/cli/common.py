@@ -69,6 +69,8 @@ def emit_json(path: Path | None, value: dict[str, Any]) -> None:
 
 
 def _precision(dtype: str) -> Any:
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ShouldersError(f"--dtype {dtype}: use auto, float32 or bfloat16")
+    from shoulders.lm.load import PRECISIONS
+
+    if dtype not in PRECISIONS:
+        raise ShouldersError(f"--dtype {dtype}: use one of {', '.join(PRECISIONS)}")
     return dtype

@@ -38,7 +38,7 @@ def evaluate(
         typer.Option(help="Truncate over-long inputs: keep their 'start' or 'end'."),
     ] = None,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
 ) -> None:
     """Score a skill on data: exact match and F1 by task, with 95% bootstrap intervals."""
     from shoulders.data.rows import read_rows
@@ -75,7 +75,7 @@ def evaluate(
             "normalizer": normalizer,
             "trained_parameters": opened.trained_parameters,
             "lm": {"name": opened.lm.name, "fingerprint": opened.lm.fingerprint},
-            "dtype": str(opened.lm.dtype).removeprefix("torch."),
+            "dtype": opened.lm.precision,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
         },

@@ -40,7 +40,7 @@ def generate(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the answers to --text as JSON.")] = None,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
 ) -> None:
     """Answer one text, or every row of a file, with a skill."""
     from pydantic import ValidationError

@@ -57,7 +57,7 @@ def _lm_facts(name: str) -> dict[str, Any]:
         "lm_fingerprint": lm.fingerprint,
         "trained_parameters": 0,
         "frozen_parameters": lm.parameters,
-        "dtype": str(lm.dtype).removeprefix("torch."),
+        "dtype": lm.precision,
         "device": str(lm.device),
         "window": lm.max_positions,
         "hidden_size": lm.hidden_size,

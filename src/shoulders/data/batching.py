@@ -1,8 +1,8 @@
 """Batches of rows of similar length, so that little of a batch is padding.
 
-One function serves both uses. Evaluation and generation group all rows. Training groups the
-rows of *one* optimizer step (a window of consecutive mixture examples) into micro-batches, whose
-gradients are accumulated: the step's sum is the same however its rows are split.
+Evaluation and generation group all rows. Training groups the rows of *one* optimizer step (a window
+of consecutive mixture examples) into micro-batches, whose gradients are accumulated: the step's
+sum is the same however its rows are split.
 """
 
 from __future__ import annotations
@@ -30,3 +30,22 @@ def length_grouped(lengths: Sequence[int], max_tokens: int, max_rows: int) -> li
         else:
             batches.append([index])
     return batches
+
+
+def balanced(lengths: Sequence[int], most: int, multiple: int = 1) -> list[list[int]]:
+    """Split row indices into packs of nearly equal total length.
+
+    As few packs as keep each at about `most` or below, rounded up to a `multiple`, but never more
+    than rows. Longest rows are placed first, each into the emptiest pack; deterministic.
+    """
+    if most < 1 or multiple < 1:
+        raise ValueError(f"most ({most}) and multiple ({multiple}) must be at least 1")
+    count = -(-sum(lengths) // most)
+    count = min(len(lengths), -(-count // multiple) * multiple)
+    packs: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        emptiest = min(range(count), key=lambda k: (filled[k], k))
+        packs[emptiest].append(index)
+        filled[emptiest] += lengths[index]
+    return [sorted(pack) for pack in packs]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class EncoderCache:
 
     def __init__(self, encoder: FrozenEncoder, folder: Path | None = None) -> None:
         self._encoder = encoder
+        self._lock = threading.Lock()
         path = (folder or cache_folder() / "encoder") / f"{encoder.fingerprint}.sqlite"
         with writing_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ class EncoderCache:
         key = hashlib.sha256(text.encode()).digest()
         width = self._encoder.hidden_size
         # A cache that cannot be read or written (disk full, damaged page) only costs time.
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with self._lock, contextlib.suppress(sqlite3.DatabaseError):
             query = "SELECT states FROM outputs WHERE key = ?"
             found = self._db.execute(query, (key,)).fetchone()
             if found is not None and len(found[0]) % (4 * width) == 0:
@@ -71,14 +73,15 @@ class EncoderCache:
         with torch.no_grad():
             states, _ = self._encoder.states(self._encoder.tokenize([text]))
         row = states[0].float().cpu().numpy()
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with self._lock, contextlib.suppress(sqlite3.DatabaseError):
             insert = "INSERT OR REPLACE INTO outputs VALUES (?, ?)"
             self._db.execute(insert, (key, row.tobytes()))
         return row
 
     @staticmethod
     def _open(path: Path | str) -> sqlite3.Connection:
-        db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        # Several threads read prompts; `_one` lets one at a time use the connection.
+        db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = OFF")  # losing entries in a power cut is harmless
         db.execute("CREATE TABLE IF NOT EXISTS outputs (key BLOB PRIMARY KEY, states BLOB)")

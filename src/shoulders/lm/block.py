@@ -24,7 +24,7 @@ _attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 
 
 class Matrix(NamedTuple):
-    """A frozen weight: `[k, n]` in floating point, or `[n, k]` int8 with `scale` `[n]`."""
+    """A frozen weight `[n, k]`: floating point, or int8 with `scale` `[n]`."""
 
     values: Tensor
     scale: Tensor | None
@@ -32,7 +32,7 @@ class Matrix(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What one layer computes with; `qkv` and `gate_up` are several matrices side by side."""
+    """What one layer computes with; `qkv` and `gate_up` are several matrices in one."""
 
     attention_norm: Tensor
     qkv: Matrix
@@ -142,9 +142,7 @@ def attend(qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Attended:
     return Attended(out, (queries, keys, values, attended, logsumexp))
 
 
-def attend_back(
-    gradient: Tensor, saved: Saved, rows: Rows, sizes: Sizes
-) -> tuple[Tensor, Tensor]:
+def attend_back(gradient: Tensor, saved: Saved, rows: Rows, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Return the gradients of `qkv` and `prefix`, given that of `out [t, h * e]`."""
     h, e = sizes.heads, sizes.width
     b = rows.mask.shape[0]
@@ -168,7 +166,7 @@ def attend_back(
 def times(x: Tensor, matrix: Matrix) -> Tensor:
     """Return `x W^T + bias`, `[t, k] -> [t, n]`."""
     if matrix.scale is None:
-        y = x @ matrix.values
+        y = x @ matrix.values.T
     else:
         levels, row_scale = rounded(x)
         product = torch._int_mm(levels, matrix.values.T).float()
@@ -179,7 +177,7 @@ def times(x: Tensor, matrix: Matrix) -> Tensor:
 def times_back(gradient: Tensor, matrix: Matrix) -> Tensor:
     """Return the gradient of `x`, `[t, n] -> [t, k]`."""
     if matrix.scale is None:
-        return gradient @ matrix.values.T
+        return gradient @ matrix.values
     levels, row_scale = rounded(gradient * matrix.scale)
     return (torch._int_mm(levels, matrix.values).float() * row_scale).to(gradient.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 from shoulders.errors import LMError
 from shoulders.fingerprint import digest, identity, tokenizer_digest
 from shoulders.lm.fused import Blocks
+from shoulders.lm.int8 import Int8Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ class FrozenLM:
         (576, 8192)
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, *, fingerprint: str | None = None
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -51,6 +55,7 @@ class FrozenLM:
         self._head = model.get_output_embeddings()
         self._body = model.base_model
         self.blocks = Blocks.of(model)
+        self._fingerprint = fingerprint
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         self._check_drivable()
 
@@ -132,12 +137,18 @@ class FrozenLM:
 
         Independent of the precision the weights were loaded in; computed on first use.
         """
-        tokens = tokenizer_digest(self.tokenizer)
-        return _join_hashes(identity(self._tensors()), tokens)
+        return self._fingerprint or lm_fingerprint(self.model, self.tokenizer)
+
+    @functools.cached_property
+    def precision(self) -> str:
+        """What its linear layers compute in: `float32`, `bfloat16`, ... or `int8`."""
+        if any(isinstance(module, Int8Linear) for module in self.model.modules()):
+            return "int8"
+        return str(self.dtype).removeprefix("torch.")
 
     def digest(self) -> str:
         """Return the SHA-256 over every byte of every tensor as it is now (promise 1)."""
-        return digest(self._tensors())
+        return digest(lm_tensors(self.model))
 
     # -- computing -----------------------------------------------------------------------
 
@@ -219,13 +230,6 @@ class FrozenLM:
 
     # -- inside --------------------------------------------------------------------------
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        seen: set[int] = set()
-        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield name, tensor
-
     def _masks_by_position(self, mask: Tensor, s: int) -> Any:
         """Return additive masks for full and sliding layers, counting real positions only.
 
@@ -269,7 +273,16 @@ class FrozenLM:
             )
 
 
-def _join_hashes(*parts: str) -> str:
-    import hashlib
-
+def lm_fingerprint(model: Any, tokenizer: Any) -> str:
+    """Return the hash of weights and tokenizer, whatever precision the weights are held in."""
+    parts = identity(lm_tensors(model)), tokenizer_digest(tokenizer)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def lm_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of every parameter and buffer, tied ones once."""
+    seen: set[int] = set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor

@@ -1,7 +1,7 @@
 """Training's way through a Llama-style LM on a CPU: packed rows, few large products, no pads.
 
 Where an LM has Llama's layers (Llama, SmolLM, Mistral, Qwen2), its query, key and value weights
-are laid side by side, as are gate and up, so that one product serves several; the Hugging Face
+are laid together, as are gate and up, so that one product serves several; the Hugging Face
 modules become views of them and nothing is stored twice. `Blocks.hidden` then runs the rows of a
 batch end to end: linear layers see no pads at all, attention sees each row by itself, and a
 prompt that all rows share is computed once. Other LMs, and other devices, keep to the Hugging
@@ -62,7 +62,7 @@ class Blocks:
     @classmethod
     def of(cls, model: Any) -> Blocks | None:
         """Lay out a model's layers, or return None where they are not Llama's."""
-        return cls(model) if _llama_style(model) else None
+        return cls(model) if is_llama_style(model) else None
 
     def fits(self, prompt: Prompt) -> bool:
         """Tell whether every row's prompt has the same number of positions of each form."""
@@ -109,7 +109,7 @@ class Blocks:
 
     def _functions(self) -> _Functions:
         kernels = available() if self.layers[0].qkv.scale is not None else None
-        return block if kernels is None else Block8(kernels)  # type: ignore[return-value]
+        return block if kernels is None else Block8(kernels)
 
     def _prefix(self, prompt: Prompt, b: int, like: Tensor) -> Tensor:
         """Return `[layers, 2, b, q, kv_heads, head_dim]`; a shared row comes first."""
@@ -194,7 +194,7 @@ class _Block(torch.autograd.Function):
         return g_x, g_prefix, None, None, None, None, None
 
 
-def _llama_style(model: Any) -> bool:
+def is_llama_style(model: Any) -> bool:
     """Tell whether `block.forward` computes what the model's layers do."""
     body = model.base_model
     if model.device.type != "cpu" or getattr(model.config, "hidden_act", None) != "silu":
@@ -202,8 +202,8 @@ def _llama_style(model: Any) -> bool:
     try:
         for layer in body.layers:
             attention = layer.self_attn
-            named = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-            named += (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+            named = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+            named += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
             if not all(isinstance(m, nn.Linear | Int8Linear) for m in named):
                 return False
             norms = (layer.input_layernorm, layer.post_attention_layernorm)
@@ -233,21 +233,12 @@ def _laid_out(layer: Any) -> Layer:
 
 @torch.no_grad()
 def _joined(linears: Sequence[Any]) -> Matrix:
-    """Lay the weights of several linear layers side by side and make them views of the whole.
-
-    Floating-point weights are laid out as `[k, n]`: with few rows, as when generating, `x W`
-    is then two to three times as fast as from `[n, k]`.
-    """
+    """Lay the weights of several linear layers one below the other, and make them views of that."""
     sizes = [linear.weight.shape[0] for linear in linears]
     values = torch.cat([linear.weight for linear in linears])
-    if values.is_floating_point():
-        values = values.t().contiguous()
-        views: Sequence[Tensor] = [part.t() for part in values.split(sizes, 1)]
-    else:
-        views = values.split(sizes)
-    for linear, view in zip(linears, views, strict=True):
+    for linear, view in zip(linears, values.split(sizes), strict=True):
         linear.weight.data = view
-    scales = [linear.scale for linear in linears if isinstance(linear, Int8Linear)]
+    scales: list[Tensor] = [linear.scale for linear in linears if isinstance(linear, Int8Linear)]
     biases: list[Tensor] = []
     if any(linear.bias is not None for linear in linears):
         empty = values.new_zeros(1, dtype=torch.float32)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from shoulders.lm.block import Matrix, rounded, times, times_back
+from shoulders.lm.kernels import available
 
 
 class Int8Linear(nn.Module):
@@ -29,11 +30,13 @@ class Int8Linear(nn.Module):
         bias: `[n]` or None.
     """
 
+    scale: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         levels, scale = rounded(weight.detach())
         self.weight = nn.Parameter(levels, requires_grad=False)
-        self.scale = nn.Parameter(scale[:, 0].contiguous(), requires_grad=False)
+        self.register_buffer("scale", scale[:, 0].contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = weight.shape
 
@@ -70,7 +73,15 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
         ctx.matrix = matrix
-        return times(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], -1)
+        flat = x.reshape(-1, x.shape[-1])
+        kernels = available() if x.dtype == torch.float32 and not x.is_cuda else None
+        if kernels is None:
+            y = times(flat, matrix)
+        else:
+            levels, scale = kernels.round_rows(flat)
+            product = torch._int_mm(levels, matrix.values.T)
+            y = kernels.rescale(product, scale, matrix.scale, matrix.bias)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

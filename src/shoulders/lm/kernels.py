@@ -45,7 +45,16 @@ class Kernels:
         pointer, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         for name, count in _POINTERS.items():
             getattr(self._c, name).argtypes = [pointer] * count + [size] * 2
-        self._c.norm_round.argtypes = [pointer, pointer, real, pointer, pointer, pointer, size, size]
+        self._c.norm_round.argtypes = [
+            pointer,
+            pointer,
+            real,
+            pointer,
+            pointer,
+            pointer,
+            size,
+            size,
+        ]
         self._c.norm_back.argtypes = [*[pointer] * 4, real, *[pointer] * 3, size, size]
         self._c.rotate.argtypes = [pointer, pointer, pointer, real, *[size] * 4]
         self._c.attend.argtypes = [*[pointer] * 7, *[size] * 6]
@@ -124,7 +133,6 @@ class Kernels:
             *product.shape,
         )
         return y
-
 
     def rotate(self, qkv: Tensor, rows: Rows, sizes: Sizes, sign: float = 1.0) -> None:
         """Turn queries and keys of `qkv [t, (h + 2 g) e]` by their positions, in place."""

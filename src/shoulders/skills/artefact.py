@@ -77,7 +77,7 @@ def save_skill(
         format_version=FORMAT_VERSION,
         shoulders_version=__version__,
         lm=_bound(skill.lm),
-        lm_dtype=str(skill.lm.dtype).removeprefix("torch."),
+        lm_dtype=skill.lm.precision,
         encoders=tuple(_bound(encoder) for encoder in skill.encoders()),
         skill=skill.config,
         templates=templates.as_dict(),

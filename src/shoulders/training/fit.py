@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from shoulders.data.batching import length_grouped
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
@@ -25,9 +24,10 @@ from shoulders.prompts.interface import Producer
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
 from shoulders.training.monitor import Monitor
-from shoulders.training.objective import Example, answer_losses
+from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
 from shoulders.training.recipe import Recipe
+from shoulders.training.step import streams
 from shoulders.training.validation import validate
 
 # After this many steps every trained tensor must have moved. (A zero-initialised projection
@@ -69,6 +69,8 @@ def fit(
     """
     if skill.producer is None:
         raise TrainingError("the recipe trains nothing: give the pass a prompt")
+    if recipe.training.recompute and skill.lm.blocks is None:
+        raise TrainingError(f"recompute: the layers of {skill.lm.name} are not fused; leave it out")
     config, producer, console = recipe.training, skill.producer, console or Console(stderr=True)
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -94,6 +96,7 @@ def fit(
         Monitor(
             out, config.steps, progress.step, console, tensorboard=config.tensorboard
         ) as monitor,
+        streams(skill, config.streams) as passes,
         deferred_interrupt() as interrupted,
     ):
         start, felt = progress.step, set[str]()
@@ -101,18 +104,7 @@ def fit(
             step = progress.step
             window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
             examples = [example_at(skill, mixture, i, config.seed) for i in window]
-            answers = sum(len(e.answer_ids) for e in examples)
-            prompt = producer.length
-            micro = length_grouped(
-                [prompt + e.tokens for e in examples], config.micro_tokens, config.rows_per_step
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss = 0.0
-            for rows in micro:
-                part = [examples[i] for i in rows]
-                nll = answer_losses(skill.lm, skill.prompt([e.text for e in part]), part).sum()
-                (nll / answers).backward()
-                loss += float(nll.detach()) / answers
+            loss = passes.gradients(skill, examples, config)
             norm = float(torch.nn.utils.clip_grad_norm_(producer.parameters(), config.clip))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(

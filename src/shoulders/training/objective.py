@@ -47,8 +47,8 @@ def answer_losses(
 ) -> Tensor:
     """Return each answer token's negative log-likelihood in nats, `[n]`, row after row.
 
-    Logits are computed at the `n` answer positions only, as a 2-D product. `recompute` saves memory,
-    see `shoulders.lm.fused.Blocks.hidden`.
+    Logits are computed at the `n` answer positions only, as a 2-D product. `recompute` saves
+    memory, see `shoulders.lm.fused.Blocks.hidden`.
     """
     ids = [e.input_ids + e.answer_ids[:-1] for e in examples]
     batch: Pack | Packed | Combined

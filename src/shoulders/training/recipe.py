@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
+from shoulders.lm.load import Precision
 from shoulders.prompts.build import config_of
 from shoulders.skills.config import SkillConfig
 
@@ -21,7 +22,7 @@ class LMConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "embedded"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     revision: str | None = None
 
 
@@ -47,8 +48,12 @@ class TrainingConfig(BaseModel):
     Attributes:
         steps: optimizer steps.
         rows_per_step: examples per step; their loss is the mean over their answer tokens.
-        micro_tokens: most positions in one forward pass; a step is split into passes of rows
-            of similar length, and their gradients add up.
+        micro_tokens: most positions in one forward pass; a step is split into such passes, and
+            their gradients add up.
+        streams: passes computed side by side, each on its share of the processor's threads;
+            by default as many as threads, four at most, where the LM's layers are fused.
+        recompute: keep only each layer's input of a pass and compute the rest again backwards:
+            a third more work, a fraction of the memory. Needs fused layers.
         warmup_steps: linear from 0 to the full rate.
         decay: from there to 0 at the last step (`linear`, `cosine`) or not (`constant`).
         clip: largest norm of the gradient.
@@ -65,6 +70,8 @@ class TrainingConfig(BaseModel):
     steps: int = Field(ge=1)
     rows_per_step: int = Field(default=16, ge=1)
     micro_tokens: int = Field(default=1024, ge=1)
+    streams: int | None = Field(default=None, ge=1)
+    recompute: bool = False
     optimizer: OptimizerConfig
     warmup_steps: int = Field(default=20, ge=0)
     decay: Literal["linear", "cosine", "constant"] = "linear"
