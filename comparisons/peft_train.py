@@ -1,13 +1,13 @@
 """PEFT's side of `shoulders bench train`: prompt tuning or LoRA through transformers' Trainer.
 
-Started by that command, as one process that waits: for every line on standard input it trains
-one run over the same rows and prints one JSON line. As PEFT's documentation shows it: the
-tokenized row with labels on its answer, padded by `DataCollatorForSeq2Seq`, `Trainer` with AdamW.
+Started by that command: trains once over the rows, after one step of warming up, and prints one
+JSON line. As PEFT's documentation shows it: the tokenized row with labels on its answer, padded by
+`DataCollatorForSeq2Seq`, `Trainer` with AdamW.
 
     default     prompt tuning, float32, batches as they come
     grouped     prompt tuning, float32, rows of similar length together
     bf16        prompt tuning, bfloat16, rows of similar length together
-    lora        LoRA r16 on attention and feed-forward, --dtype, rows of similar length together
+    lora        LoRA r16 on every linear layer, --dtype, rows of similar length together
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from transformers import (
 
 
 def main() -> None:
-    """Load once, then one run for every line that comes in."""
+    """Measure one run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lm", required=True)
     parser.add_argument("--rows", required=True, help='JSONL with "text" and "answer"')
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--length", type=int, required=True, help="prompt positions")
     parser.add_argument("--rows-per-step", type=int, required=True)
-    parser.add_argument("--lr", type=float, default=3e-2)
+    parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.lm)
@@ -50,40 +49,49 @@ def main() -> None:
         rows = [features(json.loads(line), tokenizer) for line in file]
     bf16 = options.variant == "bf16" or options.dtype == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
-        torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_pretrained(options.lm, dtype=dtype)
-        model = get_peft_model(base, config_of(options))
-        clock = Clock()
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=options.rows_per_step,
-                num_train_epochs=1,
-                learning_rate=options.lr,
-                train_sampling_strategy=(
-                    "random" if options.variant == "default" else "group_by_length"
-                ),
-                bf16=bf16,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-                dataloader_pin_memory=False,
-            )
-            collate = DataCollatorForSeq2Seq(tokenizer)
-            trainer = Trainer(model, arguments, collate, rows, callbacks=[clock])
-            trainer.train()
-        result = {
-            "seconds": clock.end - clock.start,
-            "steps": trainer.state.global_step,
-            "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        print(json.dumps(result), flush=True)
+    train(options, rows, tokenizer, dtype, warm_up=True)
+    print(json.dumps(train(options, rows, tokenizer, dtype)))
+
+
+def train(
+    options: argparse.Namespace,
+    rows: list[dict[str, list[int]]],
+    tokenizer: Any,
+    dtype: torch.dtype,
+    warm_up: bool = False,
+) -> dict[str, Any]:
+    """Train over all rows once (to warm up: one step) and return the figures."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(options.lm, dtype=dtype)
+    model = get_peft_model(base, config_of(options))
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=options.rows_per_step,
+            num_train_epochs=1,
+            max_steps=1 if warm_up else -1,
+            learning_rate=options.lr,
+            train_sampling_strategy=(
+                "random" if options.variant == "default" else "group_by_length"
+            ),
+            bf16=dtype == torch.bfloat16,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False,
+        )
+        collate = DataCollatorForSeq2Seq(tokenizer)
+        trainer = Trainer(model, arguments, collate, rows, callbacks=[clock])
+        trainer.train()
+    return {
+        "seconds": clock.end - clock.start,
+        "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def features(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:

@@ -244,8 +244,8 @@ def test_producers_get_exactly_the_inputs(lm: FrozenLM, tmp_path: Path) -> None:
     _, mixture, _, _ = _parts(recipe, lm)
     expected = [text for _, text in mixture.window(0, 20)]
     seen = _spied(recipe, lm, tmp_path / "out")
-    for step in range(5):
-        window = slice(4 * step, 4 * step + 4)
+    for at in range(5):
+        window = slice(4 * at, 4 * at + 4)
         assert sorted(seen[window]) == sorted(expected[window])
     assert len(seen) == 20
 

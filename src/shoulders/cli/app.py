@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoulders import __version__
-from shoulders.cli import demo, evaluate, generate, info, train
+from shoulders.cli import bench, demo, evaluate, generate, info, train
 from shoulders.errors import InterruptedTraining, ShouldersError
 
 # Wrong usage of the command line. New versions of typer carry click inside them, old ones
@@ -30,6 +30,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)

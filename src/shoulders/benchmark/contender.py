@@ -1,0 +1,70 @@
+"""Contenders of a benchmark: processes of their own, run by turns, each printing one JSON line."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shoulders.errors import ShouldersError
+from shoulders.training.monitor import quiet_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A name and the command line that measures it once."""
+
+    name: str
+    command: Sequence[str]
+
+
+def by_turns(
+    contenders: Sequence[Contender], runs: int, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """Run every contender `runs` times, one after the other in every round; return what they said.
+
+    Each run is a fresh process alone on the machine: no memory or cache is shared, and a slow
+    minute of the machine hits all alike.
+
+    Raises:
+        ShouldersError: a contender failed, with the last line of what it said.
+    """
+    results: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
+    with quiet_progress(console, "measuring", runs * len(contenders)) as advance:
+        for _ in range(runs):
+            for contender in contenders:
+                results[contender.name].append(measured(contender))
+                advance(1)
+    return results
+
+
+def measured(contender: Contender) -> dict[str, Any]:
+    """Run a contender once and return its last line's JSON."""
+    done = subprocess.run(list(contender.command), capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise ShouldersError(f"benchmark {contender.name} failed: {said}")
+    value: dict[str, Any] = json.loads(lines[-1])
+    return value
+
+
+def median(runs: Sequence[dict[str, Any]], key: str) -> float:
+    """Return the median of a figure over runs."""
+    return float(statistics.median(run[key] for run in runs))
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Write the rows that all contenders read."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read what `write_rows` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

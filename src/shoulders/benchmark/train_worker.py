@@ -1,0 +1,109 @@
+"""One measurement of our training step: `python -m shoulders.benchmark.train_worker`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shoulders.benchmark.contender import read_rows
+from shoulders.benchmark.limits import step_operations
+from shoulders.data.rows import Row
+from shoulders.encoders.load import load_encoder
+from shoulders.lm.load import load_lm
+from shoulders.skills.config import PassConfig, SkillConfig
+from shoulders.skills.skill import Skill
+from shoulders.training.fit import example_of
+from shoulders.training.objective import Example
+from shoulders.training.optimizer import make_optimizer
+from shoulders.training.recipe import OptimizerConfig, TrainingConfig
+from shoulders.training.step import split, streams
+
+INIT = {"source": "text", "text": "Read the instruction and give only the short answer."}
+
+
+def main() -> None:
+    """Train one pass over the rows, after one step of warming up, and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lm", required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--kind", required=True)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--rows-per-step", type=int, required=True)
+    options = parser.parse_args()
+
+    lm = load_lm(options.lm, dtype=options.dtype)
+    spec = {"kind": options.kind, "length": options.length, "init": INIT}
+    skill = Skill.create(
+        lm,
+        SkillConfig(passes=(PassConfig(prompt=spec),)),
+        functools.cache(load_encoder),
+        torch.Generator().manual_seed(0),
+    )
+    assert skill.producer is not None
+    rates = {"static": 0.1, "idpt": 0.1}
+    config = TrainingConfig(
+        steps=1,
+        rows_per_step=options.rows_per_step,
+        optimizer=OptimizerConfig(lr=rates.get(options.kind, 1e-2)),
+    )
+    optimizer = make_optimizer(skill.producer.named_parameters(), config.optimizer)
+    rows = read_rows(options.rows)
+    examples = [
+        example_of(skill, Row("benchmark", row["input"], (row["target"],)), row["input"], 0)
+        for row in rows
+    ]
+    steps = [
+        examples[i : i + options.rows_per_step]
+        for i in range(0, len(examples), options.rows_per_step)
+    ]
+    with streams(skill, config.streams) as passes:
+        passes.gradients(skill, steps[0], config)
+        started, losses = time.perf_counter(), []
+        for step in steps:
+            losses.append(passes.gradients(skill, step, config))
+            torch.nn.utils.clip_grad_norm_(skill.producer.parameters(), config.clip)
+            optimizer.step()
+        seconds = time.perf_counter() - started
+        work = [work_of(skill, step, config, passes.count) for step in steps]
+    result = {
+        "seconds": seconds,
+        "losses": losses,
+        "rows": len(rows),
+        "real_tokens": sum(e.tokens for e in examples),
+        "positions": sum(positions for positions, _ in work),
+        "operations": sum(operations for _, operations in work),
+        "trained_parameters": skill.trained_parameters,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def work_of(
+    skill: Skill, step: Sequence[Example], config: TrainingConfig, count: int
+) -> tuple[int, float]:
+    """Return the positions that the LM computes in a step, and the operations it must do."""
+    assert skill.producer is not None
+    prompt = skill.prompt([e.text for e in step[:1]])
+    vectors, prefix = prompt.vectors.shape[1], prompt.keys_values.shape[4]
+    positions = pairs = 0
+    for pack in split(skill, step, config.micro_tokens, count):
+        own = 0 if prompt.shared or skill.lm.blocks is None else vectors
+        positions += (vectors if prompt.shared else 0) + sum(own + step[i].tokens for i in pack)
+        for i in pack:
+            length = own + step[i].tokens
+            pairs += length * (length + 1) // 2 + length * (prefix + vectors - own)
+    answers = sum(len(e.answer_ids) for e in step)
+    return positions, step_operations(skill.lm, positions, pairs, answers)
+
+
+if __name__ == "__main__":
+    main()

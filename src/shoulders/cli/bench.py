@@ -1,0 +1,111 @@
+"""`shoulders bench train|generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from shoulders.cli.common import emit_json, quiet_libraries, stderr, stdout
+from shoulders.errors import ShouldersError
+
+app = typer.Typer(
+    help="Measure training or generation: tokens per second, share of this machine's limit, "
+    "and how that compares with other libraries in the same run.",
+    no_args_is_help=True,
+)
+
+_Data = Annotated[
+    Path | None, typer.Option(help="JSONL or Parquet rows. Default: the demo's tasks.")
+]
+_Templates = Annotated[Path | None, typer.Option(help="Templates for --data (YAML).")]
+_LM = Annotated[str, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")]
+_Peers = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the peers' scripts (comparisons/ of the repository)."),
+]
+_NoPeers = Annotated[bool, typer.Option("--no-peers", help="Measure shoulders alone.")]
+_Runs = Annotated[int, typer.Option(min=1, help="Runs of each contender; medians are shown.")]
+_JSON = Annotated[Path | None, typer.Option(help="Write every figure here.")]
+
+
+@app.command("train")
+def train(
+    data: _Data = None,
+    templates: _Templates = None,
+    lm: _LM = "embedded",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; the first gives the headline.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Kind of prompt; repeatable. Default: all four.")
+    ] = None,
+    rows_per_step: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in one run.")] = 2,
+    length: Annotated[int, typer.Option(min=1, help="Prompt positions.")] = 20,
+    runs: _Runs = 5,
+    peers: _Peers = None,
+    no_peers: _NoPeers = False,
+    json: _JSON = None,
+) -> None:
+    """Measure the training step against PEFT with transformers' Trainer, on the same rows."""
+    from shoulders.benchmark.rows import benchmark_rows
+    from shoulders.benchmark.train import KINDS, TrainBenchmark, bench_train
+    from shoulders.lm.load import PRECISIONS
+
+    quiet_libraries()
+    for wanted in dtype or ():
+        if wanted not in PRECISIONS:
+            raise ShouldersError(f"--dtype {wanted}: use one of {', '.join(PRECISIONS)}")
+    for wanted in kind or ():
+        if wanted not in KINDS:
+            raise ShouldersError(f"--kind {wanted}: use one of {', '.join(KINDS)}")
+    settings = TrainBenchmark(
+        lm=lm,
+        dtypes=dtype or ["int8", "float32"],
+        kinds=kind or KINDS,
+        rows_per_step=rows_per_step,
+        length=length,
+        runs=runs,
+        peers=None if no_peers else _found(peers, "peft_train.py"),
+    )
+    rows = benchmark_rows(data, templates, rows_per_step * steps)
+    result = bench_train(settings, rows, stderr())
+    emit_json(json, result)
+    table = Table("", "real tokens/s", "share of limit", "times PEFT", "its best", "LoRA", "RSS")
+    for name, entry in result["methods"].items():
+        ratios = entry.get("ratios", {})
+        table.add_row(
+            name,
+            f"{entry['real_tokens_per_s']:.0f}",
+            f"{entry['share_of_limit']:.0%}" if "share_of_limit" in entry else "",
+            *(_times(ratios.get(peer)) for peer in ("peft_default", "peft_best", "lora")),
+            f"{entry['peak_rss_bytes'] / 2**30:.1f} GiB",
+        )
+    stdout().print(table)
+    stdout().print(_limits(result["limit_operations_per_s"]))
+
+
+def _found(folder: Path | None, script: str) -> Path:
+    """Return the folder of the peers' scripts: as given, or beside the working folder."""
+    chosen = folder or Path("comparisons")
+    if not (chosen / script).is_file():
+        raise ShouldersError(
+            f"{chosen / script}: not found; give --peers, the folder comparisons/ of the "
+            "repository, or --no-peers"
+        )
+    return chosen
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.1f}x"
+
+
+def _limits(rates: dict[str, Any]) -> str:
+    shown = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in rates.items())
+    return (
+        f"matrix products on the LM's shapes, in 10^9 operations per second: {shown}; "
+        "the limit is the faster floating-point one"
+    )
