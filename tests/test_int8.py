@@ -1,0 +1,185 @@
+"""int8 layers: against what they stand for, and the promises through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shoulders.lm import fused
+from shoulders.lm.combine import combine
+from shoulders.lm.decode import DecodingConfig, generate
+from shoulders.lm.frozen import FrozenLM, lm_fingerprint
+from shoulders.lm.int8 import Int8Linear, to_int8
+from shoulders.lm.prompt import Prompt
+from shoulders.lm.smooth import smooth
+from shoulders.training.objective import Example, answer_losses
+
+ROWS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [5, 6]]
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run with the compiled functions and without them."""
+    if request.param == "plain":
+        monkeypatch.setattr(fused, "available", lambda: None)
+        monkeypatch.setattr("shoulders.lm.int8.available", lambda: None)
+    return str(request.param)
+
+
+def int8_of(lm: FrozenLM) -> FrozenLM:
+    """Round a fresh tiny LM, as `load_lm` does."""
+    fingerprint = lm_fingerprint(lm.model, lm.tokenizer)
+    if lm.blocks is not None:
+        smooth(lm.model, lm.tokenizer)
+    to_int8(lm.model)
+    return FrozenLM(lm.model, lm.tokenizer, lm.name, fingerprint=fingerprint)
+
+
+def prompt_for(lm: FrozenLM, rows: int, seed: int = 0) -> Prompt:
+    """Return random vectors and prefixes, leaves that take gradients."""
+    random, shape = torch.Generator().manual_seed(seed), lm.prefix_shape
+    size = rows, shape.layers, 2, shape.kv_heads, 3, shape.head_dim
+    return Prompt(
+        (0.2 * torch.randn(rows, 2, lm.hidden_size, generator=random)).requires_grad_(),
+        torch.ones(rows, 2, dtype=torch.bool),
+        torch.randn(size, generator=random).requires_grad_(),
+        torch.ones(rows, 3, dtype=torch.bool),
+    )
+
+
+def examples(rows: Sequence[list[int]] = ROWS) -> list[Example]:
+    return [Example(str(ids), ids, [20 + i, 21, 0], "t") for i, ids in enumerate(rows)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradient_are_those_of_the_dequantised_weight(bias: bool, kernels: str) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 80, bias=bias)
+    rounded = Int8Linear(linear.weight, linear.bias)
+    weight = rounded.dequantised()
+    assert (
+        float((weight - linear.weight).detach().abs().max())
+        <= linear.weight.abs().max().item() / 250
+    )
+    x = torch.randn(3, 7, 96, requires_grad=True)
+    y, g = rounded(x), torch.randn(3, 7, 80)
+    expected = nn.functional.linear(x, weight, linear.bias)
+    (gradient,) = torch.autograd.grad(y, x, g)
+    (expected_gradient,) = torch.autograd.grad(expected, x, g)
+    for mine, theirs in ((y, expected), (gradient, expected_gradient)):
+        assert float((mine - theirs).norm() / theirs.norm()) < 0.01
+    assert not any(p.requires_grad for p in rounded.parameters())
+
+
+def test_smoothing_changes_no_logit(fresh_lm: Callable[..., FrozenLM]) -> None:
+    lm = fresh_lm("qwen2")  # with biases
+    ids = torch.arange(2, 40)[None]
+    before = lm.model(ids).logits
+    norms = lm.model.model.layers[0].input_layernorm.weight.clone()
+    smooth(lm.model, lm.tokenizer)
+    assert not torch.equal(norms, lm.model.model.layers[0].input_layernorm.weight)
+    difference = float((lm.model(ids).logits - before).abs().max())
+    assert difference <= 1e-5 * float(before.abs().max())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2", "gemma2"])
+def test_a_rounded_lm_is_near_the_one_it_was(
+    arch: str, fresh_lm: Callable[..., FrozenLM], kernels: str
+) -> None:
+    ids = torch.arange(2, 40)[None]
+    lm = fresh_lm(arch)
+    before, fingerprint = lm.model(ids).logits, lm.fingerprint
+    parameters = lm.parameters
+    rounded = int8_of(lm)
+    assert rounded.precision == "int8"
+    assert rounded.fingerprint == fingerprint, "a skill is bound to the LM, not to its precision"
+    assert rounded.parameters == parameters
+    after = rounded.model(ids).logits
+    assert not torch.equal(before, after)
+    assert float((after - before).norm() / before.norm()) < 0.1
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_rows_of_a_pack_are_bit_equal_to_rows_alone(
+    arch: str, fresh_lm: Callable[..., FrozenLM], kernels: str
+) -> None:
+    lm = int8_of(fresh_lm(arch))
+    prompt = prompt_for(lm, len(ROWS))
+    assert lm.blocks is not None
+
+    def states(rows: list[int]) -> list[Tensor]:
+        assert lm.blocks is not None
+        with torch.no_grad():
+            pack = lm.blocks.pack(lm.embed, prompt.select(rows), [ROWS[i] for i in rows])
+            flat = lm.blocks.hidden(pack)
+        return [flat[at : at + len(ROWS[i])] for at, i in zip(pack.first_token, rows, strict=True)]
+
+    together = states([0, 1, 2, 3])
+    for i, state in enumerate(together):
+        (alone,) = states([i])
+        if kernels == "compiled":
+            assert torch.equal(state, alone), "integer sums, and floats in each row's own order"
+        else:
+            assert float((state - alone).abs().max()) <= 1e-4
+
+
+def test_compiled_layers_are_near_the_plain_ones(
+    fresh_lm: Callable[..., FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = int8_of(fresh_lm("llama"))
+
+    def run() -> list[Tensor]:
+        prompt = prompt_for(lm, len(ROWS))
+        losses = answer_losses(lm, prompt, examples())
+        leaves = torch.autograd.grad(losses.sum(), [prompt.vectors, prompt.keys_values])
+        return [losses.detach(), *leaves]
+
+    compiled = run()
+    monkeypatch.setattr(fused, "available", lambda: None)
+    for mine, theirs in zip(compiled, run(), strict=True):
+        # A level may fall to the other side where both sum in another order.
+        assert float((mine - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_recomputed_gradients_are_bit_equal(
+    fresh_lm: Callable[..., FrozenLM], kernels: str
+) -> None:
+    lm = int8_of(fresh_lm("llama"))
+    found = []
+    for recompute in (False, True):
+        prompt = prompt_for(lm, len(ROWS))
+        losses = answer_losses(lm, prompt, examples(), recompute=recompute)
+        found.append(torch.autograd.grad(losses.sum(), [prompt.vectors, prompt.keys_values]))
+    for plain, again in zip(*found, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_nan_in_a_prompt_reaches_the_loss_of_its_row_only(
+    fresh_lm: Callable[..., FrozenLM], kernels: str
+) -> None:
+    lm = int8_of(fresh_lm("llama"))
+    prompt = prompt_for(lm, len(ROWS))
+    with torch.no_grad():
+        prompt.vectors[2, 0, 0] = float("nan")
+        losses = answer_losses(lm, prompt, examples()).view(len(ROWS), 3)
+    assert torch.isfinite(losses).all(1).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_cached_answers_equal_a_loop_without_a_cache(
+    arch: str, fresh_lm: Callable[..., FrozenLM], kernels: str
+) -> None:
+    lm = int8_of(fresh_lm(arch))
+    prompt = prompt_for(lm, len(ROWS))
+    with torch.no_grad():
+        answers = generate(lm, prompt, ROWS, DecodingConfig(max_new_tokens=8))
+        for i, (answer,) in enumerate(answers):
+            ids = list(ROWS[i])
+            for token in answer.token_ids:
+                batch = combine(lm, prompt.select([i]), [ids])
+                hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
+                assert int(lm.logits(hidden[0, -1:]).argmax()) == token
+                ids.append(token)
