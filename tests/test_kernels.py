@@ -154,9 +154,10 @@ def test_attention_and_its_gradient(
     t, b = sum(lengths), len(lengths)
     qkv = drawn(t, (heads + 2 * kv_heads) * width)
     prefix = drawn(2, b, q, kv_heads, width, seed=1)
-    expected = block.attend(qkv, prefix, rows, sizes)
     turned = qkv.clone()
     compiled.rotate(turned, rows, sizes)
+    assert close(turned, block.turned(qkv, rows, sizes))
+    expected = block.attend(turned, prefix, rows, sizes)
     out = compiled.attend(turned, prefix, rows, sizes)
     assert close(out, expected.out)
 
@@ -165,8 +166,10 @@ def test_attention_and_its_gradient(
     saved = Saved(empty, empty, *expected.saved, empty)
     g_qkv, g_prefix = block.attend_back(gradient, saved, rows, sizes)
     mine, mine_prefix = compiled.attend_back(gradient, turned, prefix, rows, sizes)
-    compiled.rotate(mine, rows, sizes, -1.0)
     assert close(mine, g_qkv)
+    back = mine.clone()
+    compiled.rotate(back, rows, sizes, -1.0)
+    assert close(back, block.turned(mine, rows, sizes, back=True))
     assert not q or close(mine_prefix, g_prefix)
 
 

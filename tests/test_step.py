@@ -13,11 +13,13 @@ from torch import Tensor
 from shoulders.data.batching import balanced
 from shoulders.encoders.load import load_encoder
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.streams import Streams
 from shoulders.skills.config import PassConfig, SkillConfig
 from shoulders.skills.skill import Skill
+from shoulders.training import step
 from shoulders.training.objective import Example
 from shoulders.training.recipe import OptimizerConfig, TrainingConfig
-from shoulders.training.step import split, streams
+from shoulders.training.step import split
 from tiny_models import prompt_spec, save_tiny_encoder
 
 ROWS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [5, 6], [9, 9, 9, 9, 9, 9, 9], [4, 3]]
@@ -37,8 +39,8 @@ def examples() -> list[Example]:
 
 def gradients(skill: Skill, count: int, most: int = 1024) -> tuple[float, list[Tensor]]:
     config = CONFIG.model_copy(update={"micro_tokens": most})
-    with streams(skill, count) as passes:
-        loss = passes.gradients(skill, examples(), config)
+    with Streams(count) as passes:
+        loss = step.gradients(skill, examples(), config, passes)
     assert skill.producer is not None
     return loss, [p.grad.clone() for p in skill.producer.parameters() if p.grad is not None]
 

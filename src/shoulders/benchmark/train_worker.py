@@ -18,13 +18,14 @@ from shoulders.benchmark.limits import step_operations
 from shoulders.data.rows import Row
 from shoulders.encoders.load import load_encoder
 from shoulders.lm.load import load_lm
+from shoulders.lm.streams import Streams
 from shoulders.skills.config import PassConfig, SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.fit import example_of
 from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer
 from shoulders.training.recipe import OptimizerConfig, TrainingConfig
-from shoulders.training.step import split, streams
+from shoulders.training.step import gradients, split
 
 INIT = {"source": "text", "text": "Read the instruction and give only the short answer."}
 
@@ -65,11 +66,11 @@ def main() -> None:
         examples[i : i + options.rows_per_step]
         for i in range(0, len(examples), options.rows_per_step)
     ]
-    with streams(skill, config.streams) as passes:
-        passes.gradients(skill, steps[0], config)
+    with Streams.of(lm) as passes:
+        gradients(skill, steps[0], config, passes)
         started, losses = time.perf_counter(), []
         for step in steps:
-            losses.append(passes.gradients(skill, step, config))
+            losses.append(gradients(skill, step, config, passes))
             torch.nn.utils.clip_grad_norm_(skill.producer.parameters(), config.clip)
             optimizer.step()
         seconds = time.perf_counter() - started

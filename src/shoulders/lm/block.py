@@ -51,6 +51,8 @@ class Rows(NamedTuple):
         packed: `[t]`, padded place of every packed position.
         mask: `[b, 1, s, c + s]`, 0 where a key is seen, the dtype's minimum elsewhere.
         start, length: `[b]`, packed position where each row begins, and how many it has.
+        seen, slot: `[b]`, where the prefix is a cache with room to spare: how many of its
+            positions each row sees, and which of its rows is theirs; else None.
     """
 
     cos: Tensor
@@ -60,6 +62,8 @@ class Rows(NamedTuple):
     mask: Tensor
     start: Tensor
     length: Tensor
+    seen: Tensor | None = None
+    slot: Tensor | None = None
 
 
 class Sizes(NamedTuple):
@@ -87,18 +91,19 @@ class Saved(NamedTuple):
 
 def forward(
     x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
-) -> tuple[Tensor, Saved]:
+) -> tuple[Tensor, Tensor, Saved]:
     """Map `x [t, d]` to the layer's output `[t, d]`.
 
-    `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0.
+    `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0. The
+    second result is `[t, (h + 2 g) e]`: rotated queries and keys, and values.
     """
-    qkv = times(_norm(x, layer.attention_norm, sizes.epsilon), layer.qkv)
+    qkv = turned(times(_norm(x, layer.attention_norm, sizes.epsilon), layer.qkv), rows, sizes)
     attended = attend(qkv, prefix, rows, sizes)
     middle = x + times(attended.out, layer.output)
     gate_up = times(_norm(middle, layer.feed_norm, sizes.epsilon), layer.gate_up)
     gate, up = gate_up.chunk(2, -1)
     y = middle + times(torch.nn.functional.silu(gate) * up, layer.down)
-    return y, Saved(x, middle, *attended.saved, gate_up)
+    return y, qkv, Saved(x, middle, *attended.saved, gate_up)
 
 
 def backward(
@@ -115,6 +120,7 @@ def backward(
         times_back(g_gate_up, layer.gate_up), saved.middle, layer.feed_norm, sizes.epsilon
     )
     g_qkv, g_prefix = attend_back(times_back(g_middle, layer.output), saved, rows, sizes)
+    g_qkv = turned(g_qkv, rows, sizes, back=True)
     g_x = g_middle + _norm_back(
         times_back(g_qkv, layer.qkv), saved.x, layer.attention_norm, sizes.epsilon
     )
@@ -129,13 +135,14 @@ class Attended(NamedTuple):
 
 
 def attend(qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Attended:
-    """Let every row attend to its prefix and itself: `qkv [t, (h + 2 g) e]`."""
+    """Let every row attend to its prefix and itself: rotated `qkv [t, (h + 2 g) e]`."""
     h, g, e = sizes.heads, sizes.kv_heads, sizes.width
     b = rows.mask.shape[0]
+    if rows.slot is not None:
+        prefix = prefix[:, rows.slot, : rows.mask.shape[3] - rows.mask.shape[2]]
     qkv = qkv.view(-1, h + 2 * g, e)
-    turned = rotated(qkv[:, : h + g], rows.cos, rows.sin)
-    queries = turned[:, :h][rows.spread].view(b, -1, h, e).transpose(1, 2)
-    keys = _before(prefix[0], turned[:, h:], rows, sizes)
+    queries = qkv[:, :h][rows.spread].view(b, -1, h, e).transpose(1, 2)
+    keys = _before(prefix[0], qkv[:, h : h + g], rows, sizes)
     values = _before(prefix[1], qkv[:, h + g :], rows, sizes)
     attended, logsumexp = _attend(queries, keys, values, 0.0, False, attn_mask=rows.mask)
     out = attended.transpose(1, 2).reshape(-1, h * e)[rows.packed]
@@ -143,7 +150,7 @@ def attend(qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Attended:
 
 
 def attend_back(gradient: Tensor, saved: Saved, rows: Rows, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `qkv` and `prefix`, given that of `out [t, h * e]`."""
+    """Return the gradients of rotated `qkv` and `prefix`, given that of `out [t, h * e]`."""
     h, e = sizes.heads, sizes.width
     b = rows.mask.shape[0]
     # A pad's place reads some real position's gradient: its own must be nothing.
@@ -158,8 +165,7 @@ def attend_back(gradient: Tensor, saved: Saved, rows: Rows, sizes: Sizes) -> tup
     g_q = g_queries.transpose(1, 2).reshape(-1, h, e)[rows.packed]
     g_k, g_prefix_k = _before_back(g_keys, rows, sizes)
     g_v, g_prefix_v = _before_back(g_values, rows, sizes)
-    g_turned = rotated(torch.cat([g_q, g_k], 1), rows.cos, -rows.sin)
-    g_qkv = torch.cat([g_turned, g_v], 1).flatten(1)
+    g_qkv = torch.cat([g_q, g_k, g_v], 1).flatten(1)
     return g_qkv, torch.stack([g_prefix_k, g_prefix_v])
 
 
@@ -193,10 +199,17 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round().to(torch.int8), scale
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn `x [t, heads, e]` by its positions' angles (RoPE, arXiv 2104.09864)."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+def turned(qkv: Tensor, rows: Rows, sizes: Sizes, *, back: bool = False) -> Tensor:
+    """Turn queries and keys of `qkv [t, (h + 2 g) e]` by their positions' angles, or back.
+
+    RoPE, arXiv 2104.09864, with the two halves of a head as the pairs.
+    """
+    heads = sizes.heads + sizes.kv_heads
+    qkv = qkv.view(len(qkv), -1, sizes.width)
+    first, second = qkv[:, :heads].chunk(2, -1)
+    sin = -rows.sin if back else rows.sin
+    parts = [first * rows.cos - second * sin, second * rows.cos + first * sin]
+    return torch.cat([torch.cat(parts, -1), qkv[:, heads:]], 1).flatten(1)
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -23,8 +23,8 @@ class Block8:
 
     def forward(
         self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Map `x [t, d]` to the layer's output `[t, d]`."""
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Map `x [t, d]` to the layer's output `[t, d]`; the second result is rotated qkv."""
         kernels, prefix = self._kernels, prefix.contiguous()
         levels = kernels.norm_round(x, layer.attention_norm, sizes.epsilon)
         qkv = self._times(levels, layer.qkv)
@@ -34,7 +34,7 @@ class Block8:
         levels = kernels.norm_round(middle, layer.feed_norm, sizes.epsilon)
         gate_up = self._times(levels, layer.gate_up)
         y = self._times(kernels.gate_round(gate_up), layer.down, rest=middle)
-        return y, (x, prefix, qkv, middle, gate_up)
+        return y, qkv, (x, prefix, qkv, middle, gate_up)
 
     def backward(
         self, gradient: Tensor, tensors: Sequence[Tensor], layer: Layer, rows: Rows, sizes: Sizes

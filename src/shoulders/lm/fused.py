@@ -155,7 +155,7 @@ class _Functions(Protocol):
 
     def forward(
         self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
-    ) -> tuple[Tensor, Sequence[Tensor]]: ...
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]: ...
 
     def backward(
         self, gradient: Tensor, tensors: Sequence[Tensor], layer: Layer, rows: Rows, sizes: Sizes
@@ -176,7 +176,7 @@ class _Block(torch.autograd.Function):
         run: _Functions,
         recompute: bool,
     ) -> Tensor:
-        y, saved = run.forward(x, prefix, layer, rows, sizes)
+        y, _, saved = run.forward(x, prefix, layer, rows, sizes)
         ctx.constants = layer, rows, sizes, run
         ctx.recompute = recompute
         ctx.save_for_backward(*((x, prefix) if recompute else saved))
@@ -187,7 +187,7 @@ class _Block(torch.autograd.Function):
         layer, rows, sizes, run = ctx.constants
         with torch.no_grad():
             if ctx.recompute:
-                _, saved = run.forward(*ctx.saved_tensors, layer, rows, sizes)
+                _, _, saved = run.forward(*ctx.saved_tensors, layer, rows, sizes)
             else:
                 saved = ctx.saved_tensors
             g_x, g_prefix = run.backward(gradients[0], saved, layer, rows, sizes)

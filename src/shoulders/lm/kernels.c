@@ -168,12 +168,21 @@ void rotate(float *qkv, const float *cosine, const float *sine, float sign, size
  * pack (unless it is those itself, r = 0), then its own up to the query. */
 typedef struct {
     const float *qkv, *prefix_keys, *prefix_values;
-    const int64_t *start, *length;
+    const int64_t *start, *length, *seen, *slot;
     size b, q, shared, h, g, e;
 } rows_t;
 
+/* Positions of its prefix that row r sees: all q, or the first ones of a cache. */
+static size of_prefix(const rows_t *rows, size r) { return rows->seen ? rows->seen[r] : rows->q; }
+
 static size seen_before(const rows_t *rows, size r) {
-    return rows->q + (rows->shared && r > 0 ? rows->shared : 0);
+    return of_prefix(rows, r) + (rows->shared && r > 0 ? rows->shared : 0);
+}
+
+/* Key (or value) j of row r's prefix. */
+static const float *in_prefix(const rows_t *rows, const float *prefix, size r, size j, size head) {
+    size row = rows->slot ? rows->slot[r] : r;
+    return prefix + ((row * rows->q + j) * rows->g + head) * rows->e;
 }
 
 static size whole(size n) { return (n + WIDE - 1) / WIDE * WIDE; }
@@ -184,8 +193,8 @@ static void gather(const rows_t *rows, size r, size head, size values, float *pl
     size e = rows->e, all = rows->h + 2 * rows->g, n = 0;
     size at = rows->h + (values ? rows->g : 0) + head;
     const float *prefix = values ? rows->prefix_values : rows->prefix_keys;
-    for (size j = 0; j < rows->q; j++)
-        memcpy(plain + n++ * e, prefix + ((r * rows->q + j) * rows->g + head) * e, e * 4);
+    for (size j = 0; j < of_prefix(rows, r); j++)
+        memcpy(plain + n++ * e, in_prefix(rows, prefix, r, j, head), e * 4);
     if (rows->shared && r > 0)
         for (size j = 0; j < rows->shared; j++)
             memcpy(plain + n++ * e, rows->qkv + (j * all + at) * e, e * 4);
@@ -261,15 +270,46 @@ static void softmax(float *y, size m) {
     for (size j = 0; j < m; j++) y[j] *= inverse;
 }
 
+static float dot(const float *restrict x, const float *restrict y, size e) {
+    float sum = 0.0f;
+    for (size d = 0; d < e; d++) sum += x[d] * y[d];
+    return sum;
+}
+
+/* A row of one position reads its prefix where it lies: nothing is gathered for one query. */
+static void attend_one(const rows_t *rows, size r, float factor, float *out, float *p) {
+    size e = rows->e, all = rows->h + 2 * rows->g, group = rows->h / rows->g;
+    size before = of_prefix(rows, r);
+    const float *own = rows->qkv + rows->start[r] * all * e;
+    for (size head = 0; head < rows->g; head++)
+        for (size query = head * group; query < (head + 1) * group; query++) {
+            const float *x = own + query * e;
+            float *to = out + (rows->start[r] * rows->h + query) * e;
+            for (size j = 0; j < before; j++)
+                p[j] = factor * dot(x, in_prefix(rows, rows->prefix_keys, r, j, head), e);
+            p[before] = factor * dot(x, own + (rows->h + head) * e, e);
+            softmax(p, before + 1);
+            const float *value = own + (rows->h + rows->g + head) * e;
+            for (size d = 0; d < e; d++) to[d] = p[before] * value[d];
+            for (size j = 0; j < before; j++)
+                spread(p + j, in_prefix(rows, rows->prefix_values, r, j, head), to, 1, e);
+        }
+}
+
 /* out [t, h, e]; room: n (4 e + 1) floats, n the most that a row sees, in
  * whole vectors. */
 void attend(const float *qkv, const float *prefix_keys, const float *prefix_values,
-            const int64_t *start, const int64_t *length, float *out, float *room, size b, size q,
-            size shared, size h, size g, size e) {
-    rows_t rows = {qkv, prefix_keys, prefix_values, start, length, b, q, shared, h, g, e};
+            const int64_t *start, const int64_t *length, const int64_t *seen, const int64_t *slot,
+            float *out, float *room, size b, size q, size shared, size h, size g, size e) {
+    rows_t rows = {qkv, prefix_keys, prefix_values, start, length, seen, slot,
+                   b,   q,           shared,        h,     g,      e};
     size all = h + 2 * g, group = h / g;
     float factor = 1.0f / sqrtf((float)e);
     for (size r = 0; r < b; r++) {
+        if (length[r] == 1 && !shared) {
+            attend_one(&rows, r, factor, out, room);
+            continue;
+        }
         size before = seen_before(&rows, r), n = whole(before + length[r]);
         float *k = room, *k_turned = k + n * e, *v = k_turned + n * e, *v_turned = v + n * e;
         float *p = v_turned + n * e;
@@ -295,7 +335,7 @@ void attend_back(const float *qkv, const float *prefix_keys, const float *prefix
                  const int64_t *start, const int64_t *length, const float *g_out, float *g_qkv,
                  float *g_prefix_keys, float *g_prefix_values, float *room, size b, size q,
                  size shared, size h, size g, size e) {
-    rows_t rows = {qkv, prefix_keys, prefix_values, start, length, b, q, shared, h, g, e};
+    rows_t rows = {qkv, prefix_keys, prefix_values, start, length, 0, 0, b, q, shared, h, g, e};
     size all = h + 2 * g, group = h / g;
     float factor = 1.0f / sqrtf((float)e);
     for (size j = 0; j < shared; j++) memset(g_qkv + j * all * e, 0, all * e * 4);

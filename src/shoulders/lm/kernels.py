@@ -57,7 +57,7 @@ class Kernels:
         ]
         self._c.norm_back.argtypes = [*[pointer] * 4, real, *[pointer] * 3, size, size]
         self._c.rotate.argtypes = [pointer, pointer, pointer, real, *[size] * 4]
-        self._c.attend.argtypes = [*[pointer] * 7, *[size] * 6]
+        self._c.attend.argtypes = [*[pointer] * 9, *[size] * 6]
         self._c.attend_back.argtypes = [*[pointer] * 10, *[size] * 6]
 
     def round_rows(self, x: Tensor, channel: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -145,11 +145,12 @@ class Kernels:
     def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
         """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""
         out = torch.empty(len(qkv), sizes.heads * sizes.width)
-        b, q = prefix.shape[1:3]
-        room = torch.empty(_seen(rows, q, sizes) * (4 * sizes.width + 1))
+        b, q = len(rows.start), prefix.shape[2]
+        room = torch.empty(_most_seen(rows) * (4 * sizes.width + 1))
         self._c.attend(
             *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
-            *(_at(out), _at(room), b, q, sizes.shared, sizes.heads, sizes.kv_heads, sizes.width),
+            *(_at(rows.seen), _at(rows.slot), _at(out), _at(room), b, q, sizes.shared),
+            *(sizes.heads, sizes.kv_heads, sizes.width),
         )
         return out
 
@@ -159,7 +160,7 @@ class Kernels:
         """Return the gradients of rotated `qkv` and of `prefix`, given that of `attend`."""
         g_qkv, g_prefix = torch.empty_like(qkv), torch.empty_like(prefix)
         b, q = prefix.shape[1:3]
-        room = torch.empty(_seen(rows, q, sizes) * (6 * sizes.width + 2))
+        room = torch.empty(_most_seen(rows) * (6 * sizes.width + 2))
         self._c.attend_back(
             *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
             *(_at(gradient), _at(g_qkv), _at(g_prefix[0]), _at(g_prefix[1]), _at(room)),
@@ -201,9 +202,9 @@ def _processor_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _seen(rows: Rows, q: int, sizes: Sizes) -> int:
+def _most_seen(rows: Rows) -> int:
     """Return the most positions that a row sees, in whole vectors."""
-    return -(-(q + sizes.shared + rows.mask.shape[2]) // _WIDE) * _WIDE
+    return -(-rows.mask.shape[3] // _WIDE) * _WIDE
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -20,6 +20,7 @@ from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
 from shoulders.errors import InterruptedTraining, TrainingError, WindowError
 from shoulders.files import remove_partial, writing_to
+from shoulders.lm.streams import Streams
 from shoulders.prompts.interface import Producer
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
@@ -27,7 +28,7 @@ from shoulders.training.monitor import Monitor
 from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
 from shoulders.training.recipe import Recipe
-from shoulders.training.step import streams
+from shoulders.training.step import gradients
 from shoulders.training.validation import validate
 
 # After this many steps every trained tensor must have moved. (A zero-initialised projection
@@ -96,7 +97,7 @@ def fit(
         Monitor(
             out, config.steps, progress.step, console, tensorboard=config.tensorboard
         ) as monitor,
-        streams(skill, config.streams) as passes,
+        Streams.of(skill.lm, config.streams) as passes,
         deferred_interrupt() as interrupted,
     ):
         start, felt = progress.step, set[str]()
@@ -104,7 +105,7 @@ def fit(
             step = progress.step
             window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
             examples = [example_at(skill, mixture, i, config.seed) for i in window]
-            loss = passes.gradients(skill, examples, config)
+            loss = gradients(skill, examples, config, passes)
             norm = float(torch.nn.utils.clip_grad_norm_(producer.parameters(), config.clip))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
