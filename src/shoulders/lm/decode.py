@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from shoulders.lm.combine import combine
+from shoulders.lm.decoder import prefilled
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import next_tokens, sample_stream
@@ -24,13 +24,14 @@ class DecodingConfig(BaseModel):
     """How to generate.
 
     `temperature` 0 is greedy; `n` samples share one prefill; generation ends at the LM's end
-    token, at a `stop` string (not part of the text), after `max_new_tokens`, or where the
-    LM's window ends.
+    token (not before `min_new_tokens`), at a `stop` string (not part of the text), after
+    `max_new_tokens`, or where the LM's window ends.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: int = Field(default=64, ge=1)
+    min_new_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     n: int = Field(default=1, ge=1)
@@ -101,28 +102,22 @@ def stream(
     lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]], config: DecodingConfig
 ) -> Iterator[Delta]:
     """Generate as `generate` does, yielding text as soon as it can no longer change."""
-    with torch.no_grad():
-        batch = combine(lm, prompt, token_ids, pad="left", keep_cache=True)
-        cache = batch.cache
-        assert cache is not None  # keep_cache
-        hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, cache)
-        logits = lm.logits(hidden[:, -1])
-    mask, lengths = batch.mask, batch.lengths
+    decoder = prefilled(lm, prompt, token_ids, config.max_new_tokens)
     if config.n > 1:
-        cache.batch_repeat_interleave(config.n)
-        logits, mask, lengths = (t.repeat_interleave(config.n, 0) for t in (logits, mask, lengths))
+        decoder.repeat(config.n)
+    lengths = decoder.lengths.tolist()
     running = [
         _Running(
             row,
             sample,
             sample_stream(config.seed, ids, sample),
-            min(config.max_new_tokens, lm.max_positions - int(lengths[row * config.n]) + 1),
+            min(config.max_new_tokens, lm.max_positions - lengths[row * config.n] + 1),
         )
         for row, ids in enumerate(token_ids)
         for sample in range(config.n)
     ]
     while True:
-        chosen = _choose(logits, running, config)
+        chosen = _choose(lm, decoder.logits, running, config)
         ended = []
         for state in running:
             delta = _advance(lm, state, config)
@@ -131,20 +126,20 @@ def stream(
                 yield delta
         if all(ended):
             return
-        with torch.no_grad():
-            if any(ended):
-                keep = torch.tensor([i for i, e in enumerate(ended) if not e], device=lm.device)
-                cache.batch_select_indices(keep)
-                chosen, mask, lengths = chosen[keep], mask[keep], lengths[keep]
-                running = [s for s, e in zip(running, ended, strict=True) if not e]
-            mask = torch.cat([mask, mask.new_ones(len(running), 1)], 1)
-            hidden = lm.hidden(lm.embed(chosen[:, None]), mask, lengths[:, None], cache)
-            logits = lm.logits(hidden[:, -1])
-            lengths = lengths + 1
+        if any(ended):
+            keep = torch.tensor([i for i, e in enumerate(ended) if not e], device=lm.device)
+            decoder.keep(keep)
+            chosen = chosen[keep]
+            running = [s for s, e in zip(running, ended, strict=True) if not e]
+        decoder.append(chosen)
 
 
-def _choose(logits: Tensor, running: list[_Running], config: DecodingConfig) -> Tensor:
+def _choose(
+    lm: FrozenLM, logits: Tensor, running: list[_Running], config: DecodingConfig
+) -> Tensor:
     """Choose, record and return the next token of every running sample, `[b]`."""
+    if len(running[0].ids) < config.min_new_tokens:  # all are equally long
+        logits = logits.index_fill(1, torch.tensor(lm.end_ids, device=lm.device), -torch.inf)
     uniforms = [s.random.random() for s in running] if config.temperature else []
     chosen = next_tokens(logits, uniforms, config.temperature, config.top_p)
     logprobs = torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0].tolist()

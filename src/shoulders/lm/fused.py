@@ -1,11 +1,9 @@
-"""Training's way through a Llama-style LM on a CPU: packed rows, few large products, no pads.
+"""Our own way through a Llama-style LM on a CPU: rows end to end, few large products, no pads.
 
-Where an LM has Llama's layers (Llama, SmolLM, Mistral, Qwen2), its query, key and value weights
-are laid together, as are gate and up, so that one product serves several; the Hugging Face
-modules become views of them and nothing is stored twice. `Blocks.hidden` then runs the rows of a
-batch end to end: linear layers see no pads at all, attention sees each row by itself, and a
-prompt that all rows share is computed once. Other LMs, and other devices, keep to the Hugging
-Face modules (`shoulders.lm.pack`).
+`Blocks.hidden` runs the rows of a training batch with gradients, `Blocks.read` those of a cache
+without: linear layers see no pads at all, attention sees each row by itself, and a prompt that
+all rows share is computed once. Other LMs, and other devices, keep to the Hugging Face modules
+(`shoulders.lm.pack`, `shoulders.lm.combine`).
 """
 
 from __future__ import annotations
@@ -16,13 +14,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoulders.lm import block
-from shoulders.lm.block import Layer, Matrix, Rows, Sizes
+from shoulders.lm.block import Layer, Rows, Sizes
 from shoulders.lm.block8 import Block8
-from shoulders.lm.int8 import Int8Linear
+from shoulders.lm.cache import Cache
 from shoulders.lm.kernels import available
+from shoulders.lm.layout import is_llama_style, laid_out
 from shoulders.lm.prompt import Prompt
 
 
@@ -57,12 +56,17 @@ class Blocks:
         self.kv_heads = config.num_key_value_heads
         self.width = attention.head_dim
         self.epsilon = first.input_layernorm.variance_epsilon
-        self.layers = [_laid_out(layer) for layer in self._body.layers]
+        self.layers = [laid_out(layer) for layer in self._body.layers]
 
     @classmethod
     def of(cls, model: Any) -> Blocks | None:
         """Lay out a model's layers, or return None where they are not Llama's."""
         return cls(model) if is_llama_style(model) else None
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Layers, key/value heads and head width: what `Cache.of` needs to know."""
+        return len(self.layers), self.kv_heads, self.width
 
     def fits(self, prompt: Prompt) -> bool:
         """Tell whether every row's prompt has the same number of positions of each form."""
@@ -106,6 +110,67 @@ class Blocks:
             x = _Block.apply(x, prefix, layer, pack.rows, sizes, run, recompute)
         normed: Tensor = self._body.norm(x)
         return normed
+
+    @torch.no_grad()
+    def read(self, x: Tensor, counts: Sequence[int], cache: Cache) -> Tensor:
+        """Read `counts[r]` further positions of every row of a cache, which grows by them.
+
+        Args:
+            x: `[t, d]`, the rows' positions end to end.
+            counts: how many each row has, at least one.
+            cache: with room for them.
+
+        Returns:
+            Last hidden states after the final norm, `[t, d]`.
+        """
+        lengths = torch.tensor(counts)
+        starts = lengths.cumsum(0) - lengths
+        owner = torch.arange(len(counts)).repeat_interleave(lengths)
+        offset = torch.arange(len(x)) - starts[owner]
+        places = cache.lengths[owner] + offset
+        rows = self._cached_rows(x, places, owner, offset, starts, lengths, cache)
+        sizes = Sizes(self.heads, self.kv_heads, self.width, self.epsilon, 0)
+        slots, run = cache.slots[owner], self._functions()
+        h, g = self.heads, self.kv_heads
+        for layer, values in zip(self.layers, cache.values.unbind(0), strict=True):
+            x, qkv, _ = run.forward(x, values, layer, rows, sizes)
+            split = qkv.view(len(x), h + 2 * g, self.width)
+            values[0, slots, places] = split[:, h : h + g]
+            values[1, slots, places] = split[:, h + g :]
+        cache.lengths = cache.lengths + lengths
+        normed: Tensor = self._body.norm(x)
+        return normed
+
+    def _cached_rows(
+        self,
+        x: Tensor,
+        places: Tensor,
+        owner: Tensor,
+        offset: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        cache: Cache,
+    ) -> Rows:
+        b, s, most = len(lengths), int(lengths.max()), int(cache.lengths.max())
+        spread = torch.zeros(b, s, dtype=torch.long)
+        spread[owner, offset] = torch.arange(len(x))
+        seen = torch.ones(b, s, most + s, dtype=torch.bool)
+        seen[:, :, :most] = (torch.arange(most) < cache.lengths[:, None])[:, None]
+        seen[:, :, most:] = torch.ones(s, s, dtype=torch.bool).tril()
+        cos, sin = self._body.rotary_emb(x[None], places[None])
+        half = self.width // 2
+        mask = torch.zeros(seen.shape, dtype=x.dtype)
+        return Rows(
+            cos[0, :, None, :half].contiguous(),
+            sin[0, :, None, :half].contiguous(),
+            spread.flatten(),
+            owner * s + offset,
+            mask.masked_fill_(~seen, torch.finfo(x.dtype).min)[:, None],
+            starts,
+            lengths,
+            cache.lengths,
+            cache.slots,
+        )
 
     def _functions(self) -> _Functions:
         kernels = available() if self.layers[0].qkv.scale is not None else None
@@ -192,62 +257,3 @@ class _Block(torch.autograd.Function):
                 saved = ctx.saved_tensors
             g_x, g_prefix = run.backward(gradients[0], saved, layer, rows, sizes)
         return g_x, g_prefix, None, None, None, None, None
-
-
-def is_llama_style(model: Any) -> bool:
-    """Tell whether `block.forward` computes what the model's layers do."""
-    body = model.base_model
-    if model.device.type != "cpu" or getattr(model.config, "hidden_act", None) != "silu":
-        return False
-    try:
-        for layer in body.layers:
-            attention = layer.self_attn
-            named = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-            named += [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
-            if not all(isinstance(m, nn.Linear | Int8Linear) for m in named):
-                return False
-            norms = (layer.input_layernorm, layer.post_attention_layernorm)
-            parts = len(list(layer.children())), len(list(attention.children()))
-            if parts != (4, 4) or not all(hasattr(n, "variance_epsilon") for n in norms):
-                return False  # further norms or projections
-            if attention.scaling != attention.head_dim**-0.5:
-                return False
-        position = torch.zeros(1, 1, dtype=torch.long)
-        cos, _ = body.rotary_emb(torch.zeros(1, 1, 1), position)
-    except (AttributeError, TypeError):
-        return False
-    return bool(cos.shape[-1] == body.layers[0].self_attn.head_dim)
-
-
-def _laid_out(layer: Any) -> Layer:
-    attention, feed = layer.self_attn, layer.mlp
-    return Layer(
-        layer.input_layernorm.weight,
-        _joined([attention.q_proj, attention.k_proj, attention.v_proj]),
-        _joined([attention.o_proj]),
-        layer.post_attention_layernorm.weight,
-        _joined([feed.gate_proj, feed.up_proj]),
-        _joined([feed.down_proj]),
-    )
-
-
-@torch.no_grad()
-def _joined(linears: Sequence[Any]) -> Matrix:
-    """Lay the weights of several linear layers one below the other, and make them views of that."""
-    sizes = [linear.weight.shape[0] for linear in linears]
-    values = torch.cat([linear.weight for linear in linears])
-    for linear, view in zip(linears, values.split(sizes), strict=True):
-        linear.weight.data = view
-    scales: list[Tensor] = [linear.scale for linear in linears if isinstance(linear, Int8Linear)]
-    biases: list[Tensor] = []
-    if any(linear.bias is not None for linear in linears):
-        empty = values.new_zeros(1, dtype=torch.float32)
-        biases = [
-            empty.expand(size) if linear.bias is None else linear.bias
-            for linear, size in zip(linears, sizes, strict=True)
-        ]
-    return Matrix(
-        values,
-        torch.cat(scales) if scales else None,
-        torch.cat(biases) if biases else None,
-    )

@@ -42,8 +42,8 @@ def load_lm(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from shoulders.lm.frozen import FrozenLM, lm_fingerprint
-    from shoulders.lm.fused import is_llama_style
     from shoulders.lm.int8 import to_int8
+    from shoulders.lm.layout import is_llama_style
     from shoulders.lm.smooth import smooth
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -13,6 +13,7 @@ from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, str
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.score import Score, score
+from shoulders.lm.streams import Streams
 from shoulders.prompts.build import build_producer
 from shoulders.prompts.interface import Producer, Surroundings
 from shoulders.skills.config import SkillConfig, TextFormat
@@ -167,14 +168,19 @@ class Skill:
         ids = self.input_ids(texts)
         results: list[list[Completion]] = [[] for _ in texts]
         most = max(1, BATCH_ROWS // decoding.n)
-        for rows in length_grouped([len(i) for i in ids], BATCH_TOKENS, most):
+        batches = length_grouped([len(i) for i in ids], BATCH_TOKENS, most)
+
+        def one(rows: list[int]) -> list[list[Completion]]:
             with torch.no_grad():
                 prompt = self.prompt([texts[i] for i in rows])
-            answers = generate(self.lm, prompt, [ids[i] for i in rows], decoding)
-            for row, several in zip(rows, answers, strict=True):
-                results[row] = [self.stripped(c) for c in several]
-            if on_rows is not None:
-                on_rows(len(rows))
+            return generate(self.lm, prompt, [ids[i] for i in rows], decoding)
+
+        with Streams.of(self.lm, None if len(batches) > 1 else 1) as streams:
+            for rows, answers in zip(batches, streams.map(one, batches), strict=True):
+                for row, several in zip(rows, answers, strict=True):
+                    results[row] = [self.stripped(c) for c in several]
+                if on_rows is not None:
+                    on_rows(len(rows))
         return results
 
     def stream(self, text: str, decoding: DecodingConfig) -> Iterator[Delta]:

@@ -1,0 +1,63 @@
+"""The keys/values that generation reads: one block of memory, written in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoulders.lm.prompt import Prompt
+
+
+class Cache:
+    """Keys/values of rows as generation reads them, in one block with room to spare.
+
+    A row is a slot of the block and a length; when rows leave, their slots are only forgotten.
+
+    Attributes:
+        values: `[layers, 2, slots, room, kv_heads, head_dim]`.
+        slots: `[b]` int64, each row's slot.
+        lengths: `[b]` int64, positions that each row holds.
+    """
+
+    def __init__(self, values: Tensor, slots: Tensor, lengths: Tensor) -> None:
+        self.values, self.slots, self.lengths = values, slots, lengths
+
+    @classmethod
+    def of(
+        cls, prompt: Prompt, shape: tuple[int, int, int], room: int, dtype: torch.dtype
+    ) -> Cache:
+        """Make a cache that holds every row's prefix, without the padding.
+
+        `shape` is the LM's layers, key/value heads and head width; `room` positions a row.
+        """
+        layers, kv_heads, width = shape
+        b = prompt.rows
+        values = torch.empty(layers, 2, b, room, kv_heads, width, dtype=dtype)
+        lengths = prompt.keys_values_mask.sum(1)
+        if prompt.keys_values.shape[4]:
+            arranged = prompt.keys_values.permute(1, 2, 0, 4, 3, 5)
+            for row, (mask, length) in enumerate(
+                zip(prompt.keys_values_mask, lengths.tolist(), strict=True)
+            ):
+                values[:, :, row, :length] = arranged[:, :, row, mask]
+        return cls(values, torch.arange(b), lengths)
+
+    def only_first(self) -> Cache:
+        """Return a cache of the first row alone, which writes into the same block."""
+        return Cache(self.values, self.slots[:1], self.lengths[:1])
+
+    def copy_first(self, first: Cache) -> None:
+        """Give every row what the first one has read since `only_first`."""
+        start, end = int(self.lengths[0]), int(first.lengths[0])
+        self.values[:, :, 1:, start:end] = self.values[:, :, :1, start:end]
+        self.lengths = self.lengths + (end - start)
+
+    def repeat(self, n: int) -> None:
+        """Make every row `n` rows with equal contents."""
+        self.values = self.values[:, :, self.slots.repeat_interleave(n)]
+        self.lengths = self.lengths.repeat_interleave(n)
+        self.slots = torch.arange(len(self.lengths))
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these."""
+        self.slots, self.lengths = self.slots[rows], self.lengths[rows]
