@@ -60,7 +60,7 @@ def median(runs: Sequence[dict[str, Any]], key: str) -> float:
     return float(statistics.median(run[key] for run in runs))
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows that all contenders read."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

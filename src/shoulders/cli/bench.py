@@ -52,20 +52,14 @@ def train(
 ) -> None:
     """Measure the training step against PEFT with transformers' Trainer, on the same rows."""
     from shoulders.benchmark.rows import benchmark_rows
-    from shoulders.benchmark.train import KINDS, TrainBenchmark, bench_train
-    from shoulders.lm.load import PRECISIONS
+    from shoulders.benchmark.train import TrainBenchmark, bench_train
 
     quiet_libraries()
-    for wanted in dtype or ():
-        if wanted not in PRECISIONS:
-            raise ShouldersError(f"--dtype {wanted}: use one of {', '.join(PRECISIONS)}")
-    for wanted in kind or ():
-        if wanted not in KINDS:
-            raise ShouldersError(f"--kind {wanted}: use one of {', '.join(KINDS)}")
+    dtypes, kinds = _checked(dtype, kind)
     settings = TrainBenchmark(
         lm=lm,
-        dtypes=dtype or ["int8", "float32"],
-        kinds=kind or KINDS,
+        dtypes=dtypes,
+        kinds=kinds,
         rows_per_step=rows_per_step,
         length=length,
         runs=runs,
@@ -86,6 +80,72 @@ def train(
         )
     stdout().print(table)
     stdout().print(_limits(result["limit_operations_per_s"]))
+
+
+@app.command("generate")
+def generate(
+    data: _Data = None,
+    templates: _Templates = None,
+    lm: _LM = "embedded",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; the first gives the headline.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Kind of prompt; repeatable. Default: all four.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written for each row.")] = 24,
+    length: Annotated[int, typer.Option(min=1, help="Prompt positions.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="The peer's batch size.")] = 32,
+    runs: _Runs = 5,
+    peers: _Peers = None,
+    no_peers: _NoPeers = False,
+    json: _JSON = None,
+) -> None:
+    """Measure generation against transformers' `generate`, on the same rows."""
+    from shoulders.benchmark.generate import GenerateBenchmark, bench_generate
+    from shoulders.benchmark.rows import benchmark_rows
+
+    quiet_libraries()
+    dtypes, kinds = _checked(dtype, kind)
+    settings = GenerateBenchmark(
+        lm=lm,
+        dtypes=dtypes,
+        kinds=kinds,
+        length=length,
+        new_tokens=new_tokens,
+        batch=batch,
+        runs=runs,
+        peers=None if no_peers else _found(peers, "hf_generate.py"),
+    )
+    result = bench_generate(settings, benchmark_rows(data, templates, rows), stderr())
+    emit_json(json, result)
+    table = Table("", "new tokens/s", "share of limit", "times HF float32", "HF bf16", "RSS")
+    for name, entry in result["methods"].items():
+        ratios = entry.get("ratios", {})
+        table.add_row(
+            name,
+            f"{entry['new_tokens_per_s']:.0f}",
+            f"{entry['share_of_limit']:.0%}" if "share_of_limit" in entry else "",
+            *(_times(ratios.get(peer)) for peer in ("hf_float32", "hf_bfloat16")),
+            f"{entry['peak_rss_bytes'] / 2**30:.1f} GiB",
+        )
+    stdout().print(table)
+    stdout().print(_limits(result["limit_operations_per_s"]))
+
+
+def _checked(dtype: list[str] | None, kind: list[str] | None) -> tuple[list[str], list[str]]:
+    """Return what was asked for, or everything; raises for what there is not."""
+    from shoulders.benchmark.train import KINDS
+    from shoulders.lm.load import PRECISIONS
+
+    for wanted in dtype or ():
+        if wanted not in PRECISIONS:
+            raise ShouldersError(f"--dtype {wanted}: use one of {', '.join(PRECISIONS)}")
+    for wanted in kind or ():
+        if wanted not in KINDS:
+            raise ShouldersError(f"--kind {wanted}: use one of {', '.join(KINDS)}")
+    return dtype or ["int8", "float32"], kind or list(KINDS)
 
 
 def _found(folder: Path | None, script: str) -> Path:

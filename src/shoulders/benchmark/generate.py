@@ -1,0 +1,126 @@
+"""`shoulders bench generate`: our generation and transformers' on the same rows, by turns."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from shoulders.benchmark.contender import Contender, by_turns, median, write_rows
+from shoulders.benchmark.limits import matmul_rates
+from shoulders.benchmark.train_worker import INIT
+from shoulders.lm.gguf import converted, embedded_gguf
+from shoulders.lm.load import EMBEDDED, load_lm
+from shoulders.prompts.initial import InitConfig, initial_ids
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.skill import Skill
+from shoulders.training.run import machine
+
+PEER_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateBenchmark:
+    """What to measure; `peers` is the folder with `hf_generate.py`, or None for ours alone."""
+
+    lm: str
+    dtypes: Sequence[str]
+    kinds: Sequence[str]
+    length: int
+    new_tokens: int
+    batch: int
+    runs: int
+    peers: Path | None
+
+
+def bench_generate(
+    settings: GenerateBenchmark, rows: Sequence[dict[str, str]], console: Console
+) -> dict[str, Any]:
+    """Measure every contender by turns and return the figures, medians over runs.
+
+    The figures at the top are those of the first kind in the first dtype. `same_tokens` is the
+    share of rows whose greedy tokens equal those of transformers in float32, where the prompt is
+    the one that it was given, too (kind `static`).
+
+    Raises:
+        ShouldersError: a contender failed.
+    """
+    rates = matmul_rates(settings.lm)
+    lm = load_lm(settings.lm, dtype="float32")
+    ids = Skill(lm, SkillConfig(), None).input_ids([row["input"] for row in rows])
+    random = torch.Generator().manual_seed(0)
+    prompt = initial_ids(InitConfig.model_validate(INIT), lm, settings.length, random).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        write_rows(file, [{**row, "ids": own} for row, own in zip(rows, ids, strict=True)])
+        results = by_turns(contenders(settings, file, prompt), settings.runs, console)
+    limit = max(rates["float32"], rates["bfloat16"])
+    methods: dict[str, Any] = {}
+    for name, runs in results.items():
+        seconds = median(runs, "seconds")
+        methods[name] = {
+            "new_tokens_per_s": runs[0]["new_tokens"] / seconds,
+            "rows_per_s": runs[0]["rows"] / seconds,
+            "seconds": [run["seconds"] for run in runs],
+            "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
+        }
+        if "operations" in runs[0]:
+            methods[name]["share_of_limit"] = runs[0]["operations"] / seconds / limit
+    if settings.peers is not None:
+        _compare(methods, {name: runs[0]["token_ids"] for name, runs in results.items()})
+    first = f"{settings.kinds[0]} {settings.dtypes[0]}"
+    return {
+        "benchmark": "generate",
+        "new_tokens_per_s": methods[first]["new_tokens_per_s"],
+        "share_of_limit": methods[first]["share_of_limit"],
+        "ratios": methods[first].get("ratios", {}),
+        "headline": first,
+        "limit_operations_per_s": rates,
+        "methods": methods,
+        "rows": len(rows),
+        "new_tokens": settings.new_tokens,
+        "peer_batch": settings.batch,
+        "length": settings.length,
+        "runs": settings.runs,
+        "lm": settings.lm,
+        "machine": machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def contenders(settings: GenerateBenchmark, rows: Path, prompt: Sequence[int]) -> list[Contender]:
+    """Return ours, every kind in every dtype, and transformers in both of its."""
+    shared = ["--rows", str(rows), "--new-tokens", str(settings.new_tokens)]
+    worker = [sys.executable, "-m", "shoulders.benchmark.generate_worker", "--lm", settings.lm]
+    worker += ["--length", str(settings.length), *shared]
+    found = [
+        Contender(f"{kind} {dtype}", [*worker, "--dtype", dtype, "--kind", kind])
+        for dtype in settings.dtypes
+        for kind in settings.kinds
+    ]
+    if settings.peers is not None:
+        lm = str(converted(embedded_gguf())) if settings.lm == EMBEDDED else settings.lm
+        script = [sys.executable, str(settings.peers / "hf_generate.py"), "--lm", lm, *shared]
+        script += ["--batch", str(settings.batch), "--prompt-ids", ",".join(map(str, prompt))]
+        found += [Contender(f"hf_{d}", [*script, "--dtype", d]) for d in PEER_DTYPES]
+    return found
+
+
+def _compare(methods: dict[str, Any], tokens: dict[str, list[list[int]]]) -> None:
+    """Add ratios to the peers' speed, and how many rows got the same tokens."""
+    speed = {name: entry["new_tokens_per_s"] for name, entry in methods.items()}
+    peers = {f"hf_{d}": speed[f"hf_{d}"] for d in PEER_DTYPES}
+    peers["hf_best"] = max(peers.values())
+    theirs = tokens["hf_float32"]
+    for name in (n for n in methods if not n.startswith("hf_")):
+        methods[name]["ratios"] = {peer: speed[name] / value for peer, value in peers.items()}
+        if name.startswith("static "):
+            same = sum(a == b for a, b in zip(tokens[name], theirs, strict=True))
+            methods[name]["same_tokens"] = same / len(theirs)
