@@ -16,7 +16,7 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 
 POSITIONS = 256  # rows of the measured products, about one pack
-SECONDS = 0.3  # for each shape and direction
+SECONDS = 0.1  # for each shape and direction
 
 
 def layer_shapes(lm: FrozenLM) -> list[tuple[int, int]]:

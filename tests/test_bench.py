@@ -1,0 +1,107 @@
+"""What `shoulders bench` counts, and that it runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shoulders.benchmark.contender import Contender, by_turns, measured, median
+from shoulders.benchmark.limits import layer_shapes, step_operations
+from shoulders.benchmark.rows import benchmark_rows
+from shoulders.errors import ShouldersError
+from shoulders.lm.frozen import FrozenLM
+from tiny_models import environment, save_tiny_lm, write_jsonl
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_operations_are_those_that_torch_counts(
+    arch: str, tiny_lm: Callable[[str], FrozenLM]
+) -> None:
+    lm = tiny_lm(arch)
+    ids = torch.arange(2, 19)[None]
+    x = lm.embed(ids).detach().requires_grad_()
+    positions = torch.arange(17)[None]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        hidden = lm.hidden(x, torch.ones_like(ids), positions)
+        lm.logits(hidden[0, -3:]).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counted.items() if "mm" in str(op))
+    assert step_operations(lm, 17, 0, 3) == products
+    assert len(layer_shapes(lm)) == 7 * 3
+
+
+def test_pairs_are_counted_for_every_head_and_layer(tiny_lm: Callable[[str], FrozenLM]) -> None:
+    lm = tiny_lm("llama")  # 3 layers, 4 heads of 8
+    # scores and reading, two operations each: forwards once, backwards twice
+    assert step_operations(lm, 0, 10, 0) == 10 * 3 * 4 * 8 * (2 + 2) * 3
+
+
+def test_contenders_run_by_turns_and_failures_are_named() -> None:
+    from rich.console import Console
+
+    code = "import json, time; print('log'); print(json.dumps({'t': time.time()}))"
+    several = [Contender(name, [sys.executable, "-c", code]) for name in ("a", "b")]
+    results = by_turns(several, 2, Console(quiet=True))
+    order = sorted((run["t"], name) for name, runs in results.items() for run in runs)
+    assert [name for _, name in order] == ["a", "b", "a", "b"]
+    assert median(results["a"], "t") == pytest.approx(sum(r["t"] for r in results["a"]) / 2)
+    with pytest.raises(ShouldersError, match="benchmark bad failed: ValueError: broken"):
+        measured(Contender("bad", [sys.executable, "-c", "raise ValueError('broken')"]))
+
+
+def test_rows_are_the_demos_or_a_users(tmp_path: Path) -> None:
+    own = benchmark_rows(None, None, 24)
+    assert len(own) == 24
+    assert own == benchmark_rows(None, None, 24)
+    assert all(r["text"].startswith(r["input"]) and r["answer"].strip() for r in own)
+    file = write_jsonl(tmp_path / "r.jsonl", [{"task": "t", "input": "hot", "target": "cold"}])
+    (row,) = benchmark_rows(file, None, 1)
+    assert (row["text"], row["answer"]) == ("hot\nAnswer:", " cold")
+
+
+@pytest.mark.parametrize(
+    ("what", "figure"),
+    [("train", "real_tokens_per_s"), ("generate", "new_tokens_per_s")],
+)
+def test_bench_from_the_command_line(what: str, figure: str, tmp_path: Path) -> None:
+    lm, file = save_tiny_lm(tmp_path / "lm"), tmp_path / "bench.json"
+    data = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"task": "t", "input": f"number {i}", "target": "two"} for i in range(9)],
+    )
+    command = [sys.executable, "-m", "shoulders", "bench", what, "--lm", str(lm), "--no-peers"]
+    command += ["--data", str(data), "--runs", "1", "--length", "3", "--json", str(file)]
+    command += ["--kind", "static", "--kind", "static_kv", "--dtype", "int8"]
+    command += ["--rows-per-step", "4"] if what == "train" else ["--rows", "5"]
+    subprocess.run(command, env=environment(tmp_path / "cache"), check=True, capture_output=True)
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert set(result["methods"]) == {"static int8", "static_kv int8"}
+    assert result[figure] == result["methods"]["static int8"][figure] > 0
+    assert result["share_of_limit"] > 0
+    assert result["ratios"] == {}
+    assert set(result["limit_operations_per_s"]) == {"float32", "bfloat16", "int8"}
+
+
+def test_missing_peers_and_unknown_kinds_are_named(tmp_path: Path) -> None:
+    for extra, said in (
+        (["--peers", str(tmp_path)], "peft_train.py: not found"),
+        (["--kind", "magic", "--no-peers"], "--kind magic: use one of static"),
+        (["--dtype", "int3", "--no-peers"], "--dtype int3: use one of auto"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "shoulders", "bench", "train", *extra],
+            env=environment(tmp_path / "cache"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert said in " ".join(done.stderr.split())
