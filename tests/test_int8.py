@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoulders.lm import fused
+from shoulders.lm import block, fused
 from shoulders.lm.combine import combine
 from shoulders.lm.decode import DecodingConfig, generate
 from shoulders.lm.frozen import FrozenLM, lm_fingerprint
@@ -27,6 +27,18 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(fused, "available", lambda: None)
         monkeypatch.setattr("shoulders.lm.int8.available", lambda: None)
     return str(request.param)
+
+
+def test_without_int8_instructions_the_product_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    left = torch.randint(-127, 128, (5, 900), dtype=torch.int8, generator=random)
+    right = torch.randint(-127, 128, (900, 7), dtype=torch.int8, generator=random)
+    exact = (left.long() @ right.long()).int()
+    assert torch.equal(block.multiplied(left, right), exact)
+    monkeypatch.setattr(block, "has_int8", lambda: False)
+    assert torch.equal(block.multiplied(left, right), exact)
 
 
 def int8_of(lm: FrozenLM) -> FrozenLM:

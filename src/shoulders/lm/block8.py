@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from shoulders.lm.block import Layer, Matrix, Rows, Sizes
+from shoulders.lm.block import Layer, Matrix, Rows, Sizes, multiplied
 from shoulders.lm.kernels import Kernels
 
 
@@ -46,7 +45,7 @@ class Block8:
         assert channel is not None
         product, scale = self._back(gradient, layer.down)
         levels, scale = kernels.gate_back_round(product, scale, gate_up, channel)
-        product = torch._int_mm(levels, layer.gate_up.values)
+        product = multiplied(levels, layer.gate_up.values)
         g_middle = kernels.norm_back(
             product, scale, middle, layer.feed_norm, sizes.epsilon, gradient
         )
@@ -61,9 +60,9 @@ class Block8:
         self, rounded: tuple[Tensor, Tensor], matrix: Matrix, rest: Tensor | None = None
     ) -> Tensor:
         levels, scale = rounded
-        product = torch._int_mm(levels, matrix.values.T)
+        product = multiplied(levels, matrix.values.T)
         return self._kernels.rescale(product, scale, matrix.scale, matrix.bias, rest)
 
     def _back(self, gradient: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
         levels, scale = self._kernels.round_rows(gradient, matrix.scale)
-        return torch._int_mm(levels, matrix.values), scale
+        return multiplied(levels, matrix.values), scale

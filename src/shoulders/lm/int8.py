@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shoulders.lm.block import Matrix, rounded, times, times_back
+from shoulders.lm.block import Matrix, multiplied, rounded, times, times_back
 from shoulders.lm.kernels import available
 
 
@@ -79,7 +79,7 @@ class _Int8Product(torch.autograd.Function):
             y = times(flat, matrix)
         else:
             levels, scale = kernels.round_rows(flat)
-            product = torch._int_mm(levels, matrix.values.T)
+            product = multiplied(levels, matrix.values.T)
             y = kernels.rescale(product, scale, matrix.scale, matrix.bias)
         return y.view(*x.shape[:-1], -1)
 
