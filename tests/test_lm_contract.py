@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from shoulders.errors import WindowError
+from shoulders.lm.cache import Cache
 from shoulders.lm.combine import combine
 from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, stream
 from shoulders.lm.frozen import FrozenLM
@@ -819,3 +820,13 @@ def test_streams_of_a_batch_join_to_generate(tiny_lm: Callable[[str], FrozenLM])
             ended.append((delta.row, delta.sample))
     assert len(ended) == 2 * len(rows)
     assert texts == [[c.text for c in several] for several in expected]
+
+
+def test_unused_room_of_a_cache_holds_no_garbage(tiny_lm: Callable[[str], FrozenLM]) -> None:
+    """What memory happened to hold must not reach rows that are shorter than others."""
+    lm = tiny_lm("llama")
+    assert lm.blocks is not None
+    prompt = Prompt.stack(make_prompts(lm, [(0, 4), (0, 0)]))
+    cache = Cache.of(prompt, lm.blocks.cache_shape, 64, lm.dtype)
+    assert torch.isfinite(cache.values).all()
+    assert not cache.values[:, :, 1].any()

@@ -37,11 +37,14 @@ def train(
             f"{parsed.training.steps} steps of {parsed.training.rows_per_step} rows"
         )
         return
+    from shoulders.training.processes import Processes
     from shoulders.training.run import run_recipe
 
     quiet_libraries()
     folder = out or Path("runs") / recipe.stem
     skill = run_recipe(parsed, folder, resume=resume, console=stderr())
+    if not Processes.started().leads:
+        return
     stdout().print(
         f"saved [bold]{folder}[/]: {skill.trained_parameters:,} trained parameters around "
         f"{skill.lm.parameters:,} frozen ones, which are unchanged (checked by SHA-256)"

@@ -32,7 +32,8 @@ class Cache:
         """
         layers, kv_heads, width = shape
         b = prompt.rows
-        values = torch.empty(layers, 2, b, room, kv_heads, width, dtype=dtype)
+        # Zeros: attention multiplies what a row does not see by nothing, and NaN would survive.
+        values = torch.zeros(layers, 2, b, room, kv_heads, width, dtype=dtype)
         lengths = prompt.keys_values_mask.sum(1)
         if prompt.keys_values.shape[4]:
             arranged = prompt.keys_values.permute(1, 2, 0, 4, 3, 5)

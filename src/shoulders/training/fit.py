@@ -24,9 +24,10 @@ from shoulders.lm.streams import Streams
 from shoulders.prompts.interface import Producer
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
-from shoulders.training.monitor import Monitor
+from shoulders.training.monitor import monitor_of
 from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
+from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.step import gradients
 from shoulders.training.validation import validate
@@ -47,6 +48,7 @@ def fit(
     bound: dict[str, Any] | None = None,
     resume: bool = False,
     console: Console | None = None,
+    processes: Processes | None = None,
 ) -> Progress:
     """Train a skill's producer; on return it holds the weights of the best validation.
 
@@ -60,6 +62,7 @@ def fit(
         bound: further facts (hashes of LM and data) that a resumed run must agree on.
         resume: go on from the newest checkpoint in `out`, if there is one.
         console: where progress goes.
+        processes: where several train together; only the leading one writes files.
 
     Returns:
         Step counts, time and validations of the whole run.
@@ -73,30 +76,34 @@ def fit(
     if recipe.training.recompute and skill.lm.blocks is None:
         raise TrainingError(f"recompute: the layers of {skill.lm.name} are not fused; leave it out")
     config, producer, console = recipe.training, skill.producer, console or Console(stderr=True)
-    with writing_to(out):
-        out.mkdir(parents=True, exist_ok=True)
+    processes = processes or Processes()
     stored = {"recipe": recipe.model_dump(mode="json"), **(bound or {})}
-    for folder in (out, out / FOLDER):
-        remove_partial(folder)
+    stored["processes"] = processes.count
+    if processes.leads:
+        with writing_to(out):
+            out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, out / FOLDER):
+            remove_partial(folder)
+    processes.wait()
     optimizer = make_optimizer(producer.named_parameters(), config.optimizer)
     progress, best = Progress(), copied(producer)
     if resume and (found := load_checkpoint(out, optimizer, stored)):
         progress, weights, best = found
         producer.load_state_dict(weights)
     checked = [example_of(skill, row, templates.render(row, 0), 0) for row in validation]
-    initial = copied(producer)
+    initial, trained = copied(producer), list(producer.parameters())
     producer.train()
+    processes.wait()  # all have read what the leading one will write
 
     def save() -> None:
         progress.seconds += time.monotonic() - clock[0]
         clock[0] = time.monotonic()
-        save_checkpoint(out, progress, copied(producer), best, optimizer, stored)
+        if processes.leads:
+            save_checkpoint(out, progress, copied(producer), best, optimizer, stored)
 
     clock = [time.monotonic()]
     with (
-        Monitor(
-            out, config.steps, progress.step, console, tensorboard=config.tensorboard
-        ) as monitor,
+        monitor_of(processes, out, config, progress.step, console) as monitor,
         Streams.of(skill.lm, config.streams) as passes,
         deferred_interrupt() as interrupted,
     ):
@@ -105,7 +112,8 @@ def fit(
             step = progress.step
             window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
             examples = [example_at(skill, mixture, i, config.seed) for i in window]
-            loss = gradients(skill, examples, config, passes)
+            loss = gradients(skill, examples, config, passes, processes)
+            loss, stopping = processes.summed(trained, loss, interrupted())
             norm = float(torch.nn.utils.clip_grad_norm_(producer.parameters(), config.clip))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
@@ -140,7 +148,9 @@ def fit(
 
             if progress.step % config.save_every == 0 or progress.step == config.steps:
                 save()
-            if interrupted() and progress.step < config.steps:
+            if (stopping or (processes.count == 1 and interrupted())) and (
+                progress.step < config.steps
+            ):
                 save()
                 raise InterruptedTraining(f"stopped at step {progress.step}; go on with --resume")
     if progress.best_step:

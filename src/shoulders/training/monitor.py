@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shoulders.files import write_text
+from shoulders.training.processes import Processes
+from shoulders.training.recipe import TrainingConfig
 
 LOG = "log.jsonl"
 
@@ -102,6 +106,20 @@ class Monitor:
             if entry.get("validation", entry).get("step", 0) <= done:
                 kept.append(line)
         write_text(path, "".join(line + "\n" for line in kept))
+
+
+@contextmanager
+def monitor_of(
+    processes: Processes, out: Path, config: TrainingConfig, done: int, console: Console
+) -> Iterator[Monitor]:
+    """Open the monitor of a run; of several processes only the leading one is seen or logs."""
+    with contextlib.ExitStack() as stack:
+        if not processes.leads:
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            console = Console(quiet=True)
+        tensorboard = config.tensorboard and processes.leads
+        monitor = Monitor(out, config.steps, done, console, tensorboard=tensorboard)
+        yield stack.enter_context(monitor)
 
 
 @contextmanager

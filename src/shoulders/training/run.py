@@ -25,6 +25,7 @@ from shoulders.skills.artefact import FILE, save_skill
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER
 from shoulders.training.fit import fit
+from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.validation import choose_rows
 
@@ -42,6 +43,10 @@ def run_recipe(
         raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
     if (out / FOLDER).exists() and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
+    processes = Processes.started()
+    processes.wait()  # before the first writes anything that the others would stumble over
+    if not processes.leads:
+        console = None
     rows, validation, templates = load_data(recipe.data)
     mixture = Mixture(rows, templates, recipe.data, recipe.training.seed)
     unseen = unseen_rows(validation, rows)
@@ -59,7 +64,7 @@ def run_recipe(
     before = lm.digest()
     progress = fit(
         skill, mixture, validation, templates, recipe, out,
-        bound=bound, resume=resume, console=console,
+        bound=bound, resume=resume, console=console, processes=processes,
     )  # fmt: skip
     if lm.digest() != before:
         raise TrainingError("the frozen LM changed during training; nothing was saved")
@@ -74,7 +79,9 @@ def run_recipe(
         "data_sha256": bound["data"],
         "machine": machine(),
     }
-    save_skill(skill, out, templates, provenance)
+    if processes.leads:
+        save_skill(skill, out, templates, provenance)
+    processes.wait()
     return skill
 
 

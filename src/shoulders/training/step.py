@@ -11,16 +11,23 @@ from shoulders.data.batching import balanced, length_grouped
 from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
 from shoulders.training.objective import Example, answer_losses
+from shoulders.training.processes import Processes
 from shoulders.training.recipe import TrainingConfig
 
 
 def gradients(
-    skill: Skill, examples: Sequence[Example], config: TrainingConfig, streams: Streams
+    skill: Skill,
+    examples: Sequence[Example],
+    config: TrainingConfig,
+    streams: Streams,
+    processes: Processes | None = None,
 ) -> float:
     """Set the gradient of every trained tensor; return the loss, in nats per answer token.
 
-    Gradients are summed in the order of the packs, whichever was ready first.
+    Gradients are summed in the order of the packs, whichever was ready first. One of several
+    `processes` computes its share of the packs; their sum is its caller's to take.
     """
+    processes = processes or Processes()
     producer = skill.producer
     assert producer is not None
     trained = list(producer.parameters())
@@ -32,9 +39,10 @@ def gradients(
         loss = answer_losses(skill.lm, prompt, part, recompute=config.recompute).sum() / answers
         return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
 
-    parts = list(streams.map(one, split(skill, examples, config.micro_tokens, streams.count)))
-    for parameter, *several in zip(trained, *(grads for _, grads in parts), strict=True):
-        found = [g for g in several if g is not None]
+    packs = split(skill, examples, config.micro_tokens, streams.count * processes.count)
+    parts = list(streams.map(one, processes.share(packs)))
+    for i, parameter in enumerate(trained):
+        found = [g for _, grads in parts if (g := grads[i]) is not None]
         parameter.grad = sum(found[1:], found[0]) if found else None
     return float(sum(loss for loss, _ in parts))
 
