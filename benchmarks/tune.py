@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/tune.py --runs runs/tune
 
-Three settings per method, each a run of 100 steps of 8 rows in float32, all else as in its recipe. The
+Three settings per method, each 100 steps of 8 rows in float32, all else as in its recipe. The
 pick is the lowest validation loss; test files are never read. Finished runs are kept, so that it
 can be stopped and started again.
 """
