@@ -830,3 +830,14 @@ def test_unused_room_of_a_cache_holds_no_garbage(tiny_lm: Callable[[str], Frozen
     cache = Cache.of(prompt, lm.blocks.cache_shape, 64, lm.dtype)
     assert torch.isfinite(cache.values).all()
     assert not cache.values[:, :, 1].any()
+
+
+def test_a_cache_that_grows_changes_no_token(
+    tiny_lm: Callable[[str], FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm("llama")
+    prompt, rows = Prompt.stack(make_prompts(lm, [(0, 4), (3, 0)])), make_rows([5, 2])
+    config = DecodingConfig(max_new_tokens=20, min_new_tokens=20)
+    expected = [c.token_ids for (c,) in generate(lm, prompt, rows, config)]
+    monkeypatch.setattr("shoulders.lm.decoder.FIRST_ROOM", 1)
+    assert [c.token_ids for (c,) in generate(lm, prompt, rows, config)] == expected

@@ -1,8 +1,8 @@
 """One Llama-style decoder layer over packed rows, forwards and backwards, as plain functions.
 
 The weights are frozen, so the backward pass needs no product for them: only the gradient that
-goes on to the layer below and to the prefix's keys/values. Written out by hand, it is also two
-functions without autograd in them, which a compiler turns into few passes over memory.
+goes on to the layer below and to the prefix's keys/values. Written out by hand, both directions
+are functions without autograd in them, the reference of `shoulders.lm.block8`.
 
 Shapes: `t` packed positions of width `d`; `b` rows of at most `s` positions; `c` positions
 before them that a row also sees (its prefix, then a shared prompt's own positions); `h` query

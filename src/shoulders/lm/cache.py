@@ -59,6 +59,10 @@ class Cache:
         self.lengths = self.lengths.repeat_interleave(n)
         self.slots = torch.arange(len(self.lengths))
 
+    def grow(self) -> None:
+        """Double the room of every row."""
+        self.values = torch.cat([self.values, torch.zeros_like(self.values)], 3)
+
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these."""
         self.slots, self.lengths = self.slots[rows], self.lengths[rows]

@@ -19,6 +19,8 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.fused import Blocks
 from shoulders.lm.prompt import Prompt
 
+FIRST_ROOM = 64  # positions beyond the input that a cache begins with
+
 
 class Decoder(Protocol):
     """Rows that are being generated.
@@ -73,7 +75,9 @@ class BlocksDecoder:
     ) -> None:
         self._lm, self._blocks = lm, blocks
         longest = max(len(ids) for ids in token_ids) + int(prompt.lengths().max())
-        self._cache = Cache.of(prompt, blocks.cache_shape, longest + room, lm.dtype)
+        # Most answers are short: room for a long one is made when it is needed.
+        first_room = longest + min(room, FIRST_ROOM)
+        self._cache = Cache.of(prompt, blocks.cache_shape, first_room, lm.dtype)
         if prompt.shared and prompt.vectors.shape[1]:
             # Read once what all rows begin with.
             first = self._cache.only_first()
@@ -109,6 +113,8 @@ class BlocksDecoder:
     @torch.no_grad()
     def append(self, tokens: Tensor) -> None:
         """See `Decoder`."""
+        if int(self._cache.lengths.max()) == self._cache.values.shape[3]:
+            self._cache.grow()
         hidden = self._blocks.read(self._lm.embed(tokens), [1] * len(tokens), self._cache)
         self.lengths = self.lengths + 1
         self.logits = self._lm.logits(hidden)
