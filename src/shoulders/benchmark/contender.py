@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from shoulders.errors import ShouldersError
+from shoulders.lm.gguf import converted, embedded_gguf
+from shoulders.lm.load import EMBEDDED
 from shoulders.training.monitor import quiet_progress
 
 
@@ -58,6 +60,11 @@ def measured(contender: Contender) -> dict[str, Any]:
 def median(runs: Sequence[dict[str, Any]], key: str) -> float:
     """Return the median of a figure over runs."""
     return float(statistics.median(run[key] for run in runs))
+
+
+def peer_lm(name: str) -> str:
+    """Return an LM's name as other libraries know it: the embedded one is a folder for them."""
+    return str(converted(embedded_gguf())) if name == EMBEDDED else name
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

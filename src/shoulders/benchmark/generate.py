@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from shoulders.benchmark.contender import Contender, by_turns, median, write_rows
+from shoulders.benchmark.contender import Contender, by_turns, median, peer_lm, write_rows
 from shoulders.benchmark.limits import matmul_rates
-from shoulders.benchmark.train_worker import INIT
-from shoulders.lm.gguf import converted, embedded_gguf
-from shoulders.lm.load import EMBEDDED, load_lm
+from shoulders.benchmark.worker import INIT
+from shoulders.lm.load import load_lm
 from shoulders.prompts.initial import InitConfig, initial_ids
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
@@ -28,7 +27,11 @@ PEER_DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class GenerateBenchmark:
-    """What to measure; `peers` is the folder with `hf_generate.py`, or None for ours alone."""
+    """What to measure.
+
+    `peers` is the folder with the peers' scripts, or None for ours alone; `vllm` is the Python
+    interpreter of an environment with vLLM, or None to leave it out.
+    """
 
     lm: str
     dtypes: Sequence[str]
@@ -38,6 +41,7 @@ class GenerateBenchmark:
     batch: int
     runs: int
     peers: Path | None
+    vllm: Path | None = None
 
 
 def bench_generate(
@@ -106,21 +110,28 @@ def contenders(settings: GenerateBenchmark, rows: Path, prompt: Sequence[int]) -
         for kind in settings.kinds
     ]
     if settings.peers is not None:
-        lm = str(converted(embedded_gguf())) if settings.lm == EMBEDDED else settings.lm
-        script = [sys.executable, str(settings.peers / "hf_generate.py"), "--lm", lm, *shared]
-        script += ["--batch", str(settings.batch), "--prompt-ids", ",".join(map(str, prompt))]
+        asked = ["--lm", peer_lm(settings.lm), *shared]
+        asked += ["--prompt-ids", ",".join(map(str, prompt))]
+        script = [sys.executable, str(settings.peers / "hf_generate.py"), *asked]
+        script += ["--batch", str(settings.batch)]
         found += [Contender(f"hf_{d}", [*script, "--dtype", d]) for d in PEER_DTYPES]
+        if settings.vllm is not None:
+            script = [str(settings.vllm), str(settings.peers / "vllm_generate.py"), *asked]
+            found += [Contender(f"vllm_{d}", [*script, "--dtype", d]) for d in PEER_DTYPES]
     return found
 
 
 def _compare(methods: dict[str, Any], tokens: dict[str, list[list[int]]]) -> None:
     """Add ratios to the peers' speed, and how many rows got the same tokens."""
     speed = {name: entry["new_tokens_per_s"] for name, entry in methods.items()}
-    peers = {f"hf_{d}": speed[f"hf_{d}"] for d in PEER_DTYPES}
-    peers["hf_best"] = max(peers.values())
+    peers = {name: value for name, value in speed.items() if name.startswith(("hf_", "vllm_"))}
+    for family in ("hf", "vllm"):
+        members = [value for name, value in peers.items() if name.startswith(family)]
+        peers |= {f"{family}_best": max(members)} if members else {}
     theirs = tokens["hf_float32"]
-    for name in (n for n in methods if not n.startswith("hf_")):
-        methods[name]["ratios"] = {peer: speed[name] / value for peer, value in peers.items()}
-        if name.startswith("static "):
+    for name, entry in methods.items():
+        if name not in peers:
+            entry["ratios"] = {peer: speed[name] / value for peer, value in peers.items()}
+        if name in peers or name.startswith("static "):
             same = sum(a == b for a, b in zip(tokens[name], theirs, strict=True))
-            methods[name]["same_tokens"] = same / len(theirs)
+            entry["same_tokens"] = same / len(theirs)

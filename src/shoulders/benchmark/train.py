@@ -12,10 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from shoulders.benchmark.contender import Contender, by_turns, median, write_rows
+from shoulders.benchmark.contender import Contender, by_turns, median, peer_lm, write_rows
 from shoulders.benchmark.limits import matmul_rates
-from shoulders.lm.gguf import converted, embedded_gguf
-from shoulders.lm.load import EMBEDDED
 from shoulders.training.run import machine
 
 KINDS = ("static", "idpt", "static_kv", "idpt_kv")
@@ -91,8 +89,8 @@ def contenders(settings: TrainBenchmark, rows: Path) -> list[Contender]:
         for kind in settings.kinds
     ]
     if settings.peers is not None:
-        lm = str(converted(embedded_gguf())) if settings.lm == EMBEDDED else settings.lm
-        script = [sys.executable, str(settings.peers / "peft_train.py"), "--lm", lm, *shared]
+        script = [sys.executable, str(settings.peers / "peft_train.py")]
+        script += ["--lm", peer_lm(settings.lm), *shared]
         found += [Contender(f"peft_{peer}", [*script, "--variant", peer]) for peer in PEERS]
     return found
 

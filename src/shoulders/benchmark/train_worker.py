@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import functools
-import json
-import resource
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from shoulders.benchmark.contender import read_rows
 from shoulders.benchmark.limits import step_operations
+from shoulders.benchmark.worker import arguments, new_skill, report
 from shoulders.data.rows import Row
-from shoulders.encoders.load import load_encoder
-from shoulders.lm.load import load_lm
 from shoulders.lm.streams import Streams
-from shoulders.skills.config import PassConfig, SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.fit import example_of
 from shoulders.training.objective import Example
@@ -27,28 +19,14 @@ from shoulders.training.optimizer import make_optimizer
 from shoulders.training.recipe import OptimizerConfig, TrainingConfig
 from shoulders.training.step import gradients, split
 
-INIT = {"source": "text", "text": "Read the instruction and give only the short answer."}
-
 
 def main() -> None:
     """Train one pass over the rows, after one step of warming up, and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lm", required=True)
-    parser.add_argument("--dtype", required=True)
-    parser.add_argument("--kind", required=True)
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--length", type=int, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--rows-per-step", type=int, required=True)
     options = parser.parse_args()
 
-    lm = load_lm(options.lm, dtype=options.dtype)
-    spec = {"kind": options.kind, "length": options.length, "init": INIT}
-    skill = Skill.create(
-        lm,
-        SkillConfig(passes=(PassConfig(prompt=spec),)),
-        functools.cache(load_encoder),
-        torch.Generator().manual_seed(0),
-    )
+    skill = new_skill(options)
     assert skill.producer is not None
     rates = {"static": 0.1, "idpt": 0.1}
     config = TrainingConfig(
@@ -66,7 +44,7 @@ def main() -> None:
         examples[i : i + options.rows_per_step]
         for i in range(0, len(examples), options.rows_per_step)
     ]
-    with Streams.of(lm) as passes:
+    with Streams.of(skill.lm) as passes:
         gradients(skill, steps[0], config, passes)
         started, losses = time.perf_counter(), []
         for step in steps:
@@ -75,17 +53,17 @@ def main() -> None:
             optimizer.step()
         seconds = time.perf_counter() - started
         work = [work_of(skill, step, config, passes.count) for step in steps]
-    result = {
-        "seconds": seconds,
-        "losses": losses,
-        "rows": len(rows),
-        "real_tokens": sum(e.tokens for e in examples),
-        "positions": sum(positions for positions, _ in work),
-        "operations": sum(operations for _, operations in work),
-        "trained_parameters": skill.trained_parameters,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    sys.stdout.write(json.dumps(result) + "\n")
+    report(
+        {
+            "seconds": seconds,
+            "losses": losses,
+            "rows": len(rows),
+            "real_tokens": sum(e.tokens for e in examples),
+            "positions": sum(positions for positions, _ in work),
+            "operations": sum(operations for _, operations in work),
+            "trained_parameters": skill.trained_parameters,
+        }
+    )
 
 
 def work_of(

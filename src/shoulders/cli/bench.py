@@ -22,6 +22,16 @@ _Data = Annotated[
 ]
 _Templates = Annotated[Path | None, typer.Option(help="Templates for --data (YAML).")]
 _LM = Annotated[str, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")]
+_Dtype = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Precision; repeatable, the first is the headline. Default: int8, float32."
+    ),
+]
+_Kind = Annotated[
+    list[str] | None, typer.Option(help="Kind of prompt; repeatable. Default: all four.")
+]
+_Length = Annotated[int, typer.Option(min=1, help="Prompt positions.")]
 _Peers = Annotated[
     Path | None,
     typer.Option(help="Folder with the peers' scripts (comparisons/ of the repository)."),
@@ -36,15 +46,11 @@ def train(
     data: _Data = None,
     templates: _Templates = None,
     lm: _LM = "embedded",
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="Repeatable; the first gives the headline.")
-    ] = None,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="Kind of prompt; repeatable. Default: all four.")
-    ] = None,
+    dtype: _Dtype = None,
+    kind: _Kind = None,
     rows_per_step: Annotated[int, typer.Option(min=1)] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Steps in one run.")] = 2,
-    length: Annotated[int, typer.Option(min=1, help="Prompt positions.")] = 20,
+    length: _Length = 20,
     runs: _Runs = 5,
     peers: _Peers = None,
     no_peers: _NoPeers = False,
@@ -87,22 +93,22 @@ def generate(
     data: _Data = None,
     templates: _Templates = None,
     lm: _LM = "embedded",
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="Repeatable; the first gives the headline.")
-    ] = None,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="Kind of prompt; repeatable. Default: all four.")
-    ] = None,
+    dtype: _Dtype = None,
+    kind: _Kind = None,
     rows: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written for each row.")] = 24,
-    length: Annotated[int, typer.Option(min=1, help="Prompt positions.")] = 20,
+    length: _Length = 20,
     batch: Annotated[int, typer.Option(min=1, help="The peer's batch size.")] = 32,
     runs: _Runs = 5,
     peers: _Peers = None,
     no_peers: _NoPeers = False,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(help="Python of an environment with vLLM: measured, too (comparisons/)."),
+    ] = None,
     json: _JSON = None,
 ) -> None:
-    """Measure generation against transformers' `generate`, on the same rows."""
+    """Measure generation against transformers' `generate` (and vLLM), on the same rows."""
     from shoulders.benchmark.generate import GenerateBenchmark, bench_generate
     from shoulders.benchmark.rows import benchmark_rows
 
@@ -117,17 +123,18 @@ def generate(
         batch=batch,
         runs=runs,
         peers=None if no_peers else _found(peers, "hf_generate.py"),
+        vllm=vllm,
     )
     result = bench_generate(settings, benchmark_rows(data, templates, rows), stderr())
     emit_json(json, result)
-    table = Table("", "new tokens/s", "share of limit", "times HF float32", "HF bf16", "RSS")
+    table = Table("", "new tokens/s", "share of limit", "times HF", "vLLM", "RSS")
     for name, entry in result["methods"].items():
         ratios = entry.get("ratios", {})
         table.add_row(
             name,
             f"{entry['new_tokens_per_s']:.0f}",
             f"{entry['share_of_limit']:.0%}" if "share_of_limit" in entry else "",
-            *(_times(ratios.get(peer)) for peer in ("hf_float32", "hf_bfloat16")),
+            *(_times(ratios.get(peer)) for peer in ("hf_best", "vllm_best")),
             f"{entry['peak_rss_bytes'] / 2**30:.1f} GiB",
         )
     stdout().print(table)
