@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from shoulders.lm import fused
 from shoulders.lm.combine import combine
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
@@ -36,21 +37,29 @@ def prompt_of(lm: FrozenLM, shared: bool, p: int, q: int) -> tuple[Prompt, list[
     return (prompt.repeated(len(ROWS)) if shared else prompt), leaves
 
 
-@pytest.mark.parametrize("compute", ["plain", "recompute"])
+@pytest.mark.parametrize("compute", ["plain", "recompute", "without a compiler"])
 @pytest.mark.parametrize(("shared", "p", "q"), FORMS)
 @pytest.mark.parametrize("arch", FUSED)
 def test_hidden_states_and_gradients_are_those_of_the_model(
-    arch: str, shared: bool, p: int, q: int, compute: str, tiny_lm: Callable[[str], FrozenLM]
+    arch: str,
+    shared: bool,
+    p: int,
+    q: int,
+    compute: str,
+    tiny_lm: Callable[[str], FrozenLM],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if compute == "without a compiler":
+        monkeypatch.setattr(fused, "available", lambda: None)
     lm = tiny_lm(arch)
     assert lm.blocks is not None
     random = torch.Generator().manual_seed(1)
     weights = [torch.randn(len(ids), lm.hidden_size, generator=random) for ids in ROWS]
 
-    def states(fused: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def states(own: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         prompt, leaves = prompt_of(lm, shared, p, q)
         assert lm.blocks is not None
-        if fused:
+        if own:
             pack = lm.blocks.pack(lm.embed, prompt, ROWS)
             flat = lm.blocks.hidden(pack, recompute=compute == "recompute")
             rows = [flat[i : i + len(r)] for i, r in zip(pack.first_token, ROWS, strict=True)]
@@ -68,8 +77,8 @@ def test_hidden_states_and_gradients_are_those_of_the_model(
             ).sum().backward()
         return rows, [leaf.grad for leaf in leaves if leaf.numel() and leaf.grad is not None]
 
-    rows, gradients = states(fused=True)
-    expected_rows, expected_gradients = states(fused=False)
+    rows, gradients = states(own=True)
+    expected_rows, expected_gradients = states(own=False)
     assert len(gradients) == len(expected_gradients) == (p > 0) + (q > 0)
     for mine, theirs in zip(
         [*rows, *gradients], [*expected_rows, *expected_gradients], strict=True

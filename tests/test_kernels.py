@@ -65,14 +65,14 @@ def test_a_value_that_is_not_finite_is_seen(compiled: Kernels, bad: float) -> No
 @pytest.mark.parametrize("n", [33, 576])
 def test_norm_and_its_gradient(compiled: Kernels, n: int) -> None:
     x, weight = drawn(9, n), 1 + drawn(n, seed=1, scale=0.3)
-    normed = block._norm(x, weight, EPSILON)
+    normed = block.norm(x, weight, EPSILON)
     off = (restored(compiled.norm_round(x, weight, EPSILON)) - normed).abs()
     assert bool((off <= level(normed) + 1e-6).all())
     product = torch.randint(-9999, 9999, (9, n), dtype=torch.int32)
     scale, rest = drawn(9, seed=2).abs() * 1e-4, drawn(9, n, seed=3)
     mine = compiled.norm_back(product, scale, x, weight, EPSILON, rest)
     leaf = x.clone().requires_grad_()
-    block._norm(leaf, weight, EPSILON).backward(product.float() * scale[:, None])
+    block.norm(leaf, weight, EPSILON).backward(product.float() * scale[:, None])
     assert leaf.grad is not None
     assert close(mine, rest + leaf.grad)
 

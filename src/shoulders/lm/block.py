@@ -98,12 +98,10 @@ def forward(
     `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0. The
     second result is `[t, (h + 2 g) e]`: rotated queries and keys, and values.
     """
-    qkv = turned(times(_norm(x, layer.attention_norm, sizes.epsilon), layer.qkv), rows, sizes)
+    qkv = turned(times(norm(x, layer.attention_norm, sizes.epsilon), layer.qkv), rows, sizes)
     attended = attend(qkv, prefix, rows, sizes)
     middle = x + times(attended.out, layer.output)
-    gate_up = times(_norm(middle, layer.feed_norm, sizes.epsilon), layer.gate_up)
-    gate, up = gate_up.chunk(2, -1)
-    y = middle + times(torch.nn.functional.silu(gate) * up, layer.down)
+    y, gate_up = feed(middle, layer, sizes.epsilon)
     return y, qkv, Saved(x, middle, *attended.saved, gate_up)
 
 
@@ -112,20 +110,34 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
     saved = Saved(*tensors)
-    gate, up = saved.gate_up.chunk(2, -1)
+    g_middle = feed_back(gradient, saved.middle, saved.gate_up, layer, sizes.epsilon)
+    g_qkv, g_prefix = attend_back(times_back(g_middle, layer.output), saved, rows, sizes)
+    g_qkv = turned(g_qkv, rows, sizes, back=True)
+    g_x = g_middle + norm_back(
+        times_back(g_qkv, layer.qkv), saved.x, layer.attention_norm, sizes.epsilon
+    )
+    return g_x, g_prefix
+
+
+def feed(middle: Tensor, layer: Layer, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return `middle [t, d]` plus its feed-forward part, and the gates' inputs `[t, 2 f]`."""
+    gate_up = times(norm(middle, layer.feed_norm, epsilon), layer.gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return middle + times(torch.nn.functional.silu(gate) * up, layer.down), gate_up
+
+
+def feed_back(
+    gradient: Tensor, middle: Tensor, gate_up: Tensor, layer: Layer, epsilon: float
+) -> Tensor:
+    """Return the gradient of `middle`, given that of what `feed` returned first."""
+    gate, up = gate_up.chunk(2, -1)
     through = times_back(gradient, layer.down)
     sigmoid = torch.sigmoid(gate)
     g_gate = through * up * sigmoid * (1 + gate * (1 - sigmoid))
     g_gate_up = torch.cat([g_gate, through * gate * sigmoid], -1)
-    g_middle = gradient + _norm_back(
-        times_back(g_gate_up, layer.gate_up), saved.middle, layer.feed_norm, sizes.epsilon
+    return gradient + norm_back(
+        times_back(g_gate_up, layer.gate_up), middle, layer.feed_norm, epsilon
     )
-    g_qkv, g_prefix = attend_back(times_back(g_middle, layer.output), saved, rows, sizes)
-    g_qkv = turned(g_qkv, rows, sizes, back=True)
-    g_x = g_middle + _norm_back(
-        times_back(g_qkv, layer.qkv), saved.x, layer.attention_norm, sizes.epsilon
-    )
-    return g_x, g_prefix
 
 
 class Attended(NamedTuple):
@@ -231,14 +243,15 @@ def turned(qkv: Tensor, rows: Rows, sizes: Sizes, *, back: bool = False) -> Tens
     return torch.cat([torch.cat(parts, -1), qkv[:, heads:]], 1).flatten(1)
 
 
-def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMS norm, in float32 inside as transformers does."""
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return weight * (wide * inverse).to(x.dtype)
 
 
-def _norm_back(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def norm_back(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return the gradient of `x`, given that of `norm(x, weight, epsilon)`."""
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     weighted, normal = gradient.float() * weight, wide * inverse

@@ -19,6 +19,7 @@ from torch import Tensor
 from shoulders.lm import block
 from shoulders.lm.block import Layer, Rows, Sizes
 from shoulders.lm.block8 import Block8
+from shoulders.lm.block32 import Block32
 from shoulders.lm.cache import Cache
 from shoulders.lm.kernels import available
 from shoulders.lm.layout import is_llama_style, laid_out
@@ -173,8 +174,11 @@ class Blocks:
         )
 
     def _functions(self) -> _Functions:
-        kernels = available() if self.layers[0].qkv.scale is not None else None
-        return block if kernels is None else Block8(kernels)
+        first = self.layers[0]
+        kernels = available() if first.attention_norm.dtype == torch.float32 else None
+        if kernels is None:
+            return block
+        return Block32(kernels) if first.qkv.scale is None else Block8(kernels)
 
     def _prefix(self, prompt: Prompt, b: int, like: Tensor) -> Tensor:
         """Return `[layers, 2, b, q, kv_heads, head_dim]`; a shared row comes first."""
