@@ -8,6 +8,9 @@ JSON line. As PEFT's documentation shows it: the tokenized row with labels on it
     grouped     prompt tuning, float32, rows of similar length together
     bf16        prompt tuning, bfloat16, rows of similar length together
     lora        LoRA r16 on every linear layer, --dtype, rows of similar length together
+
+With --prompt-ids it is prompt tuning from the embeddings of these tokens, on the rows in the order
+in which they stand (benchmarks/curves.py draws its loss beside ours).
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, required=True, help="prompt positions")
     parser.add_argument("--rows-per-step", type=int, required=True)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--prompt-ids", help="comma-separated ids that the prompt starts from")
+    parser.add_argument("--warmup-steps", type=int, default=0)
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--beta2", type=float, default=0.999)
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.lm)
@@ -64,6 +71,11 @@ def train(
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(options.lm, dtype=dtype)
     model = get_peft_model(base, config_of(options))
+    if options.prompt_ids:
+        ids = torch.tensor([int(i) for i in options.prompt_ids.split(",")])
+        with torch.no_grad():
+            embedded = base.get_input_embeddings()(ids)
+            model.prompt_encoder["default"].embedding.weight.copy_(embedded)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -72,9 +84,10 @@ def train(
             num_train_epochs=1,
             max_steps=1 if warm_up else -1,
             learning_rate=options.lr,
-            train_sampling_strategy=(
-                "random" if options.variant == "default" else "group_by_length"
-            ),
+            adam_beta2=options.beta2,
+            warmup_steps=options.warmup_steps,
+            max_grad_norm=options.clip,
+            train_sampling_strategy=strategy(options),
             bf16=dtype == torch.bfloat16,
             logging_steps=1,
             save_strategy="no",
@@ -92,6 +105,13 @@ def train(
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def strategy(options: argparse.Namespace) -> str:
+    """Return the order of rows, in Trainer's words."""
+    if options.prompt_ids:
+        return "sequential"
+    return "random" if options.variant == "default" else "group_by_length"
 
 
 def features(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:

@@ -1,0 +1,1 @@
+"""Frozen readers: collections, retrievers, re-rankers, the packer and what the LM reads."""
