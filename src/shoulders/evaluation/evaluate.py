@@ -20,6 +20,7 @@ from shoulders.evaluation.metrics import (
 )
 from shoulders.files import atomic_path
 from shoulders.lm.decode import DecodingConfig
+from shoulders.skills.reader import first_line
 from shoulders.skills.skill import Skill
 
 Normalizer = Literal["general", "squad"]
@@ -105,16 +106,6 @@ def evaluate(
         for answer in [first_line(several[0].text)]
     ]
     return summarise(predictions, time.perf_counter() - started)
-
-
-def first_line(text: str) -> str:
-    """Return the first line that is not blank, which is the answer.
-
-    An untrained LM often starts on a new line, and goes on to lines of its own invention:
-    cutting at the first line break would score its format, not its answer.
-    """
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else ""
 
 
 def summarise(predictions: Sequence[Prediction], seconds: float) -> Evaluation:

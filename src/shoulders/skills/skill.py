@@ -107,15 +107,14 @@ class Skill:
         """
         form = self.config.format
         head, tail = self._frame()
-        prompt = self.producer.length if self.producer else 0
-        room = self.lm.max_positions - prompt - len(head) - len(tail) - answer_room
-        limit = min(room, form.max_input_tokens or room)
+        limit = self.input_room(answer_room)
         rows = []
         for i, ids in enumerate(self.lm.tokenize(texts)):
             if len(ids) > limit and form.keep is None:
                 raise WindowError(
                     f"row {i + 1} ('{texts[i][:40]}...'): {len(ids)} tokens, {max(limit, 0)} fit "
-                    f"(window {self.lm.max_positions}, prompt {prompt}, answer {answer_room}); "
+                    f"(window {self.lm.max_positions}, prompt {self._prompt_length}, "
+                    f"answer {answer_room}); "
                     "shorten it, or allow truncation with keep: start or keep: end"
                 )
             if limit < 1:
@@ -125,6 +124,21 @@ class Skill:
                 raise WindowError(f"row {i + 1}: its input has no tokens")
             rows.append(head + cut + tail)
         return rows
+
+    def input_room(self, answer_room: int = 1) -> int:
+        """Return how many tokens of input fit beside prompt, separator and so long an answer."""
+        head, tail = self._frame()
+        taken = self._prompt_length + len(head) + len(tail) + answer_room
+        room = self.lm.max_positions - taken
+        return min(room, self.config.format.max_input_tokens or room)
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of an input text."""
+        return len(self.lm.tokenize([text])[0])
+
+    @property
+    def _prompt_length(self) -> int:
+        return self.producer.length if self.producer else 0
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """Return the tokens before and after every input."""

@@ -1,0 +1,113 @@
+"""From questions to ranked passages: retrieve, then re-rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from shoulders.errors import DataError
+from shoulders.reader.passage import Collection, Found, Passage, Retriever
+from shoulders.reader.questions import Question
+from shoulders.reader.reranker import Reranker, found_passages, reordered
+
+SLICE = 64  # questions that are searched and re-ranked together: bounds memory, feeds progress
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """What was found for one question.
+
+    Attributes:
+        retrieved: as the retriever ordered them.
+        retrieved_scores: its scores.
+        passages: the same ones as the re-ranker ordered them (as retrieved without one).
+        scores: its scores.
+    """
+
+    retrieved: tuple[Passage, ...]
+    retrieved_scores: tuple[float, ...]
+    passages: tuple[Passage, ...]
+    scores: tuple[float, ...]
+
+
+class Contexts:
+    """Finds and orders the passages of questions.
+
+    Args:
+        retriever: None where the questions bring their own passages (`Question.contexts`).
+        collection: the passages of the ids that the retriever returns.
+        reranker: None keeps the retriever's order.
+        k: passages to retrieve for each question.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever | None,
+        collection: Collection | None,
+        reranker: Reranker | None,
+        k: int,
+    ) -> None:
+        self._retriever, self._collection = retriever, collection
+        self._reranker, self._k = reranker, k
+
+    def ranked(
+        self, questions: Sequence[Question], on_rows: Callable[[int], None] | None = None
+    ) -> list[Ranked]:
+        """Return the passages of every question; `on_rows` is told of each finished slice.
+
+        Raises:
+            DataError: there is nothing to search, and a question brings no passages.
+        """
+        results: list[Ranked] = []
+        for start in range(0, len(questions), SLICE):
+            several = questions[start : start + SLICE]
+            results += self._slice(several)
+            if on_rows is not None:
+                on_rows(len(several))
+        return results
+
+    def _slice(self, questions: Sequence[Question]) -> list[Ranked]:
+        found, passages = self._retrieved(questions)
+        ordered = found
+        if self._reranker is not None:
+            texts = [question.question for question in questions]
+            ordered = reordered(found, self._reranker.score(texts, passages, found.scores))
+        ranked = []
+        for row, own in enumerate(passages):
+            by_id = {passage.id: passage for passage in own}
+            ranked.append(
+                Ranked(
+                    tuple(own),
+                    tuple(found.scores[row]),
+                    tuple(by_id[i] for i in ordered.ids[row]),
+                    tuple(ordered.scores[row]),
+                )
+            )
+        return ranked
+
+    def _retrieved(self, questions: Sequence[Question]) -> tuple[Found, list[list[Passage]]]:
+        """Return what was found: in the index, or as the questions bring it along."""
+        if self._retriever is not None and self._collection is not None:
+            found = self._retriever.search([q.question for q in questions], self._k)
+            return found, found_passages(found, self._collection)
+        passages: list[list[Passage]] = []
+        for question in questions:
+            if question.contexts is None:
+                raise DataError(
+                    f"question '{question.question[:60]}' brings no passages (ctxs), and there "
+                    "is no index to search: give --index"
+                )
+            # Some collections' passages have no ids: their place tells them apart.
+            passages.append(
+                [
+                    p if p.id else replace(p, id=f"ctxs.{place}")
+                    for place, p in enumerate(question.contexts[: self._k])
+                ]
+            )
+        return (
+            Found(
+                [[p.id for p in own] for own in passages],
+                [list(q.scores[: self._k]) for q in questions],
+            ),
+            passages,
+        )
