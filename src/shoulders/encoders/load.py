@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, T5EncoderModel
 
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.errors import LMError
@@ -28,12 +29,14 @@ def load_encoder(name: str = EMBEDDED, *, device: str | None = None) -> FrozenEn
     Raises:
         LMError: it cannot be found, downloaded, verified or read.
     """
-    source = _embedded_folder() if name == EMBEDDED else name
+    source = embedded_folder() if name == EMBEDDED else name
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type == "t5":
             model = T5EncoderModel.from_pretrained(source, dtype=torch.float32)
+        elif config.model_type == "dpr":
+            model = _dpr(source, config)
         else:
             model = AutoModel.from_pretrained(source, dtype=torch.float32)
             if config.is_encoder_decoder:
@@ -47,7 +50,25 @@ def load_encoder(name: str = EMBEDDED, *, device: str | None = None) -> FrozenEn
     return FrozenEncoder(model.to(place), tokenizer, name)
 
 
-def _embedded_folder() -> Path:
+def _dpr(source: str | Path, config: PretrainedConfig) -> Any:
+    """Load the BERT inside one of DPR's encoders.
+
+    `AutoModel` takes any of them for the encoder of questions, and would leave the weights of an
+    encoder of passages random.
+    """
+    import transformers
+
+    kind = (config.architectures or ["none"])[0]
+    if kind not in ("DPRContextEncoder", "DPRQuestionEncoder"):
+        raise ValueError(f"a DPR model of the kind {kind} is no encoder")
+    if config.projection_dim:
+        raise ValueError("a DPR encoder with a projection is not supported")
+    model = getattr(transformers, kind).from_pretrained(source, dtype=torch.float32)
+    return getattr(model, model.base_model_prefix).bert_model
+
+
+def embedded_folder() -> Path:
+    """Return the folder of the embedded encoder, whose weights are checked by SHA-256."""
     try:
         files = distribution(EMBEDDED_PACKAGE)
     except PackageNotFoundError:

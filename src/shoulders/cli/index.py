@@ -1,0 +1,202 @@
+"""`shoulders index SOURCE --out DIR`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shoulders.cli.common import emit_json, quiet_libraries, stderr, stdout
+from shoulders.errors import ShouldersError
+from shoulders.files import check_writable
+
+if TYPE_CHECKING:
+    from shoulders.reader.index.build import Choices
+    from shoulders.reader.index.manifest import Manifest
+
+
+def index(
+    out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="DPR's .tsv, a BEIR or passage .jsonl, or a folder of documents."),
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Also vectors of the passages, by a frozen encoder.")
+    ] = False,
+    approximate: Annotated[
+        bool,
+        typer.Option("--approximate", help="Also a compressed index of the vectors, for scale."),
+    ] = False,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Encoder of passages: embedded, Hub id or folder. Implies --dense."),
+    ] = None,
+    question_encoder: Annotated[
+        str | None, typer.Option(help="Encoder of questions. Default: that of passages.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean or cls. Default: as the encoder's folder says.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is unfinished in --out.")
+    ] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add SOURCE to the index that is there.")
+    ] = False,
+    delete: Annotated[
+        list[str] | None,
+        typer.Option(help="Delete a passage by its id, or a document by its path. Repeatable."),
+    ] = None,
+    words: Annotated[
+        int | None, typer.Option(min=10, max=10_000, help="Words of a passage, of documents: 100.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Passages between two commits: what a kill loses.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
+) -> None:
+    """Make passages searchable; grow or prune an index. Killed at any moment, --resume goes on."""
+    from shoulders.reader.index.build import Choices, estimated
+    from shoulders.reader.index.plan import DenseChoice, Sizes
+
+    if json is not None:
+        check_writable(json)
+    if pooling not in (None, "mean", "cls"):
+        raise ShouldersError(f"--pooling {pooling}: use mean or cls")
+    chosen = None
+    if dense or approximate or encoder or question_encoder:
+        quiet_libraries()
+        passage = encoder or "embedded"
+        chosen = DenseChoice(
+            question=question_encoder or passage,
+            passage=passage,
+            pooling=pooling,  # type: ignore[arg-type]
+        )
+    sizes = Sizes(batch=batch, window=min(batch, 2048)) if batch else Sizes()
+    choices = Choices(chosen, approximate, words, sizes)
+    do = _chosen(source, out, choices, resume=resume, add=add, delete=delete or [])
+    console = stderr()
+    if source is not None and not add:
+        console.print(f"{escape(str(source))}: {estimated(source, choices).shown()}")
+    began = time.monotonic()
+    watch = _Bars(console)
+    manifest = do(watch)
+    facts = {
+        "index": str(out),
+        **index_facts(manifest),
+        "seconds": round(time.monotonic() - began, 2),
+        "notes": watch.notes,
+    }
+    emit_json(json, facts)
+    show_index(out, facts)
+
+
+def index_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what an index holds, for people and machines."""
+    dense = manifest.dense
+    retrievers = ["sparse"]
+    if dense is not None:
+        retrievers += ["dense", *(["approximate"] if manifest.approximate else []), "hybrid"]
+    return {
+        "passages": manifest.passages,
+        "deleted": manifest.rows - manifest.passages,
+        "retrievers": retrievers,
+        "sources": [f"{s.path}: {s.passages:,} passages ({s.kind})" for s in manifest.sources],
+        "encoder": None if dense is None else dense.passage.name,
+        "question_encoder": None if dense is None else dense.question.name,
+        "encoder_fingerprint": None if dense is None else dense.passage.fingerprint,
+        "bytes": manifest.bytes,
+        "bytes_per_passage": round(manifest.bytes / max(manifest.passages, 1), 1),
+        "generation": manifest.generation,
+        "content": manifest.content,
+        "version": manifest.version,
+    }
+
+
+def show_index(folder: Path, facts: dict[str, Any]) -> None:
+    """Print a table of the facts that are there."""
+    table = Table(show_header=False, title=escape(str(folder)), title_justify="left")
+    for key, value in facts.items():
+        if value in (None, [], 0) or key in ("index", "notes", "encoder_fingerprint", "version"):
+            continue
+        shown = "\n".join(map(str, value)) if isinstance(value, list) else value
+        table.add_row(
+            key.replace("_", " "), escape(f"{shown:,}" if isinstance(shown, int) else str(shown))
+        )
+    stdout().print(table)
+
+
+def _chosen(
+    source: Path | None,
+    out: Path,
+    choices: Choices,
+    *,
+    resume: bool,
+    add: bool,
+    delete: list[str],
+) -> Callable[[Any], Manifest]:
+    """Return what the options ask for; contradictions are refused before anything is done."""
+    from shoulders.reader.index import build as do
+
+    if delete:
+        if source is not None or add:
+            raise ShouldersError("--delete stands alone: first delete, then --add SOURCE")
+        return lambda watch: do.delete(delete, out, watch, resume=resume)
+    if source is None:
+        if resume:
+            return lambda watch: do.resume(out, watch)
+        if choices.dense is not None and not add:
+            return lambda watch: do.make_dense(out, watch, choices)
+        raise ShouldersError("which SOURCE? a .tsv, a .jsonl or a folder of documents")
+    if add:
+        if choices.dense is not None:
+            raise ShouldersError(
+                "--add keeps to the encoders that the index has; leave out --dense, "
+                "--approximate and --encoder"
+            )
+        return lambda watch: do.add(source, out, watch, choices, resume=resume)
+    return lambda watch: do.build(source, out, watch, choices, resume=resume)
+
+
+class _Bars:
+    """Stages as progress bars on the console of notes."""
+
+    def __init__(self, console: Console) -> None:
+        self.notes: list[str] = []
+        self._console = console
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._console.print(f"note: {text}", markup=False, highlight=False)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[speed]:,.0f} per second"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        began, now = time.monotonic(), done
+        with bar:
+            task = bar.add_task(name, total=total, completed=done, speed=0.0)
+
+            def advance(count: int) -> None:
+                nonlocal now
+                now += count
+                speed = (now - done) / max(time.monotonic() - began, 1e-9)
+                bar.update(task, completed=now, total=max(total, now), speed=speed)
+
+            yield advance

@@ -1,0 +1,21 @@
+"""Libraries that only readers need: imported when they are used, missed by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from shoulders.errors import ShouldersError
+
+
+def needed(module: str) -> Any:
+    """Import `module` of the `reader` extra; `ShouldersError` says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name and module.split(".")[0] == error.name.split(".")[0]:
+            library = module.split(".")[0]
+            raise ShouldersError(
+                f"{library} is not installed; run: pip install 'shoulders[reader]'"
+            ) from None
+        raise

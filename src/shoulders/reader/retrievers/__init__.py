@@ -1,0 +1,1 @@
+"""Retrievers: sparse, dense (exact or approximate) and their fusion, all with one `search`."""
