@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+# Tensors taken before the oldest is done: those of a sharded LM are gathered as they are taken, and
+# must not stand in memory all at once.
+AHEAD = 4
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -57,6 +62,11 @@ def _combine(tensors: Iterable[tuple[str, torch.Tensor]], cast: torch.dtype | No
         return f"{name} {tensor.dtype} {tuple(tensor.shape)} {bytes_hash}"
 
     # hashlib releases the interpreter lock: two cores hash twice as fast.
+    lines, waiting = [], deque[Future[str]]()
     with ThreadPoolExecutor() as pool:
-        lines = sorted(pool.map(one, tensors))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        for item in tensors:
+            waiting.append(pool.submit(one, item))
+            if len(waiting) > AHEAD:
+                lines.append(waiting.popleft().result())
+        lines += [future.result() for future in waiting]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()

@@ -17,6 +17,7 @@ from shoulders.errors import LMError
 from shoulders.fingerprint import digest, identity, tokenizer_digest
 from shoulders.lm.fused import Blocks
 from shoulders.lm.int8 import Int8Linear
+from shoulders.lm.shard import Shards, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,13 @@ class FrozenLM:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, *, fingerprint: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        fingerprint: str | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -54,7 +61,8 @@ class FrozenLM:
         self._embedding = model.get_input_embeddings()
         self._head = model.get_output_embeddings()
         self._body = model.base_model
-        self.blocks = Blocks.of(model)
+        self.shards = shards
+        self.blocks = Blocks.of(model) if shards is None else None
         self._fingerprint = fingerprint
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         self._check_drivable()
@@ -184,6 +192,8 @@ class FrozenLM:
         Returns:
             Last hidden states after the final norm, `[b, s, d]`.
         """
+        if self.shards is not None:
+            self.shards.announce()
         if self.sliding_window and mask.dim() == 2 and mask.shape[1] > self.sliding_window:
             mask = self._masks_by_position(mask, embeddings.shape[1])
         arguments: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
@@ -205,6 +215,11 @@ class FrozenLM:
         logits: Tensor = self._head(hidden).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap is not None else logits
+
+    def settle(self) -> None:
+        """Return when no process needs this one any more for the layers that they share."""
+        if self.shards is not None:
+            self.shards.settle()
 
     def tokenize(self, texts: Sequence[str], *, markup: bool = False) -> list[list[int]]:
         """Return token ids of each text; no special tokens are added.
@@ -241,12 +256,8 @@ class FrozenLM:
         seen = (place[None, :] <= place[-s:, None]) & mask.bool()[:, None]
         near = position[:, None] > position[:, -s:, None] - (self.sliding_window or 0)
         low = torch.finfo(self.dtype).min
-        full, sliding = (
-            torch.zeros(seen.shape, dtype=self.dtype, device=mask.device).masked_fill_(~m, low)[
-                :, None
-            ]
-            for m in (seen, seen & near)
-        )
+        zeros = torch.zeros(seen.shape, dtype=self.dtype, device=mask.device)[:, None]
+        full, sliding = (zeros.masked_fill(~m[:, None], low) for m in (seen, seen & near))
         if getattr(self.model.config, "layer_types", None) is None:
             return sliding
         return {"full_attention": full, "sliding_attention": sliding}
@@ -285,4 +296,4 @@ def lm_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name, tensor
+            yield name, whole(tensor)

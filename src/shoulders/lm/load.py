@@ -19,6 +19,7 @@ def load_lm(
     dtype: Precision = "auto",
     device: str | None = None,
     revision: str | None = None,
+    shard: bool = False,
 ) -> Any:
     """Load a causal LM and freeze it.
 
@@ -31,12 +32,14 @@ def load_lm(
             to train on processors with VNNI, at a small loss of precision (docs/log.md).
         device: a torch device; default `cuda` where there is one, else `cpu`.
         revision: branch, tag or commit of a Hub id.
+        shard: spread the layers over the processes that a launcher has started, all of which
+            must load it (`shoulders.lm.shard`). Each reads the whole LM into main memory once.
 
     Returns:
         A `shoulders.lm.frozen.FrozenLM`.
 
     Raises:
-        LMError: the model cannot be found, downloaded, verified or read.
+        LMError: the model cannot be found, downloaded, verified, read or sharded.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,10 +47,13 @@ def load_lm(
     from shoulders.lm.frozen import FrozenLM, lm_fingerprint
     from shoulders.lm.int8 import to_int8
     from shoulders.lm.layout import is_llama_style
+    from shoulders.lm.shard import Shards, check_shardable
     from shoulders.lm.smooth import smooth
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _precision(dtype, place)
+    if shard:
+        check_shardable(dtype)
     source: str | Path = name
     if name == EMBEDDED:
         source = converted(embedded_gguf())
@@ -64,6 +70,11 @@ def load_lm(
         # Anything may go wrong inside (network, missing file, damaged safetensors, unknown
         # architecture): the user needs the name and the first line of the reason.
         raise LMError(_explain(name, error)) from error
+    if shard:
+        fingerprint = lm_fingerprint(model, tokenizer)
+        shards = Shards.of(model.requires_grad_(False), place)
+        model = model.to(place)
+        return FrozenLM(model, tokenizer, name, fingerprint=fingerprint, shards=shards)
     model = model.to(place).requires_grad_(False)
     if dtype != "int8":
         return FrozenLM(model, tokenizer, name)

@@ -75,6 +75,8 @@ def fit(
         raise TrainingError("the recipe trains nothing: give the pass a prompt")
     if recipe.training.recompute and skill.lm.blocks is None:
         raise TrainingError(f"recompute: the layers of {skill.lm.name} are not fused; leave it out")
+    if skill.lm.shards is not None and (recipe.training.streams or 1) > 1:
+        raise TrainingError("streams: passes through a sharded LM run one by one; leave it out")
     config, producer, console = recipe.training, skill.producer, console or Console(stderr=True)
     processes = processes or Processes()
     stored = {"recipe": recipe.model_dump(mode="json"), **(bound or {})}

@@ -1,15 +1,16 @@
 """Training in several processes: each computes some packs of every step, all take the same step.
 
 Started by `accelerate launch` or `torchrun`; `accelerate` finds the processes and picks the backend
-(gloo on CPUs, NCCL on GPUs). Only gradients of the small trained network are exchanged, once a
-step, and they are summed in the order of the processes, so that all hold the same bits.
+(gloo on CPUs, NCCL on GPUs). Gradients of the small trained network are exchanged once a step, and
+summed in the order of the processes, so that all hold the same bits. Nothing else is, unless the
+LM is sharded (`shoulders.lm.shard`).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class Processes:
     def started(cls) -> Processes:
         """Join the processes that a launcher has started, if it has started several.
 
-        Raises `TrainingError` where `accelerate` is needed and not installed.
+        Raises `TrainingError` where `accelerate` is needed and not installed, or set to do what
+        is done here.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
@@ -39,7 +41,12 @@ class Processes:
             raise TrainingError(
                 "several processes need accelerate: pip install 'shoulders[train]'"
             ) from None
-        state = PartialState(cpu=not torch.cuda.is_available())
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            # It also makes transformers load weights in the first process only.
+            raise TrainingError("leave out --use_fsdp; training.shard_lm: true shards the LM")
+        gpus = torch.cuda.is_available()
+        # Layers of a sharded LM travel between GPUs, everything else is small and on CPUs.
+        state = PartialState(cpu=not gpus, backend="cpu:gloo,cuda:nccl" if gpus else None)
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -51,6 +58,16 @@ class Processes:
         """Wait until every process has come here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+    def agree(self, what: str, value: Any) -> None:
+        """Raise `TrainingError`, in all processes, unless `value` is the same in all."""
+        if self.count == 1:
+            return
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise TrainingError(f"{what}: not the same in processes 0 and {rank}")
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return the items that are this process's to do."""

@@ -52,6 +52,8 @@ class TrainingConfig(BaseModel):
             their gradients add up.
         streams: passes computed side by side, each on its share of the processor's threads;
             by default as many as threads, four at most, where the LM's layers are fused.
+        shard_lm: started in several processes, each holds only its share of the LM's layers and
+            gathers them one at a time (FSDP2); for LMs that do not fit beside their activations.
         recompute: keep only each layer's input of a pass and compute the rest again backwards:
             a third more work, a fraction of the memory. Needs fused layers.
         warmup_steps: linear from 0 to the full rate.
@@ -71,6 +73,7 @@ class TrainingConfig(BaseModel):
     rows_per_step: int = Field(default=16, ge=1)
     micro_tokens: int = Field(default=1024, ge=1)
     streams: int | None = Field(default=None, ge=1)
+    shard_lm: bool = False
     recompute: bool = False
     optimizer: OptimizerConfig
     warmup_steps: int = Field(default=20, ge=0)

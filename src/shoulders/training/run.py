@@ -57,10 +57,20 @@ def run_recipe(
         )
     validation = choose_rows(unseen, recipe.training.validation_rows)
 
-    lm = load_lm(recipe.lm.name, dtype=recipe.lm.dtype, revision=recipe.lm.revision)
+    processes.agree(
+        "the recipe's skill or training",
+        (recipe.skill.model_dump(mode="json"), recipe.training.model_dump(mode="json")),
+    )
+    lm = load_lm(**recipe.lm.model_dump(), shard=recipe.training.shard_lm)
+    if console is not None and lm.shards is not None:
+        console.print(
+            f"each of {lm.shards.count} processes holds {lm.shards.held:,} of the "
+            f"{lm.shards.parameters:,} parameters in the LM's layers"
+        )
     random = torch.Generator().manual_seed(recipe.training.seed)
     skill = Skill.create(lm, recipe.skill, functools.cache(load_encoder), random)
     bound = {"lm": lm.fingerprint, "data": data_hashes(recipe.data)}
+    processes.agree("LM or data files", bound)
     before = lm.digest()
     progress = fit(
         skill, mixture, validation, templates, recipe, out,

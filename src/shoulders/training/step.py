@@ -26,6 +26,7 @@ def gradients(
 
     Gradients are summed in the order of the packs, whichever was ready first. One of several
     `processes` computes its share of the packs; their sum is its caller's to take.
+    Where the LM is sharded, returns when no other process computes any more.
     """
     processes = processes or Processes()
     producer = skill.producer
@@ -41,6 +42,7 @@ def gradients(
 
     packs = split(skill, examples, config.micro_tokens, streams.count * processes.count)
     parts = list(streams.map(one, processes.share(packs)))
+    skill.lm.settle()
     for i, parameter in enumerate(trained):
         found = [g for _, grads in parts if (g := grads[i]) is not None]
         parameter.grad = sum(found[1:], found[0]) if found else None
@@ -51,10 +53,11 @@ def split(skill: Skill, examples: Sequence[Example], most: int, multiple: int) -
     """Split a step's rows into packs of at most `most` positions (a longer row is one alone).
 
     Through fused layers there are no pads, and packs of equal size finish together. Elsewhere
-    rows of similar length share a batch.
+    rows of similar length share a batch. In both cases there are `multiple` or more, so that
+    nobody is without work, unless there are fewer rows.
     """
     prompt = skill.producer.length if skill.producer else 0
     lengths = [prompt + e.tokens for e in examples]
     if skill.lm.blocks is None:
-        return length_grouped(lengths, most, len(examples))
+        return length_grouped(lengths, most, -(-len(examples) // multiple))
     return balanced(lengths, most, multiple)

@@ -39,7 +39,10 @@ def validate(
     examples: Sequence[Example],
     select: Literal["loss", "exact_match"],
 ) -> dict[str, float]:
-    """Return `loss` (nats per answer token, averaged by task), and `exact_match` if selected."""
+    """Return `loss` (nats per answer token, averaged by task), and `exact_match` if selected.
+
+    Where the LM is sharded every process has to come here, and none leaves another alone with it.
+    """
     sums: dict[str, list[float]] = {}
     lengths = [e.tokens for e in examples]
     for batch in length_grouped(lengths, BATCH_TOKENS, BATCH_ROWS):
@@ -48,7 +51,9 @@ def validate(
         per_row = losses.split([len(e.answer_ids) for e in part])
         for example, values in zip(part, per_row, strict=True):
             sums.setdefault(example.task, []).append(float(values.mean()))
+    skill.lm.settle()
     entry = {"loss": sum(sum(v) / len(v) for v in sums.values()) / len(sums)}
     if select == "exact_match":
         entry["exact_match"] = evaluate(skill, rows, templates).metrics["exact_match"]
+        skill.lm.settle()
     return entry
