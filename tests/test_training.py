@@ -360,7 +360,7 @@ def test_a_diverging_run_stops_and_saves_nothing(lm: FrozenLM, tmp_path: Path) -
         optimizer={"lr": 1e37}, warmup_steps=0,
     )  # fmt: skip
     recipe = make_recipe(values)
-    with pytest.raises(TrainingError, match=r"step 2: loss is .*nan.*diverged; lower"):
+    with pytest.raises(TrainingError, match=r"step [23]: loss is .*nan.*diverged; lower"):
         run_recipe(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / FILE).exists()
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from shoulders.cli.bars import Bars
 from shoulders.cli.common import emit_json, quiet_libraries, stderr, stdout
 from shoulders.errors import ShouldersError
 from shoulders.files import check_writable
@@ -65,7 +63,7 @@ def index(
     json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
 ) -> None:
     """Make passages searchable; grow or prune an index. Killed at any moment, --resume goes on."""
-    from shoulders.reader.index.build import Choices, estimated
+    from shoulders.reader.index.build import Choices
     from shoulders.reader.index.plan import DenseChoice, Sizes
 
     if json is not None:
@@ -84,11 +82,8 @@ def index(
     sizes = Sizes(batch=batch, window=min(batch, 2048)) if batch else Sizes()
     choices = Choices(chosen, approximate, words, sizes)
     do = _chosen(source, out, choices, resume=resume, add=add, delete=delete or [])
-    console = stderr()
-    if source is not None and not add:
-        console.print(f"{escape(str(source))}: {estimated(source, choices).shown()}")
     began = time.monotonic()
-    watch = _Bars(console)
+    watch = Bars(stderr())
     manifest = do(watch)
     facts = {
         "index": str(out),
@@ -148,12 +143,12 @@ def _chosen(
     from shoulders.reader.index import build as do
 
     if delete:
-        if source is not None or add:
+        if source is not None or add or resume:
             raise ShouldersError("--delete stands alone: first delete, then --add SOURCE")
-        return lambda watch: do.delete(delete, out, watch, resume=resume)
+        return lambda watch: do.delete(delete, out, watch)
     if source is None:
         if resume:
-            return lambda watch: do.resume(out, watch)
+            return lambda watch: do.finish(out, watch)
         if choices.dense is not None and not add:
             return lambda watch: do.make_dense(out, watch, choices)
         raise ShouldersError("which SOURCE? a .tsv, a .jsonl or a folder of documents")
@@ -165,38 +160,3 @@ def _chosen(
             )
         return lambda watch: do.add(source, out, watch, choices, resume=resume)
     return lambda watch: do.build(source, out, watch, choices, resume=resume)
-
-
-class _Bars:
-    """Stages as progress bars on the console of notes."""
-
-    def __init__(self, console: Console) -> None:
-        self.notes: list[str] = []
-        self._console = console
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-        self._console.print(f"note: {text}", markup=False, highlight=False)
-
-    @contextlib.contextmanager
-    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[speed]:,.0f} per second"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        )
-        began, now = time.monotonic(), done
-        with bar:
-            task = bar.add_task(name, total=total, completed=done, speed=0.0)
-
-            def advance(count: int) -> None:
-                nonlocal now
-                now += count
-                speed = (now - done) / max(time.monotonic() - began, 1e-9)
-                bar.update(task, completed=now, total=max(total, now), speed=speed)
-
-            yield advance

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoulders.cli.common import quiet_libraries, stderr, stdout
+
+if TYPE_CHECKING:
+    from shoulders.skills.skill import Skill
+    from shoulders.training.reader_recipe import ReaderRecipe
+    from shoulders.training.recipe import Recipe
 
 
 def train(
@@ -27,25 +32,54 @@ def train(
     ] = False,
 ) -> None:
     """Train a skill around the frozen LM. Ctrl-C saves a checkpoint; --resume goes on."""
+    from shoulders.training.reader_recipe import is_reader
     from shoulders.training.recipe import read_recipe
 
+    folder = out or Path("runs") / recipe.stem
+    if is_reader(recipe):
+        _train_reader(recipe, folder, overrides or [], resume=resume, dry_run=dry_run)
+        return
     parsed = read_recipe(recipe, overrides or ())
     if dry_run:
-        prompt = parsed.skill.passes[0].prompt
-        stdout().print(
-            f"{recipe}: valid; LM {parsed.lm.name}, prompt {prompt['kind'] if prompt else 'none'}, "
-            f"{parsed.training.steps} steps of {parsed.training.rows_per_step} rows"
-        )
+        stdout().print(f"{recipe}: valid; {_facts(parsed)}")
         return
     from shoulders.training.processes import Processes
     from shoulders.training.run import run_recipe
 
     quiet_libraries()
-    folder = out or Path("runs") / recipe.stem
     skill = run_recipe(parsed, folder, resume=resume, console=stderr())
     if not Processes.started().leads:
         return
-    stdout().print(
+    stdout().print(_saved(folder, skill))
+
+
+def _train_reader(
+    recipe: Path, folder: Path, overrides: list[str], *, resume: bool, dry_run: bool
+) -> None:
+    from shoulders.training.reader_recipe import read_reader_recipe
+
+    parsed = read_reader_recipe(recipe, overrides)
+    if dry_run:
+        stdout().print(f"{recipe}: valid; a reader of {parsed.reader.collection}, {_facts(parsed)}")
+        return
+    from shoulders.cli.bars import Bars
+    from shoulders.training.read import run_reader_recipe
+
+    quiet_libraries()
+    reader = run_reader_recipe(parsed, folder, Bars(stderr()), resume=resume, console=stderr())
+    stdout().print(_saved(folder, reader.skill))
+
+
+def _facts(recipe: Recipe | ReaderRecipe) -> str:
+    prompt = recipe.skill.passes[0].prompt
+    return (
+        f"LM {recipe.lm.name}, prompt {prompt['kind'] if prompt else 'none'}, "
+        f"{recipe.training.steps} steps of {recipe.training.rows_per_step} rows"
+    )
+
+
+def _saved(folder: Path, skill: Skill) -> str:
+    return (
         f"saved [bold]{folder}[/]: {skill.trained_parameters:,} trained parameters around "
         f"{skill.lm.parameters:,} frozen ones, which are unchanged (checked by SHA-256)"
     )

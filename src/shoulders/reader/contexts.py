@@ -72,18 +72,7 @@ class Contexts:
         if self._reranker is not None:
             texts = [question.question for question in questions]
             ordered = reordered(found, self._reranker.score(texts, passages, found.scores))
-        ranked = []
-        for row, own in enumerate(passages):
-            by_id = {passage.id: passage for passage in own}
-            ranked.append(
-                Ranked(
-                    tuple(own),
-                    tuple(found.scores[row]),
-                    tuple(by_id[i] for i in ordered.ids[row]),
-                    tuple(ordered.scores[row]),
-                )
-            )
-        return ranked
+        return as_ranked(found, ordered, passages)
 
     def _retrieved(self, questions: Sequence[Question]) -> tuple[Found, list[list[Passage]]]:
         """Return what was found: in the index, or as the questions bring it along."""
@@ -111,3 +100,19 @@ class Contexts:
             ),
             passages,
         )
+
+
+def as_ranked(found: Found, ordered: Found, passages: Sequence[Sequence[Passage]]) -> list[Ranked]:
+    """Join what was found, the same in a re-ranker's order, and the passages of `found`."""
+    ranked = []
+    for row, own in enumerate(passages):
+        by_id = {passage.id: passage for passage in own}
+        ranked.append(
+            Ranked(
+                tuple(own),
+                tuple(found.scores[row]),
+                tuple(by_id[i] for i in ordered.ids[row]),
+                tuple(ordered.scores[row]),
+            )
+        )
+    return ranked

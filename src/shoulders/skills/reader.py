@@ -34,11 +34,9 @@ class Confidence(BaseModel):
     answer: float
     passage: float = 0.0
 
-    def of(self, completion: Completion, ranked: Ranked) -> float:
+    def of(self, logprob: float, best: float) -> float:
         """Return the probability that an answer is right."""
-        mean = completion.logprob / max(1, len(completion.token_ids))
-        best = ranked.scores[0] if ranked.scores else 0.0
-        value = self.bias + self.answer * mean + self.passage * best
+        value = self.bias + self.answer * logprob + self.passage * best
         return 1 / (1 + math.exp(-max(-500.0, min(500.0, value))))
 
 
@@ -69,7 +67,8 @@ class Answer:
         proposed: what it would have said.
         abstained: whether it does.
         confidence: calibrated probability that the answer is right; None where not calibrated.
-        logprob: of the answer's tokens, summed.
+        logprob: of the answer's tokens, on average.
+        best: score of the best passage; 0 where none was found.
         ranked: every passage that was found.
         packed: what the LM has read.
     """
@@ -79,6 +78,7 @@ class Answer:
     abstained: bool
     confidence: float | None
     logprob: float
+    best: float
     ranked: Ranked
     packed: Packed
 
@@ -135,13 +135,15 @@ class Reader:
 
     def judged(self, completion: Completion, ranked: Ranked, packed: Packed) -> Answer:
         """Return the answer of a completion, or none where it is too unlikely to be right."""
+        logprob = completion.logprob / max(1, len(completion.token_ids))
+        best = ranked.scores[0] if ranked.scores else 0.0
         calibrated = self.config.confidence
-        confidence = calibrated.of(completion, ranked) if calibrated else None
+        confidence = calibrated.of(logprob, best) if calibrated else None
         least = self.config.abstain_below
         abstained = least is not None and confidence is not None and confidence < least
         said = first_line(completion.text)
         text = NO_ANSWER if abstained else said
-        return Answer(text, said, abstained, confidence, completion.logprob, ranked, packed)
+        return Answer(text, said, abstained, confidence, logprob, best, ranked, packed)
 
     def decoding(self) -> DecodingConfig:
         """Return how answers are written."""

@@ -1,0 +1,93 @@
+"""`shoulders ask "question" --index DIR`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.panel import Panel
+
+from shoulders.cli.common import emit_json, stderr, stdout
+from shoulders.errors import ShouldersError
+from shoulders.files import check_writable
+
+if TYPE_CHECKING:
+    from shoulders.skills.reader import Answer
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask of the documents.")],
+    index: Annotated[Path, typer.Option(help="An index folder (`shoulders index`).")],
+    skill: Annotated[
+        str, typer.Option(help="A reader folder, or 'base' for the bare LM.")
+    ] = "base",
+    show_context: Annotated[
+        bool, typer.Option("--show-context", help="Show the passages that were read.")
+    ] = False,
+    k: Annotated[int | None, typer.Option(min=1, help="Passages to retrieve.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of passages. Default: the reader's.")
+    ] = None,
+    abstain_below: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Withhold answers less likely to be right than this."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the answer and its passages.")] = None,
+    lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
+) -> None:
+    """Answer a question from indexed documents, and say on which passages the answer rests."""
+    from shoulders.cli.readers import open_reader
+    from shoulders.reader.questions import Question
+
+    if not question.strip():
+        raise ShouldersError("the question is empty")
+    if json is not None:
+        check_writable(json)
+    reader = open_reader(
+        skill, index, k=k, window=window, abstain_below=abstain_below, lm=lm, dtype=dtype
+    )
+    asked = Question(question.strip(), ())
+    ranked = reader.contexts.ranked([asked])
+    packed = reader.packed([asked], ranked)[0]
+    if show_context:
+        for number, passage in enumerate(packed.used, 1):
+            where = " · ".join(filter(None, (passage.title, passage.source)))
+            stderr().print(Panel(passage.text, title=f"{number}. {where or passage.id}"))
+    # What may yet be withheld is not shown while it is written.
+    hidden = reader.config.abstain_below is not None
+    completion = None
+    for delta in reader.stream(packed):
+        if not hidden:
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+        completion = delta.completion or completion
+    assert completion is not None  # generation ends with one
+    answer = reader.judged(reader.skill.stripped(completion), ranked[0], packed)
+    if hidden:
+        sys.stdout.write(answer.text)
+    sys.stdout.write("\n")
+    sources = ", ".join(p.source or p.title or p.id for p in packed.used)
+    stdout().print(f"[dim]rests on: {sources or 'nothing: no passage was found'}[/]")
+    emit_json(json, as_json(question, answer))
+
+
+def as_json(question: str, answer: Answer) -> dict[str, Any]:
+    """Return an answer for machines, the passages as FiD and DPR name them."""
+    found = answer.ranked
+    return {
+        "question": question,
+        "answer": answer.text,
+        "proposed": answer.proposed,
+        "abstained": answer.abstained,
+        "confidence": answer.confidence,
+        "logprob": answer.logprob,
+        "read": [p.id for p in answer.packed.used],
+        "left_out": list(answer.packed.left_out),
+        "ctxs": [
+            {"id": p.id, "title": p.title, "text": p.text, "source": p.source, "score": score}
+            for p, score in zip(found.passages, found.scores, strict=True)
+        ],
+    }

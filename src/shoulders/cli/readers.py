@@ -1,0 +1,148 @@
+"""What `ask` and `eval` share: opening a reader by name, and scoring one on questions."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from shoulders.cli.common import BASE, emit_json, open_skill, stderr, stdout
+from shoulders.errors import ShouldersError
+
+if TYPE_CHECKING:
+    from shoulders.evaluation.report_card import ReportCard
+    from shoulders.skills.reader import Reader, ReadingConfig
+    from shoulders.skills.reader_artefact import SearchConfig
+
+# What stands before the question where nothing was trained; the LM's chat template around it.
+ZERO_SHOT = "Answer the question in a few words, from the passages above.\nQuestion: "
+
+
+def is_reader(skill: str) -> bool:
+    """Tell whether a skill folder holds a reader."""
+    from shoulders.skills.reader_artefact import FILE
+
+    return skill != BASE and (Path(skill) / FILE).is_file()
+
+
+def open_reader(
+    name: str,
+    index: Path | None,
+    *,
+    retriever: str | None = None,
+    k: int | None = None,
+    window: int | None = None,
+    rerank: bool = True,
+    abstain_below: float | None = None,
+    lm: str | None = None,
+    dtype: str | None = None,
+) -> Reader:
+    """Open a reader folder, a skill folder that reads untrained for it, or `base`.
+
+    Args:
+        name: the folder, or `base` for the LM's own reading.
+        index: what to search; None where questions bring their passages.
+        retriever: instead of the reader's.
+        k: passages to retrieve, instead of the reader's number.
+        window: most tokens of passages, instead of the reader's.
+        rerank: False keeps the retriever's order.
+        abstain_below: see `ReadingConfig`.
+        lm: instead of the one that it was trained on.
+        dtype: precision, instead of the one that it was trained in.
+    """
+    from shoulders.reader.contexts import Contexts
+    from shoulders.reader.index.index import Index
+    from shoulders.skills.reader import Reader
+    from shoulders.skills.reader_artefact import load_reranker, read_reader
+
+    search, reading = _settings(name)
+    if is_reader(name):
+        artefact = read_reader(Path(name))
+        search, reading = artefact.search, artefact.reading
+    if window is not None:
+        pack = reading.pack.model_copy(update={"tokens": window})
+        reading = reading.model_copy(update={"pack": pack})
+    if abstain_below is not None:
+        if reading.confidence is None:
+            raise ShouldersError(
+                f"--abstain-below: '{name}' has no calibrated confidence; use a trained reader"
+            )
+        reading = reading.model_copy(update={"abstain_below": abstain_below})
+    opened = Index(index) if index is not None else None
+    found = opened.retriever(retriever or search.retriever) if opened is not None else None
+    reranker = load_reranker(Path(name)) if rerank and name != BASE else None
+    skill, _ = open_skill(name, lm=lm, dtype=dtype, templates=None)
+    return Reader(skill, Contexts(found, opened, reranker, k or search.k), reading)
+
+
+def evaluate_reader(
+    reader: Reader,
+    name: str,
+    index: Path | None,
+    data: Path,
+    *,
+    limit: int | None,
+    json: Path | None,
+    dump: Path | None,
+    contexts: Path | None,
+    plot: Path | None,
+) -> None:
+    """Score a reader on a file of questions; write and show its report card."""
+    from shoulders.evaluation.report_card import dump_answers, plot_report_card, report_card
+    from shoulders.reader.questions import read_questions, write_questions
+    from shoulders.training.monitor import quiet_progress
+    from shoulders.training.run import machine
+
+    questions = read_questions(data)[:limit]
+    with quiet_progress(stderr(), "reading", 2 * len(questions)) as advance:
+        card = report_card(reader, questions, on_search=advance, on_read=advance)
+    if dump is not None:
+        dump_answers(dump, questions, card.answers)
+    if contexts is not None:
+        ranked = [answer.ranked for answer in card.answers]
+        write_questions(
+            contexts, questions, [r.passages for r in ranked], [r.scores for r in ranked]
+        )
+    if plot is not None:
+        plot_report_card(card.metrics, plot)
+    skill = reader.skill
+    emit_json(
+        json,
+        {
+            "skill": name,
+            "index": str(index) if index else None,
+            "data": str(data),
+            **card.as_dict(),
+            "reading": reader.config.model_dump(mode="json"),
+            "trained_parameters": skill.trained_parameters,
+            "lm": {"name": skill.lm.name, "fingerprint": skill.lm.fingerprint},
+            "dtype": skill.lm.precision,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+        },
+    )
+    stdout().print(card_table(f"{name} on {data.name}", card))
+
+
+def card_table(title: str, card: ReportCard) -> Table:
+    """Return the stages of a reader as a table, each with its 95% interval."""
+    table = Table(title=f"{title}, {card.n} questions", title_justify="left")
+    table.add_column("stage")
+    for column in ("%", "95%"):
+        table.add_column(column, justify="right")
+    for name, value in card.metrics.items():
+        low, high = card.ci95[name]
+        table.add_row(name.replace("_", " "), f"{value:.1f}", f"[{low:.1f}, {high:.1f}]")
+    return table
+
+
+def _settings(name: str) -> tuple[SearchConfig, ReadingConfig]:
+    """Return how to search and read where nothing says so: a prompt or the bare LM."""
+    from shoulders.reader.packer import PackConfig
+    from shoulders.skills.reader import ReadingConfig
+    from shoulders.skills.reader_artefact import SearchConfig
+
+    question = ZERO_SHOT if name == BASE else PackConfig().question
+    return SearchConfig(), ReadingConfig(pack=PackConfig(question=question))

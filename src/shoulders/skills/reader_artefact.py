@@ -1,0 +1,117 @@
+"""Readers on disk: `reader.json` beside a skill's files, and the re-ranker's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shoulders import __version__
+from shoulders.errors import ArtefactError
+from shoulders.files import sha256_of_file, write_json
+from shoulders.reader.reranker import Reranker, RetrieverScores
+from shoulders.reader.rerankers.cross_encoder import load_cross_encoder
+from shoulders.reader.rerankers.fused import FusedReranker, load_fusion
+from shoulders.skills.reader import ReadingConfig
+
+FILE = "reader.json"
+RERANKER = "reranker"  # folder of the cross-encoder, inside the reader's
+FUSION = "fusion.json"  # weights that join it with the retriever's scores
+RETRIEVER, CROSS_ENCODER = "retriever", "cross_encoder"  # what the fusion joins
+FORMAT_VERSION = 1
+
+RetrieverKind = Literal["sparse", "dense", "approximate", "hybrid"]
+
+
+class SearchConfig(BaseModel):
+    """What finds passages: which retriever of an index, and how many for each question."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    retriever: RetrieverKind = "sparse"
+    k: int = Field(default=20, ge=1)
+
+
+class ReaderArtefact(BaseModel):
+    """What `reader.json` holds; `files` are SHA-256 of the re-ranker's files by path."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int
+    shoulders_version: str
+    search: SearchConfig
+    reading: ReadingConfig
+    files: dict[str, str]
+    provenance: dict[str, Any]
+
+
+def save_reader(
+    folder: Path, search: SearchConfig, reading: ReadingConfig, provenance: dict[str, Any]
+) -> ReaderArtefact:
+    """Write `reader.json` into a folder that holds a saved skill and perhaps a re-ranker.
+
+    Raises `ShouldersError` where it cannot be written.
+    """
+    artefact = ReaderArtefact(
+        format_version=FORMAT_VERSION,
+        shoulders_version=__version__,
+        search=search,
+        reading=reading,
+        files=_hashes(folder),
+        provenance=provenance,
+    )
+    write_json(folder / FILE, artefact.model_dump(mode="json"))
+    return artefact
+
+
+def read_reader(folder: Path) -> ReaderArtefact:
+    """Read and check `reader.json` and the hashes of the re-ranker's files; loads no model.
+
+    Raises `ArtefactError` naming the file and what is wrong with it.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise ArtefactError(f"{folder}: holds no {FILE}: not a (finished) reader")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise ArtefactError(
+                f"{file}: format version {version!r}, this version of shoulders reads "
+                f"{FORMAT_VERSION}"
+            )
+        artefact = ReaderArtefact.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ArtefactError(f"{file}: damaged: key '{key}': {first['msg']}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{file}: damaged: not valid JSON: {error}") from error
+    found = _hashes(folder)
+    for name in sorted(artefact.files.keys() | found.keys()):
+        if artefact.files.get(name) != found.get(name):
+            what = "missing" if name not in found else "damaged, edited or not the reader's"
+            raise ArtefactError(f"{folder / name}: {what}")
+    return artefact
+
+
+def load_reranker(folder: Path) -> Reranker | None:
+    """Load the re-ranker of a reader's folder, None where it has none.
+
+    Raises `ArtefactError` for a damaged one.
+    """
+    if not (folder / FUSION).is_file():
+        return None
+    members: dict[str, Reranker] = {
+        RETRIEVER: RetrieverScores(),
+        CROSS_ENCODER: load_cross_encoder(folder / RERANKER),
+    }
+    return FusedReranker(members, load_fusion(folder / FUSION))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of the re-ranker, by its path inside the reader."""
+    files = [*sorted((folder / RERANKER).rglob("*")), folder / FUSION]
+    return {str(f.relative_to(folder)): sha256_of_file(f) for f in files if f.is_file()}

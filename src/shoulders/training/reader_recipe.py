@@ -1,0 +1,82 @@
+"""The recipe of a frozen reader: a collection, questions, a re-ranker, and a prompt that reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shoulders.errors import RecipeError
+from shoulders.reader.rerankers.cross_encoder import CrossEncoderConfig
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.reader import ReadingConfig
+from shoulders.skills.reader_artefact import SearchConfig
+from shoulders.training.recipe import LMConfig, TrainingConfig, explain, located, read_values
+
+
+class ReaderSection(BaseModel):
+    """What is read, and how.
+
+    Attributes:
+        collection: passages (`.tsv`, `.jsonl`, a folder of documents), or an index of them.
+        train: questions with answers, to train on.
+        validation: questions to select and to calibrate on.
+        search: what finds passages; all retrievers but `sparse` need vectors in the index.
+        reranker: trained on the same questions; null keeps the retriever's order.
+        reading: how passages are packed and answers written.
+        unanswerable: whether to `keep` or `drop` training questions whose window holds no answer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    collection: str
+    train: list[str] = Field(min_length=1)
+    validation: list[str] = []
+    search: SearchConfig = SearchConfig()
+    reranker: CrossEncoderConfig | None = CrossEncoderConfig()
+    reading: ReadingConfig = ReadingConfig()
+    unanswerable: Literal["keep", "drop"] = "keep"
+
+
+class ReaderRecipe(BaseModel):
+    """A whole reader."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lm: LMConfig = LMConfig()
+    skill: SkillConfig
+    reader: ReaderSection
+    training: TrainingConfig
+
+
+def is_reader(path: Path) -> bool:
+    """Tell whether a recipe file describes a reader; raises as `read_recipe` does."""
+    return "reader" in read_values(path)
+
+
+def read_reader_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> ReaderRecipe:
+    """Read a reader's recipe; paths and errors are those of `read_recipe`."""
+    recipe = make_reader_recipe(read_values(path, overrides), str(path))
+
+    def one(name: str) -> str:
+        return located(name, path.parent)
+
+    reader = recipe.reader.model_copy(
+        update={
+            "collection": one(recipe.reader.collection),
+            "train": [one(name) for name in recipe.reader.train],
+            "validation": [one(name) for name in recipe.reader.validation],
+        }
+    )
+    return recipe.model_copy(update={"reader": reader})
+
+
+def make_reader_recipe(values: dict[str, Any], where: str = "recipe") -> ReaderRecipe:
+    """Validate a recipe given as nested mappings; raises `RecipeError` naming `where`."""
+    try:
+        return ReaderRecipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {explain(error, ReaderRecipe, values)}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
