@@ -58,13 +58,13 @@ def needs(
     return Needs(count, disk, disk + int(store * MERGING), memory)
 
 
-def check_disk(folder: Path, wanted: Needs) -> None:
-    """Raise `ShouldersError` where the disk of `folder` cannot hold what is wanted."""
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if wanted.disk_peak > free:
+def check_disk(folder: Path, wanted: Needs, written: int = 0) -> None:
+    """Raise `ShouldersError` where the disk of `folder` cannot hold what is wanted.
+
+    `written` bytes of it are there already.
+    """
+    free = shutil.disk_usage(folder).free
+    if wanted.disk_peak > free + written:
         raise ShouldersError(
             f"{folder}: the disk has {amount(free)} free, the index needs about "
             f"{amount(wanted.disk_peak)} while it is built; choose another --out or make room"

@@ -74,6 +74,7 @@ class Plan(BaseModel):
         first: number of the first new passage.
         source: absolute path of what is added.
         given: the same as the user wrote it.
+        kind: of the source.
         words: size of passages, of documents.
         deleted: ids that are deleted.
         dense: the dense half that is wanted, or None.
@@ -89,6 +90,7 @@ class Plan(BaseModel):
     first: int = 0
     source: str | None = None
     given: str | None = None
+    kind: str | None = None
     words: int | None = None
     deleted: list[str] = []
     dense: DenseChoice | None = None
@@ -130,7 +132,6 @@ def read_plan(folder: Path) -> Plan | None:
 def locked(folder: Path) -> Iterator[None]:
     """Let one process at a time change the index; the system unlocks when a process dies."""
     with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("ab")
     with file:
         try:
