@@ -108,6 +108,13 @@ def test_the_same_seed_is_the_same_model_and_leaves_no_trace(dropping: Path) -> 
     assert scored(one.reranker, toy(4)) != scored(third.reranker, toy(4))
 
 
+def test_dropout_can_be_turned_off(dropping: Path, encoder: Path) -> None:
+    off = train_cross_encoder(toy(8), config(dropping, epochs=1, dropout=0.0), device="cpu")
+    never = train_cross_encoder(toy(8), config(encoder, epochs=1), device="cpu")
+    on = train_cross_encoder(toy(8), config(dropping, epochs=1), device="cpu")
+    assert off.losses == never.losses != on.losses
+
+
 def test_a_step_is_the_same_however_it_is_split(encoder: Path) -> None:
     # Steps of eight questions and of four: were gradients added up and not averaged, Adam would
     # take the second step for half as important when it is taken question by question.
@@ -288,7 +295,7 @@ def test_cross_fitting_a_real_one(encoder: Path, tmp_path: Path) -> None:
         Mined(q, (row[not one],), (row[one],))
         for q, row, one in zip(questions, passages, first, strict=True)
     ]
-    long = config(encoder, epochs=25, rows_per_pass=8)
+    long = config(encoder, epochs=20, rows_per_pass=8)
 
     def train(kept: list[int]) -> CrossEncoderReranker:
         return train_cross_encoder([examples[i] for i in kept], long, device="cpu").reranker

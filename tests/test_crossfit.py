@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shoulders.errors import TrainingError
 from shoulders.reader.crossfit import cross_fitted, folds_of
 from shoulders.reader.passage import Passage
 
@@ -69,7 +70,7 @@ def test_the_split_depends_on_the_seed() -> None:
 
 @pytest.mark.parametrize("folds", [1, 10])
 def test_impossible_folds_are_refused(folds: int) -> None:
-    with pytest.raises(ValueError, match="9 distinct"):
+    with pytest.raises(TrainingError, match="9 distinct"):
         folds_of(QUESTIONS, folds, 0)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shoulders.errors import TrainingError
 from shoulders.files import remove_partial, write_json
 from shoulders.reader.passage import Passage
 from shoulders.reader.reranker import OnPairs, Reranker, Scores, check_shapes
@@ -26,14 +27,17 @@ def folds_of(questions: Sequence[str], folds: int, seed: int) -> list[list[int]]
     """Split the indices of questions into `folds` parts of nearly equal size.
 
     Questions that differ only in case or white space go into one part: a model that was trained on
-    one of them has seen the other. Deterministic; raises `ValueError` for more folds than distinct
-    questions, or fewer than two.
+    one of them has seen the other. Deterministic; raises `TrainingError` for more folds than
+    distinct questions, or fewer than two.
     """
     same: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
         same.setdefault(_plain(question), []).append(i)
     if not 2 <= folds <= len(same):
-        raise ValueError(f"{folds} folds of {len(same)} distinct questions")
+        raise TrainingError(
+            f"{len(same)} distinct questions cannot be split into {folds} folds: use 2 or more, "
+            "and no more than questions"
+        )
     groups = list(same.values())
     random.Random(seed).shuffle(groups)
     parts: list[list[int]] = [[] for _ in range(folds)]
@@ -72,7 +76,7 @@ def cross_fitted(
         on_pairs: called with the number of pairs scored (or read).
 
     Raises:
-        ValueError: see `folds_of`.
+        TrainingError: see `folds_of`.
         ShouldersError: the cache cannot be written.
     """
     check_shapes(questions, passages, retrieved)

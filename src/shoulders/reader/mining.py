@@ -26,7 +26,7 @@ class MiningConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     depth: int = Field(default=50, ge=1)
-    negatives: int = Field(default=7, ge=1)
+    negatives: int = Field(default=5, ge=1)
     positives: int = Field(default=1, ge=1)
 
 

@@ -48,6 +48,7 @@ class CrossEncoderConfig(BaseModel):
         warmup: share of the steps.
         weight_decay: AdamW's.
         clip: largest norm of the gradient.
+        dropout: instead of the encoder's own; 0 takes a quarter off the time on CPUs.
         seed: of a new head, of dropout, of the order of questions, and of folds.
         mining: the passages of a list.
         folds: in how many parts the questions are split to be scored by models that did not see
@@ -66,9 +67,10 @@ class CrossEncoderConfig(BaseModel):
     warmup: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
     mining: MiningConfig = MiningConfig()
-    folds: int = Field(default=5, ge=2)
+    folds: int = Field(default=3, ge=2)
 
 
 class Manifest(BaseModel):

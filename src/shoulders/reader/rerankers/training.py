@@ -56,6 +56,9 @@ def train_cross_encoder(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with seeded(config.seed), quiet():
         reranker = CrossEncoderReranker.start(config, device=str(place))
+        for module in reranker.model.modules():
+            if isinstance(module, torch.nn.Dropout) and config.dropout is not None:
+                module.p = config.dropout
         loss = ListLoss(reranker.model, config.loss, on_questions)
         with tempfile.TemporaryDirectory() as folder:
             _trainer(reranker.model, loss, examples, config, folder, place).train()
