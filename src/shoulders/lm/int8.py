@@ -51,12 +51,12 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(model: Any) -> None:
-    """Replace every linear layer of a Hugging Face LM, in place.
+    """Replace every linear layer of a Hugging Face LM, or of one of its layers, in place.
 
     Its embedding table and its head stay as they are: the gradient of the logits has one large
     entry a row, beside which rounding would lose all others.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child is head:

@@ -9,11 +9,11 @@ write the channel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ALPHA = 0.5
 _SMALLEST = 1e-5
@@ -33,53 +33,65 @@ An elephant. The committee did not agree; it rarely does. https://example.org/pa
 
 
 @torch.no_grad()
-def smooth(model: Any, tokenizer: Any) -> None:
-    """Balance activations and weights of a Llama-style model, in place."""
-    largest = _measured(model, tokenizer)
-    for layer in model.base_model.layers:
-        attention, feed = layer.self_attn, layer.mlp
-        readers = [attention.q_proj, attention.k_proj, attention.v_proj]
-        _through_norm(layer.input_layernorm, readers, largest[attention.q_proj])
-        # Query heads of a group read the same channels of v.
-        v, o, e = attention.v_proj, attention.o_proj, attention.head_dim
-        heads = (v.weight.shape[0] // e, -1, e)
-        channels = largest[o].view(heads).amax(1), o.weight.abs().amax(0).view(heads).amax(1)
-        s = _scale(*channels)
-        _divide(v, s.flatten())
-        o.weight.mul_(s[:, None].expand(-1, o.weight.shape[1] // s.numel(), -1).reshape(-1))
-        _through_norm(
-            layer.post_attention_layernorm,
-            [feed.gate_proj, feed.up_proj],
-            largest[feed.gate_proj],
-        )
-        s = _scale(largest[feed.down_proj], feed.down_proj.weight.abs().amax(0))
-        _divide(feed.up_proj, s)  # silu(gate) * up is linear in up
-        feed.down_proj.weight.mul_(s)
+def smooth(model: Any, tokenizer: Any, then: Callable[[nn.Module], None] | None = None) -> None:
+    """Balance activations and weights of a Llama-style model, in place, in one pass over a text.
 
-
-def _measured(model: Any, tokenizer: Any) -> dict[Any, Tensor]:
-    """Return the largest magnitude of every input channel of the layers' projections."""
+    A layer is cast to float32 when the pass reaches it, and balanced when it has left: `then` may
+    round it, so that one layer at a time stands in memory twice.
+    """
     largest: dict[Any, Tensor] = {}
 
     def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
         largest[module] = inputs[0].detach().flatten(0, -2).abs().amax(0).float()
 
-    hooks = [
-        module.register_forward_pre_hook(note)
-        for layer in model.base_model.layers
-        for module in (
-            layer.self_attn.q_proj,
-            layer.self_attn.o_proj,
-            layer.mlp.gate_proj,
-            layer.mlp.down_proj,
-        )
-    ]
+    def begin(layer: Any, _: Any) -> None:
+        layer.float()
+
+    def end(layer: Any, *_: Any) -> None:
+        _balance(layer, largest)
+        largest.clear()
+        if then is not None:
+            then(layer)
+
+    body, hooks = model.base_model, []
+    for layer in body.layers:
+        hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+        for module in _measured(layer):
+            hooks.append(module.register_forward_pre_hook(note))
+    for name, module in body.named_children():
+        if name != "layers":
+            module.float()
     ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     ids = ids[: model.config.max_position_embeddings]
-    model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
+    body(torch.tensor([ids], device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return largest
+
+
+def _measured(layer: Any) -> list[Any]:
+    """Return the projections whose input channels are measured; the others read the same."""
+    attention, feed = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.o_proj, feed.gate_proj, feed.down_proj]
+
+
+def _balance(layer: Any, largest: dict[Any, Tensor]) -> None:
+    """Balance one layer, given the largest magnitude of every channel that it read."""
+    attention, feed = layer.self_attn, layer.mlp
+    readers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    _through_norm(layer.input_layernorm, readers, largest[attention.q_proj])
+    # Query heads of a group read the same channels of v.
+    v, o, e = attention.v_proj, attention.o_proj, attention.head_dim
+    heads = (v.weight.shape[0] // e, -1, e)
+    channels = largest[o].view(heads).amax(1), o.weight.abs().amax(0).view(heads).amax(1)
+    s = _scale(*channels)
+    _divide(v, s.flatten())
+    _multiply(o, s[:, None].expand(-1, o.weight.shape[1] // s.numel(), -1).reshape(-1))
+    _through_norm(
+        layer.post_attention_layernorm, [feed.gate_proj, feed.up_proj], largest[feed.gate_proj]
+    )
+    s = _scale(largest[feed.down_proj], feed.down_proj.weight.abs().amax(0))
+    _divide(feed.up_proj, s)  # silu(gate) * up is linear in up
+    _multiply(feed.down_proj, s)
 
 
 def _scale(activation: Tensor, weight: Tensor) -> Tensor:
@@ -89,12 +101,17 @@ def _scale(activation: Tensor, weight: Tensor) -> Tensor:
 
 def _through_norm(norm: Any, readers: Sequence[Any], largest: Tensor) -> None:
     s = _scale(largest, torch.stack([r.weight.abs().amax(0) for r in readers]).amax(0))
-    norm.weight.div_(s)
+    norm.weight.data = norm.weight / s
     for reader in readers:
-        reader.weight.mul_(s)
+        _multiply(reader, s)
+
+
+# Not in place: weights may be mapped from a file, whose pages a write would copy for good.
+def _multiply(linear: Any, s: Tensor) -> None:
+    linear.weight.data = linear.weight * s
 
 
 def _divide(linear: Any, s: Tensor) -> None:
-    linear.weight.div_(s[:, None])
+    linear.weight.data = linear.weight / s[:, None]
     if linear.bias is not None:
-        linear.bias.div_(s)
+        linear.bias.data = linear.bias / s
