@@ -12,6 +12,7 @@ import typer
 
 from shoulders import __version__
 from shoulders.cli import ask, bench, demo, evaluate, generate, index, info, train
+from shoulders.cli.common import quiet_imports
 from shoulders.errors import InterruptedTraining, ShouldersError
 
 # Wrong usage of the command line. New versions of typer carry click inside them, old ones
@@ -46,6 +47,7 @@ def _version(
 
 def main() -> None:
     """Run the command line; exit 2 with one line for what a user can mend, 130 on Ctrl-C."""
+    quiet_imports()
     try:
         sys.exit(app(standalone_mode=False))
     except typer.Abort:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,21 +30,38 @@ def stderr() -> Console:
     return Console(stderr=True)
 
 
+def quiet_imports() -> None:
+    """Keep quiet what torchao says at import: which of its parts are for other machines.
+
+    transformers imports it wherever it is installed.
+    """
+    for library in ("torchao", "torch.utils._pytree"):
+        getLogger(library).setLevel(ERROR)
+
+
 def quiet_libraries() -> None:
     """Keep the model library's own progress bars and notices out of our output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
+    quiet_imports()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def open_skill(
-    name: str, *, lm: str | None, dtype: str | None, templates: Path | None
+    name: str,
+    *,
+    lm: str | None,
+    dtype: str | None,
+    templates: Path | None,
+    quantize: str | None = None,
+    device_map: str | None = None,
 ) -> tuple[Skill, Templates]:
     """Load `base` or a skill folder, with its templates or those of a file.
 
-    A skill runs on the LM and in the precision it was trained with unless told otherwise.
+    A skill runs on the LM, in the precision and as quantised as it was trained with unless told
+    otherwise (`quantize` may be `none`); where the LM lies is each machine's own affair.
     """
     from shoulders.data.templates import Templates
     from shoulders.encoders.load import load_encoder
@@ -54,10 +72,21 @@ def open_skill(
     quiet_libraries()
     chosen = Templates.read(templates) if templates else None
     if name == BASE:
-        skill = Skill.base(load_lm(lm or "embedded", dtype=_precision(dtype or "auto")))
+        frozen = load_lm(
+            lm or "embedded",
+            dtype=_precision(dtype or "auto"),
+            quantize=_quantization(quantize),
+            device_map=_device_map(device_map),
+        )
+        skill = Skill.base(frozen)
         return skill, chosen or Templates()
     artefact = read_artefact(Path(name))
-    frozen = load_lm(lm or artefact.lm.name, dtype=_precision(dtype or artefact.lm_dtype))
+    frozen = load_lm(
+        lm or artefact.lm.name,
+        dtype=_precision(dtype or artefact.lm_dtype),
+        quantize=_quantization(quantize or artefact.lm_quantize),
+        device_map=_device_map(device_map),
+    )
     skill, own = load_skill(Path(name), frozen, functools.cache(load_encoder))
     return skill, chosen or own
 
@@ -74,3 +103,18 @@ def _precision(dtype: str) -> Any:
     if dtype not in PRECISIONS:
         raise ShouldersError(f"--dtype {dtype}: use one of {', '.join(PRECISIONS)}")
     return dtype
+
+
+def _quantization(quantize: str | None) -> Any:
+    from shoulders.lm.quantized import QUANTIZATIONS
+
+    if quantize not in (None, "none", *QUANTIZATIONS):
+        known = ", ".join(QUANTIZATIONS)
+        raise ShouldersError(f"--quantize {quantize}: use one of {known}, none")
+    return None if quantize == "none" else quantize
+
+
+def _device_map(device_map: str | None) -> Any:
+    if device_map not in (None, "auto"):
+        raise ShouldersError(f"--device-map {device_map}: use auto")
+    return device_map

@@ -39,6 +39,12 @@ def evaluate(
     ] = None,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="The LM's weights: int8, nf4 or none. Default: the skill's.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: what does not fit into memory stays on disk.")
+    ] = None,
 ) -> None:
     """Score a skill on data: exact match and F1 by task, with 95% bootstrap intervals."""
     from shoulders.data.rows import read_rows
@@ -51,7 +57,9 @@ def evaluate(
     for path in filter(None, (json, dump)):
         check_writable(path)
     rows = spread(read_rows(data), limit)
-    opened, own = open_skill(skill, lm=lm, dtype=dtype, templates=templates)
+    opened, own = open_skill(
+        skill, lm=lm, dtype=dtype, templates=templates, quantize=quantize, device_map=device_map
+    )
     if keep is not None:
         opened = opened.keeping(keep)
     decoding = evaluation.EVALUATION_DECODING.model_copy(update={"max_new_tokens": max_new_tokens})
@@ -74,7 +82,11 @@ def evaluate(
             **result.as_dict(),
             "normalizer": normalizer,
             "trained_parameters": opened.trained_parameters,
-            "lm": {"name": opened.lm.name, "fingerprint": opened.lm.fingerprint},
+            "lm": {
+                "name": opened.lm.name,
+                "fingerprint": opened.lm.fingerprint,
+                "quantize": opened.lm.quantize,
+            },
             "dtype": opened.lm.precision,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),

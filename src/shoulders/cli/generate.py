@@ -41,6 +41,12 @@ def generate(
     json: Annotated[Path | None, typer.Option(help="Write the answers to --text as JSON.")] = None,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="The LM's weights: int8, nf4 or none. Default: the skill's.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: what does not fit into memory stays on disk.")
+    ] = None,
 ) -> None:
     """Answer one text, or every row of a file, with a skill."""
     from pydantic import ValidationError
@@ -68,7 +74,9 @@ def generate(
         first = error.errors()[0]
         raise ShouldersError(f"--{first['loc'][0]}: {first['msg']}".replace("_", "-")) from None
     rows = _read_inputs(input) if input else []
-    opened, own = open_skill(skill, lm=lm, dtype=dtype, templates=templates)
+    opened, own = open_skill(
+        skill, lm=lm, dtype=dtype, templates=templates, quantize=quantize, device_map=device_map
+    )
     if keep is not None:
         opened = opened.keeping(keep)
     if text is not None:

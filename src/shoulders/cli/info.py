@@ -39,6 +39,7 @@ def _skill_facts(folder: Path) -> dict[str, Any]:
         "trained_parameters": artefact.trained_parameters,
         "frozen_parameters": artefact.lm.parameters + sum(e.parameters for e in artefact.encoders),
         "dtype": artefact.lm_dtype,
+        "quantize": artefact.lm_quantize,
         "tasks": sorted(artefact.templates),
     }
     return {**facts, "provenance": provenance}

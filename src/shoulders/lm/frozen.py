@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from shoulders.errors import LMError
 from shoulders.fingerprint import digest, identity, tokenizer_digest
 from shoulders.lm.fused import Blocks
 from shoulders.lm.int8 import Int8Linear
+from shoulders.lm.lent import device_of, held_tensors, size, stored
+from shoulders.lm.quantized import Quantization
 from shoulders.lm.shard import Shards, whole
 
 
@@ -53,11 +55,13 @@ class FrozenLM:
         name: str,
         *,
         fingerprint: str | None = None,
+        quantize: Quantization | None = None,
         shards: Shards | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.quantize = quantize
         self._embedding = model.get_input_embeddings()
         self._head = model.get_output_embeddings()
         self._body = model.base_model
@@ -72,7 +76,7 @@ class FrozenLM:
     @property
     def device(self) -> torch.device:
         """Device of the LM's embeddings, where its inputs must be."""
-        return self._embedding.weight.device
+        return device_of(self._embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +107,8 @@ class FrozenLM:
     @property
     def parameters(self) -> int:
         """Number of frozen parameters (tied matrices counted once)."""
-        return sum(p.numel() for p in self.model.parameters())
+        held = held_tensors(self.model)
+        return sum(size(t) for _, _, t in held if isinstance(t, nn.Parameter))
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -115,7 +120,12 @@ class FrozenLM:
 
     @functools.cached_property
     def prefix_shape(self) -> PrefixShape:
-        """Shape of the key/value cache; raises `LMError` where layers differ in shape."""
+        """Shape of the key/value cache; raises `LMError` where layers differ in shape or place."""
+        if len({d for d in self._placed.values() if d not in ("cpu", "disk")}) > 1:
+            raise LMError(
+                f"{self.name}: its layers compute on several devices, where a key/value prefix "
+                "does not follow them; use a producer of input vectors, or another device_map"
+            )
         cache = self.new_cache()
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         ones = torch.ones_like(ids)
@@ -205,14 +215,14 @@ class FrozenLM:
             **arguments,
         )
         states: Tensor = output.last_hidden_state
-        return states
+        return states.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states at chosen positions `[n, d]` to float32 logits `[n, vocabulary]`.
 
         Two-dimensional on purpose: a batched backward would copy the vocabulary matrix.
         """
-        logits: Tensor = self._head(hidden).float()
+        logits: Tensor = self._head(hidden).to(self.device).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap is not None else logits
 
@@ -244,6 +254,11 @@ class FrozenLM:
         return text
 
     # -- inside --------------------------------------------------------------------------
+
+    @property
+    def _placed(self) -> dict[str, Any]:
+        """Where a device map has put the LM's modules; empty without one."""
+        return getattr(self.model, "hf_device_map", None) or {}
 
     def _masks_by_position(self, mask: Tensor, s: int) -> Any:
         """Return additive masks for full and sliding layers, counting real positions only.
@@ -291,9 +306,10 @@ def lm_fingerprint(model: Any, tokenizer: Any) -> str:
 
 
 def lm_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of every parameter and buffer, tied ones once."""
-    seen: set[int] = set()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, whole(tensor)
+    """Yield name and tensor of every parameter and buffer, tied ones once.
+
+    One at a time: what is sharded or offloaded is fetched when its turn comes.
+    """
+    for name, module, tensor in held_tensors(model):
+        for part, plain in stored(name, module, tensor):
+            yield part, whole(plain)

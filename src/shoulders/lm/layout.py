@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shoulders.lm.block import Layer, Matrix
 from shoulders.lm.int8 import Int8Linear
+from shoulders.lm.lent import is_quantised
 
 
 def is_llama_style(model: Any) -> bool:
@@ -22,6 +23,8 @@ def is_llama_style(model: Any) -> bool:
     body = model.base_model
     if model.device.type != "cpu" or getattr(model.config, "hidden_act", None) != "silu":
         return False
+    if is_quantised(model) or any(p.is_meta for p in model.parameters()):
+        return False  # no plain matrices to lay out, or none that is to stay in memory
     try:
         for layer in body.layers:
             attention = layer.self_attn

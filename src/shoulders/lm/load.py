@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from shoulders.errors import LMError
 from shoulders.lm.gguf import converted, embedded_gguf
+from shoulders.lm.quantized import (
+    DeviceMap,
+    Quantization,
+    check_options,
+    check_quantised,
+    check_stored,
+    quantization_config,
+)
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -19,6 +28,10 @@ def load_lm(
     dtype: Precision = "auto",
     device: str | None = None,
     revision: str | None = None,
+    quantize: Quantization | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | None = None,
     shard: bool = False,
 ) -> Any:
     """Load a causal LM and freeze it.
@@ -32,6 +45,14 @@ def load_lm(
             to train on processors with VNNI, at a small loss of precision (docs/log.md).
         device: a torch device; default `cuda` where there is one, else `cpu`.
         revision: branch, tag or commit of a Hub id.
+        quantize: round the linear layers' weights while they are read and keep only that:
+            `int8` through torchao, `nf4` (4 bits) through bitsandbytes; computing stays in
+            `dtype`. An LM that is stored quantised loads as it is, without this.
+        device_map: `auto` fills GPUs, then main memory, and leaves the rest on disk; or a
+            mapping from module names to devices (`0`, `cpu`, `disk`). Weights that are not where
+            they are multiplied are fetched for each product. Needs accelerate.
+        max_memory: with `auto`, the most to use of each device, such as `{0: 6GB, cpu: 10GB}`.
+        offload_folder: where `disk` keeps what is not in safetensors files already.
         shard: spread the layers over the processes that a launcher has started, all of which
             must load it (`shoulders.lm.shard`). Each reads the whole LM into main memory once.
 
@@ -39,21 +60,33 @@ def load_lm(
         A `shoulders.lm.frozen.FrozenLM`.
 
     Raises:
-        LMError: the model cannot be found, downloaded, verified, read or sharded.
+        LMError: the model cannot be found, downloaded, verified, read, quantised or sharded.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from shoulders.lm.frozen import FrozenLM, lm_fingerprint
     from shoulders.lm.int8 import to_int8
     from shoulders.lm.layout import is_llama_style
+    from shoulders.lm.lent import lend
     from shoulders.lm.shard import Shards, check_shardable
     from shoulders.lm.smooth import smooth
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _precision(dtype, place)
+    check_options(dtype, quantize, device_map, device)
     if shard:
         check_shardable(dtype)
+        if quantize is not None or device_map is not None:
+            raise LMError("a sharded LM is neither quantised nor placed: leave out one of them")
+    # What is rounded to int8 is read as it is stored (mapped, not copied), layer by layer.
+    options: dict[str, Any] = {"dtype": "auto" if dtype == "int8" else precision}
+    if quantize is not None:
+        options["quantization_config"] = quantization_config(quantize, precision)
+        options["device_map"] = {"": place}
+    if device_map is not None:
+        options["device_map"] = device_map
+        options |= {"max_memory": max_memory, "offload_folder": offload_folder}
     source: str | Path = name
     if name == EMBEDDED:
         source = converted(embedded_gguf())
@@ -62,10 +95,15 @@ def load_lm(
     elif Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise LMError(f"{name}: not a model folder: no config.json in it")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=precision, revision=revision or "main"
+        read = functools.partial(
+            AutoModelForCausalLM.from_pretrained, source, revision=revision or "main"
         )
+        config = AutoConfig.from_pretrained(source, revision=revision or "main")
+        check_stored(name, config, dtype, quantize)
+        model = read(**options)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    except LMError:
+        raise
     except Exception as error:
         # Anything may go wrong inside (network, missing file, damaged safetensors, unknown
         # architecture): the user needs the name and the first line of the reason.
@@ -75,15 +113,24 @@ def load_lm(
         shards = Shards.of(model.requires_grad_(False), place)
         model = model.to(place)
         return FrozenLM(model, tokenizer, name, fingerprint=fingerprint, shards=shards)
-    model = model.to(place).requires_grad_(False)
-    if dtype != "int8":
-        return FrozenLM(model, tokenizer, name)
-    # A skill is bound to the LM that was rounded, not to how it was.
-    fingerprint = lm_fingerprint(model, tokenizer)
-    if is_llama_style(model):
-        smooth(model, tokenizer)
-    to_int8(model)
-    return FrozenLM(model, tokenizer, name, fingerprint=fingerprint)
+    check_quantised(name, model, quantize)
+    # A skill is bound to the LM that was rounded, not to how it was. What is rounded while it is
+    # read has to be read once more for that: mapped, a tensor at a time.
+    bound = None
+    if quantize is not None:
+        bound = lm_fingerprint(read(dtype="auto"), tokenizer)
+    elif dtype == "int8":
+        bound = lm_fingerprint(model, tokenizer)
+    model.requires_grad_(False)
+    if dtype == "int8":
+        if is_llama_style(model):
+            smooth(model, tokenizer, then=to_int8)
+        to_int8(model)
+        model.float()
+    elif not hasattr(model, "hf_device_map"):
+        model.to(place)
+    lend(model)
+    return FrozenLM(model, tokenizer, name, fingerprint=bound, quantize=quantize)
 
 
 def _precision(dtype: Precision, device: Any) -> Any:

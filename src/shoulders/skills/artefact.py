@@ -17,6 +17,7 @@ from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.errors import ArtefactError, RecipeError, ShouldersError
 from shoulders.files import atomic_path, sha256_of_file, write_json, write_text
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.quantized import Quantization
 from shoulders.skills.card import model_card
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
@@ -45,6 +46,7 @@ class Artefact(BaseModel):
     shoulders_version: str
     lm: Bound
     lm_dtype: str
+    lm_quantize: Quantization | None = None
     encoders: tuple[Bound, ...]
     skill: SkillConfig
     templates: dict[str, list[str]]
@@ -78,6 +80,7 @@ def save_skill(
         shoulders_version=__version__,
         lm=_bound(skill.lm),
         lm_dtype=skill.lm.precision,
+        lm_quantize=skill.lm.quantize,
         encoders=tuple(_bound(encoder) for encoder in skill.encoders()),
         skill=skill.config,
         templates=templates.as_dict(),

@@ -12,18 +12,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
 from shoulders.lm.load import Precision
+from shoulders.lm.quantized import DeviceMap, Quantization
 from shoulders.prompts.build import config_of
 from shoulders.skills.config import SkillConfig
 
 
 class LMConfig(BaseModel):
-    """The frozen LM: `embedded`, a Hub id, a folder or a .gguf file."""
+    """The frozen LM: `embedded`, a Hub id, a folder or a .gguf file; see `load_lm`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "embedded"
     dtype: Precision = "auto"
     revision: str | None = None
+    quantize: Quantization | None = None
+    device_map: DeviceMap | None = None
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | None = None
 
 
 class OptimizerConfig(BaseModel):
