@@ -13,7 +13,7 @@ from shoulders.reader.questions import Question
 
 TEXTS = {
     "gold": Passage("gold", "Oslo", "It has been the seat of government since 1814."),
-    "copy": Passage("copy", "Oslo (city)", "It has been the seat of government since 1814."),
+    "copy": Passage("copy", "Kristiania", "It has been the seat of government since 1814."),
     "also": Passage("also", "Norway", "Its capital, OSLO, lies on a fjord."),
     "title": Passage("title", "History of Oslo", "It began as a village."),
     "near": Passage("near", "Bergen", "The second largest city of Norway."),
