@@ -177,7 +177,8 @@ def dies_everywhere(
         shutil.rmtree(folder)
 
 
-def test_killed_at_every_step_of_building(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_every_step_of_building(tmp_path: Path, stride: int) -> None:
     source = table(tmp_path / "t.tsv", texts(0, 30))
     choices = Choices(sizes=Sizes(batch=16, heap=15_000_000))
 
@@ -195,7 +196,7 @@ def test_killed_at_every_step_of_building(tmp_path: Path) -> None:
         lambda folder: None,
         tmp_path,
         unfinished,
-        stride=1,
+        stride=stride,
     )
 
 

@@ -50,15 +50,16 @@ class Ids:
     def __init__(self, folder: Path, rows: int) -> None:
         self._ends = _ends(folder, rows)
         size = int(self._ends[-1]) if rows else 0
-        self._raw = _mapped(folder / IDS, np.dtype("u1"), size)
+        self._raw = _mapped(folder / IDS, np.dtype("u1"), size).data
 
     def take(self, numbers: Sequence[int]) -> list[str]:
         """Return the ids with these numbers."""
-        return [self._one(int(number)) for number in numbers]
-
-    def _one(self, number: int) -> str:
-        start = int(self._ends[number - 1]) if number else 0
-        return self._raw[start : int(self._ends[number])].tobytes().decode()
+        if not len(numbers):
+            return []
+        wanted = np.asarray(numbers, dtype=np.int64)
+        ends = self._ends[wanted].tolist()
+        starts = np.where(wanted > 0, self._ends[np.maximum(wanted - 1, 0)], 0).tolist()
+        return [bytes(self._raw[s:e]).decode() for s, e in zip(starts, ends, strict=True)]
 
 
 def _ends(folder: Path, rows: int) -> np.ndarray:
@@ -68,4 +69,4 @@ def _ends(folder: Path, rows: int) -> np.ndarray:
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if not count:  # an empty file cannot be mapped
         return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="r", shape=(count,))
+    return np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray)

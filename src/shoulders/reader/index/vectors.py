@@ -49,6 +49,9 @@ class VectorFile:
             os.fsync(file.fileno())
 
     def mapped(self, rows: int) -> np.ndarray:
-        """Return the first `rows` rows `[rows, dimensions]`, read from the disk as needed."""
+        """Return the first `rows` rows `[rows, dimensions]`, read from the disk as needed.
+
+        The array may be written to without changing the file: torch takes no read-only ones.
+        """
         shape = (rows, self._dimensions)
-        return np.memmap(self._path, self._dtype, mode="r", shape=shape)
+        return np.memmap(self._path, self._dtype, mode="c", shape=shape).view(np.ndarray)

@@ -13,7 +13,7 @@ from shoulders.reader.retrievers.best import Best
 
 Embed = Callable[[Sequence[str]], np.ndarray]  # questions -> vectors [q, e] float32
 
-_BLOCK_BYTES = 32_000_000  # of float32 vectors that are compared at once
+_BLOCK = 4096  # vectors that are widened to float32 and compared at once: they stay in the cache
 _QUESTIONS = 256  # that are searched for together
 
 
@@ -44,14 +44,13 @@ class DenseRetriever:
     def nearest(self, wanted: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return numbers and scores, best first, for each row of `wanted` `[q, e]`."""
         rows, width = self._vectors.shape
-        block = max(_BLOCK_BYTES // (4 * width), 1)
         columns = torch.from_numpy(np.ascontiguousarray(wanted, dtype=np.float32)).T
+        wide = torch.empty(min(_BLOCK, rows), width)
         best = Best(len(wanted), k)
-        for first in range(0, rows, block):
-            # A copy, since a map of a file is read-only; torch widens it faster than numpy.
-            part = torch.from_numpy(np.array(self._vectors[first : first + block])).float()
-            scores = (part @ columns).numpy()
+        for first in range(0, rows, _BLOCK):
+            part = torch.from_numpy(self._vectors[first : first + _BLOCK])
+            scores = (wide[: len(part)].copy_(part) @ columns).T.numpy()
             low, high = np.searchsorted(self._deleted, [first, first + len(part)])
-            scores[self._deleted[low:high] - first] = -np.inf
-            best.add(np.ascontiguousarray(scores.T), first)
+            scores[:, self._deleted[low:high] - first] = -np.inf
+            best.add(scores, first)
         return best.result()
