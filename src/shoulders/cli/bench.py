@@ -24,9 +24,7 @@ _Templates = Annotated[Path | None, typer.Option(help="Templates for --data (YAM
 _LM = Annotated[str, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")]
 _Dtype = Annotated[
     list[str] | None,
-    typer.Option(
-        help="Precision; repeatable, the first is the headline. Default: int8, float32."
-    ),
+    typer.Option(help="Precision; repeatable, the first is the headline. Default: int8, float32."),
 ]
 _Kind = Annotated[
     list[str] | None, typer.Option(help="Kind of prompt; repeatable. Default: all four.")

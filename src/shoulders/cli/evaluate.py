@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from shoulders.cli import readers
 from shoulders.cli.common import emit_json, open_skill, stderr, stdout
 from shoulders.errors import ShouldersError
 from shoulders.files import check_writable
@@ -20,7 +21,31 @@ if TYPE_CHECKING:
 
 def evaluate(
     skill: Annotated[str, typer.Argument(help="A skill folder, or 'base' for the bare LM.")],
-    data: Annotated[Path, typer.Option(help="Rows with targets: .jsonl or .parquet.")],
+    data: Annotated[
+        Path, typer.Option(help="Rows with targets (.jsonl, .parquet); for a reader, questions.")
+    ],
+    index: Annotated[
+        Path | None, typer.Option(help="Readers: the index to search. Without it: `ctxs`.")
+    ] = None,
+    retriever: Annotated[
+        str | None,
+        typer.Option(help="Readers: sparse, dense, approximate or hybrid. Default: its own."),
+    ] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Readers: passages to retrieve.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Readers: most tokens of passages.")
+    ] = None,
+    no_rerank: Annotated[
+        bool, typer.Option("--no-rerank", help="Readers: keep the retriever's order.")
+    ] = False,
+    abstain_below: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Readers: withhold answers less likely right than this."),
+    ] = None,
+    contexts: Annotated[
+        Path | None, typer.Option(help="Readers: write the passages found, as FiD and DPR do.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Readers: draw the stages (PNG).")] = None,
     templates: Annotated[
         Path | None, typer.Option(help="YAML templates. Default: the skill's own.")
     ] = None,
@@ -54,8 +79,32 @@ def evaluate(
 
     if normalizer not in ("general", "squad"):
         raise ShouldersError(f"--normalizer {normalizer}: use general or squad")
-    for path in filter(None, (json, dump)):
+    for path in filter(None, (json, dump, contexts, plot)):
         check_writable(path)
+    if index is not None or readers.is_reader(skill):
+        reader = readers.open_reader(
+            skill,
+            index,
+            retriever=retriever,
+            k=k,
+            window=window,
+            rerank=not no_rerank,
+            abstain_below=abstain_below,
+            lm=lm,
+            dtype=dtype,
+        )
+        readers.evaluate_reader(
+            reader,
+            skill,
+            index,
+            data,
+            limit=limit,
+            json=json,
+            dump=dump,
+            contexts=contexts,
+            plot=plot,
+        )
+        return
     rows = spread(read_rows(data), limit)
     opened, own = open_skill(
         skill, lm=lm, dtype=dtype, templates=templates, quantize=quantize, device_map=device_map

@@ -111,6 +111,12 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: names the file, the key and, for an unknown key, the nearest valid one.
     """
+    recipe = make_recipe(read_values(path, overrides), str(path))
+    return recipe.model_copy(update={"data": _located(recipe.data, path.parent)})
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a recipe file says, overridden, and not yet validated; raises `RecipeError`."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
@@ -121,8 +127,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping with lm, skill, data and training")
     for override in overrides:
         _override(values, override)
-    recipe = make_recipe(values, str(path))
-    return recipe.model_copy(update={"data": _located(recipe.data, path.parent)})
+    return values
 
 
 def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -183,10 +188,15 @@ def _number(text: str) -> float | str:
         return text
 
 
+def located(name: str, folder: Path) -> str:
+    """Return the whole path of a file that a recipe names: beside the recipe, or as given."""
+    beside = folder / name
+    return str(beside.resolve() if beside.exists() else Path(name).resolve())
+
+
 def _located(data: MixtureConfig, folder: Path) -> MixtureConfig:
     def one(name: str) -> str:
-        beside = folder / name
-        return str(beside.resolve() if beside.exists() else Path(name).resolve())
+        return located(name, folder)
 
     return data.model_copy(
         update={
