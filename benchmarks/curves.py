@@ -6,7 +6,7 @@ The static prompt of `recipes/multitask_static.yaml`, in int8 and float32, besid
 tuning through transformers' Trainer (float32, padded batches): same first prompt, rows, order,
 optimizer and schedule. Ours trains the prompt in standard deviations of the LM's embeddings, so
 PEFT's rate and largest gradient norm are put into its units. The other producers' curves stand
-beside them. Finished runs are kept.
+beside them. Finished runs are kept. Speed is measured elsewhere (`shoulders bench train`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -26,11 +25,13 @@ import matplotlib.pyplot as plt
 import torch
 
 from shoulders.benchmark.contender import peer_lm, write_rows
-from shoulders.benchmark.rows import benchmark_rows
+from shoulders.data.mixture import Mixture
 from shoulders.lm.load import load_lm
 from shoulders.prompts.initial import InitConfig, initial_ids
+from shoulders.skills.skill import Skill
+from shoulders.training.fit import example_at
 from shoulders.training.recipe import Recipe, read_recipe
-from shoulders.training.run import machine
+from shoulders.training.run import load_data, machine
 
 ROOT = Path(__file__).parents[1]
 SHOULDERS = Path(sys.executable).parent / "shoulders"
@@ -55,8 +56,8 @@ def main() -> None:
         "rows_per_step": recipe_of("static").training.rows_per_step,
         "curves": curves,
         "last_quarter": {
-            name: sum(curve["losses"][-options.steps // 4 :]) / (options.steps // 4)
-            for name, curve in curves.items()
+            name: sum(losses[-(options.steps // 4) :]) / (options.steps // 4)
+            for name, losses in curves.items()
         },
         "machine": machine(),
         "seed": 0,
@@ -65,11 +66,11 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(curves, options.out.with_suffix(".png"))
     for name, loss in result["last_quarter"].items():
-        print(f"{name:20} {loss:.3f}  {curves[name]['seconds'] / 60:.1f} min")
+        print(f"{name:20} {loss:.3f}")
 
 
-def ours(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a recipe for so many steps through the command line; return losses and seconds."""
+def ours(kind: str, dtype: str, options: argparse.Namespace) -> list[float]:
+    """Train a recipe for so many steps through the command line; return every step's loss."""
     folder = options.runs / f"{kind}-{dtype}-{options.steps}"
     if not (folder / "skill.json").is_file():
         values = [f"training.steps={options.steps}", f"lm.dtype={dtype}",
@@ -79,13 +80,11 @@ def ours(kind: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
         command = [SHOULDERS, "train", recipe, "--out", folder, "--resume", *sets]
         subprocess.run([str(part) for part in command], check=True)
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [entry["loss"] for line in lines if "loss" in (entry := json.loads(line))]
-    artefact = json.loads((folder / "skill.json").read_text(encoding="utf-8"))
-    return {"losses": losses, "seconds": artefact["provenance"]["training_seconds"]}
+    return [entry["loss"] for line in lines if "loss" in (entry := json.loads(line))]
 
 
-def peft(options: argparse.Namespace) -> dict[str, Any]:
-    """Train PEFT's prompt on the same rows; return losses and seconds."""
+def peft(options: argparse.Namespace) -> list[float]:
+    """Train PEFT's prompt on the same rows; return every step's loss."""
     file = options.runs / f"peft-{options.steps}.json"
     if not file.is_file():
         recipe = recipe_of("static")
@@ -94,22 +93,22 @@ def peft(options: argparse.Namespace) -> dict[str, Any]:
         assert spec is not None
         random = torch.Generator().manual_seed(0)
         init = InitConfig.model_validate(spec["init"])
-        ids = initial_ids(init, lm, spec["length"], random).tolist()
+        first = initial_ids(init, lm, spec["length"], random).tolist()
         training = recipe.training
         rows = options.runs / "rows.jsonl"
-        assert recipe.data.templates is not None
-        write_rows(
-            rows,
-            benchmark_rows(
-                Path(recipe.data.train[0]),
-                Path(recipe.data.templates),
-                options.steps * training.rows_per_step,
-            ),
-        )
+        # The tokens that ours reads, in the order in which it does.
+        train, _, templates = load_data(recipe.data)
+        mixture = Mixture(train, templates, recipe.data, training.seed)
+        base = Skill(lm, recipe.skill, None)
+        examples = [
+            example_at(base, mixture, i, training.seed)
+            for i in range(options.steps * training.rows_per_step)
+        ]
+        write_rows(rows, [{"ids": e.input_ids, "answer_ids": e.answer_ids} for e in examples])
         command = [
             *(sys.executable, ROOT / "comparisons/peft_train.py", "--lm", peer_lm("embedded")),
             *("--rows", rows, "--variant", "default", "--length", spec["length"]),
-            *("--rows-per-step", training.rows_per_step, "--prompt-ids", ",".join(map(str, ids))),
+            *("--rows-per-step", training.rows_per_step, "--prompt-ids", ",".join(map(str, first))),
             *("--lr", training.optimizer.lr * lm.embedding_scale),
             *("--warmup-steps", training.warmup_steps, "--beta2", training.optimizer.betas[1]),
             *("--clip", training.clip / lm.embedding_scale),
@@ -118,8 +117,8 @@ def peft(options: argparse.Namespace) -> dict[str, Any]:
             [str(part) for part in command], check=True, capture_output=True, text=True
         )
         file.write_text(done.stdout.strip().splitlines()[-1], encoding="utf-8")
-    figures = json.loads(file.read_text(encoding="utf-8"))
-    return {"losses": figures["losses"][: options.steps], "seconds": figures["seconds"]}
+    losses: list[float] = json.loads(file.read_text(encoding="utf-8"))["losses"]
+    return losses[: options.steps]
 
 
 def recipe_of(kind: str) -> Recipe:
@@ -127,20 +126,17 @@ def recipe_of(kind: str) -> Recipe:
     return read_recipe(ROOT / f"recipes/multitask_{kind}.yaml")
 
 
-def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw every curve against examples, and against minutes."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """Draw every curve against the examples that were seen."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
     rows = recipe_of("static").training.rows_per_step
-    for name, curve in curves.items():
-        losses = torch.tensor(curve["losses"])
-        means = losses.unfold(0, SMOOTHED, 1).mean(1)
+    for name, losses in curves.items():
+        means = torch.tensor(losses).unfold(0, SMOOTHED, 1).mean(1)
         steps = torch.arange(SMOOTHED, len(losses) + 1)
         style = "k--" if name.startswith("peft") else "-"
-        left.plot(steps * rows, means, style, label=name)
-        right.plot(steps * curve["seconds"] / 60 / len(losses), means, style, label=name)
-    left.set(xlabel="examples seen", ylabel=f"training loss, mean of {SMOOTHED} steps")
-    right.set(xlabel="minutes of training")
-    left.legend()
+        axes.plot(steps * rows, means, style, label=name)
+    axes.set(xlabel="examples seen", ylabel=f"training loss, mean of {SMOOTHED} steps")
+    axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -39,7 +39,7 @@ def main() -> None:
     """Measure one run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lm", required=True)
-    parser.add_argument("--rows", required=True, help='JSONL with "text" and "answer"')
+    parser.add_argument("--rows", required=True, help='JSONL with "text", "answer"')
     parser.add_argument("--variant", choices=("default", "grouped", "bf16", "lora"), required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--length", type=int, required=True, help="prompt positions")
@@ -114,11 +114,16 @@ def strategy(options: argparse.Namespace) -> str:
     return "random" if options.variant == "default" else "group_by_length"
 
 
-def features(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
-    """Return ids and labels of a row: the loss counts its answer and the end token."""
-    text = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
-    answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-    answer = [*answer, tokenizer.eos_token_id]
+def features(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
+    """Return ids and labels of a row: the loss counts its answer and the end token.
+
+    Rows that bring their tokens (`ids`, `answer_ids`) keep them.
+    """
+    text = row.get("ids") or tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+    answer = row.get("answer_ids")
+    if answer is None:
+        answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+        answer = [*answer, tokenizer.eos_token_id]
     return {
         "input_ids": text + answer,
         "attention_mask": [1] * len(text + answer),
