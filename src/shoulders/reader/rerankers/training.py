@@ -50,11 +50,11 @@ def train_cross_encoder(
     """
     if not examples:
         raise TrainingError("no question has both a passage with its answer and one without")
-    for library in ("accelerate", "datasets", "sentence_transformers.cross_encoder"):
-        with quiet():
-            needed(library)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Already importing the libraries draws from Python's generator.
     with seeded(config.seed), quiet():
+        for library in ("accelerate", "datasets", "sentence_transformers.cross_encoder"):
+            needed(library)
         reranker = CrossEncoderReranker.start(config, device=str(place))
         for module in reranker.model.modules():
             if isinstance(module, torch.nn.Dropout) and config.dropout is not None:
