@@ -13,6 +13,7 @@ import yaml
 
 from shoulders.cli.app import main
 from shoulders.errors import RecipeError
+from shoulders.training.reader_recipe import is_reader, read_reader_recipe
 from shoulders.training.recipe import Recipe, make_recipe, read_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -302,7 +303,7 @@ def test_a_shipped_recipe_is_valid_without_its_data(
     moved.write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
     for file in (path, moved):
-        recipe = read_recipe(file)
+        recipe = read_reader_recipe(file) if is_reader(file) else read_recipe(file)
         assert recipe.skill.passes[0].prompt is not None
         monkeypatch.setattr(sys, "argv", ["shoulders", "train", str(file), "--dry-run"])
         with pytest.raises(SystemExit) as stopped:
@@ -316,7 +317,7 @@ def test_a_shipped_recipe_is_valid_without_its_data(
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_shipped_recipe_never_reads_a_test_split(path: Path) -> None:
-    data = read_recipe(path).data
+    data = read_reader_recipe(path).reader if is_reader(path) else read_recipe(path).data
     for name in (*data.train, *data.validation):
         assert not Path(name).stem.startswith("test")
     assert not set(data.train) & set(data.validation)
