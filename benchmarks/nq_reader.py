@@ -1,0 +1,153 @@
+"""The frozen reader on Natural Questions: every stage, at several windows, beside the bare LM.
+
+    .venv/bin/python benchmarks/nq_reader.py --runs runs/nq
+
+Trains `recipes/nq_reader.yaml` through the command line (finished runs are kept), then scores on
+the test split, at windows of 160, 320 and 1,024 tokens of passages: the bare LM without and with
+worked examples in its context (in BM25's order), and the trained reader with and without its
+re-ranker. Exact match and F1 are SQuAD's, intervals are bootstraps over questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shoulders.cli.common import BASE
+from shoulders.cli.readers import ZERO_SHOT, open_reader
+from shoulders.evaluation.report_card import report_card
+from shoulders.files import write_json
+from shoulders.reader.questions import Question, read_questions
+from shoulders.skills.reader import Reader
+from shoulders.training.monitor import quiet_progress
+from shoulders.training.run import machine
+
+ROOT = Path(__file__).parents[1]
+SHOULDERS = Path(sys.executable).parent / "shoulders"
+WINDOWS = (160, 320, 1024)
+SHOTS = 5  # worked examples, without passages: five with theirs would not fit a small window
+
+
+def main() -> None:
+    """Train what is not there yet, score what is not there yet, and collect."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/nq")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/nq")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/nq_reader.json")
+    options = parser.parse_args()
+
+    index = options.runs / "index"
+    if not (index / "manifest.json").is_file():
+        _run("index", options.data / "passages.tsv", "--out", index, "--resume")
+    readers = {f"reader-seed{seed}": _trained(seed, options.runs) for seed in options.seeds}
+    questions = read_questions(options.data / f"{options.split}.jsonl")
+    shots = read_questions(options.data / "train.jsonl")[:SHOTS]
+    results = []
+    for window in options.windows:
+        for name in ("zero-shot", "few-shot"):
+            results.append(
+                _scored(
+                    options,
+                    name,
+                    window,
+                    lambda window=window, name=name: _bare(
+                        index, window, shots if name == "few-shot" else []
+                    ),
+                    questions,
+                )  # fmt: skip
+            )
+        for name, folder in readers.items():
+            for rerank in (True, False):
+                results.append(
+                    _scored(
+                        options,
+                        name if rerank else f"{name}-bm25-order",
+                        window,
+                        lambda window=window, folder=folder, rerank=rerank: open_reader(
+                            str(folder), index, window=window, rerank=rerank
+                        ),
+                        questions,
+                    )  # fmt: skip
+                )
+    facts = {
+        name: json.loads((folder / "reader.json").read_text(encoding="utf-8"))["provenance"]
+        for name, folder in readers.items()
+    }
+    write_json(
+        options.out,
+        {
+            "benchmark": "nq_reader",
+            "split": options.split,
+            "results": results,
+            "readers": facts,
+            "machine": machine(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    print(_markdown(results))
+
+
+def _trained(seed: int, runs: Path) -> Path:
+    folder = runs / f"reader-seed{seed}"
+    if not (folder / "reader.json").is_file():
+        _run("train", ROOT / "recipes/nq_reader.yaml", "--out", folder, "--resume",
+             "--set", f"training.seed={seed}", "--set", f"reader.reranker.seed={seed}")  # fmt: skip
+    return folder
+
+
+def _bare(index: Path, window: int, shots: list[Question]) -> Reader:
+    """Return the bare LM as a reader, in the recipe's precision, with worked examples or none."""
+    reader = open_reader(BASE, index, window=window, dtype="int8")
+    worked = "".join(f"Question: {q.question}\nAnswer: {q.answers[0]}\n\n" for q in shots)
+    question = ZERO_SHOT.replace("Question: ", worked + "Question: ")
+    pack = reader.config.pack.model_copy(update={"question": question})
+    return Reader(reader.skill, reader.contexts, reader.config.model_copy(update={"pack": pack}))
+
+
+def _scored(
+    options: argparse.Namespace, name: str, window: int, make: Any, questions: list[Question]
+) -> dict[str, Any]:
+    """Return the report card of one reader at one window; kept in a file of its own."""
+    file = options.runs / "cards" / f"{options.split}-{name}-{window}.json"
+    if not file.is_file():
+        reader = make()
+        with quiet_progress(
+            Console(stderr=True), f"{name} at {window}", 2 * len(questions)
+        ) as advance:
+            card = report_card(reader, questions, on_search=advance, on_read=advance)
+        trained = reader.skill.trained_parameters
+        values = {"reader": name, "window": window, "trained_parameters": trained}
+        write_json(file, {**values, **card.as_dict()})
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
+def _markdown(results: list[dict[str, Any]]) -> str:
+    lines = ["| reader | window | answer in window | EM, 95% | F1 | EM given it is there |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for r in results:
+        m, (low, high) = r["metrics"], r["ci95"]["exact_match"]
+        lines.append(
+            f"| {r['reader']} | {r['window']} | {m['packed_answer_hit']:.1f} "
+            f"| {m['exact_match']:.1f} [{low:.1f}, {high:.1f}] | {m['f1']:.1f} "
+            f"| {m.get('exact_match_given_packed', 0):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _run(*arguments: object) -> None:
+    subprocess.run([str(SHOULDERS), *map(str, arguments)], check=True)
+
+
+if __name__ == "__main__":
+    main()
