@@ -64,7 +64,7 @@ def main() -> None:
                         index, window, shots if name == "few-shot" else []
                     ),
                     questions,
-                )  # fmt: skip
+                )
             )
         for name, folder in readers.items():
             for rerank in (True, False):
@@ -77,7 +77,7 @@ def main() -> None:
                             str(folder), index, window=window, rerank=rerank
                         ),
                         questions,
-                    )  # fmt: skip
+                    )
                 )
     facts = {
         name: json.loads((folder / "reader.json").read_text(encoding="utf-8"))["provenance"]
