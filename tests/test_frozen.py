@@ -18,7 +18,8 @@ from shoulders.fingerprint import digest, identity, tokenizer_digest
 from shoulders.lm import gguf
 from shoulders.lm.combine import combine
 from shoulders.lm.decode import DecodingConfig, generate
-from shoulders.lm.frozen import FrozenLM, lm_tensors
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.identity import lm_tensors
 from shoulders.lm.load import load_lm
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.score import score

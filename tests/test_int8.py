@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from shoulders.lm import block, fused
 from shoulders.lm.combine import combine
 from shoulders.lm.decode import DecodingConfig, generate
-from shoulders.lm.frozen import FrozenLM, lm_fingerprint
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.identity import lm_fingerprint
 from shoulders.lm.int8 import Int8Linear, to_int8
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.smooth import smooth

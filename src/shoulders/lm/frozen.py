@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from shoulders.errors import LMError
-from shoulders.fingerprint import digest, identity, tokenizer_digest
+from shoulders.fingerprint import digest
 from shoulders.lm.fused import Blocks
+from shoulders.lm.identity import lm_fingerprint, lm_tensors
 from shoulders.lm.int8 import Int8Linear
-from shoulders.lm.lent import device_of, held_tensors, size, stored
+from shoulders.lm.lent import device_of, held_tensors, size
 from shoulders.lm.quantized import Quantization
-from shoulders.lm.shard import Shards, whole
+from shoulders.lm.shard import Shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,19 +297,3 @@ class FrozenLM:
                 f"{self.name} ({type(self.model).__name__}): logits from embeddings differ "
                 f"from its own by {difference:.2g}; this architecture is not supported"
             )
-
-
-def lm_fingerprint(model: Any, tokenizer: Any) -> str:
-    """Return the hash of weights and tokenizer, whatever precision the weights are held in."""
-    parts = identity(lm_tensors(model)), tokenizer_digest(tokenizer)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def lm_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of every parameter and buffer, tied ones once.
-
-    One at a time: what is sharded or offloaded is fetched when its turn comes.
-    """
-    for name, module, tensor in held_tensors(model):
-        for part, plain in stored(name, module, tensor):
-            yield part, whole(plain)

@@ -1,4 +1,4 @@
-"""Compile and call `kernels.c`, where there is a C compiler; `available()` is None elsewhere.
+"""Compile and call `kernels.c` and `attention.c`; `available()` is None without a C compiler.
 
 The library is built once, in a second or two, and kept in the cache folder under the hash of its
 source, flags and processor. Its functions run on one thread each and let other Python threads
@@ -28,7 +28,8 @@ _FLAGS = (
     *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math"),
 )
-_WIDE = 32  # as in kernels.c
+_SOURCES = ("kernels.c", "attention.c")  # one after the other, as one
+_WIDE = 32  # as in attention.c
 _POINTERS = {
     "round_rows": 5,
     "rescale": 6,
@@ -175,7 +176,8 @@ def available() -> Kernels | None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None or platform.system() == "Windows":
         return None
-    source = files("shoulders.lm").joinpath("kernels.c").read_text(encoding="utf-8")
+    folder = files("shoulders.lm")
+    source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
     key = "\n".join((source, *_FLAGS, compiler, platform.machine(), _processor_flags()))
     library = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if not library.is_file():

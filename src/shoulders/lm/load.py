@@ -65,7 +65,8 @@ def load_lm(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from shoulders.lm.frozen import FrozenLM, lm_fingerprint
+    from shoulders.lm.frozen import FrozenLM
+    from shoulders.lm.identity import lm_fingerprint
     from shoulders.lm.int8 import to_int8
     from shoulders.lm.layout import is_llama_style
     from shoulders.lm.lent import lend
