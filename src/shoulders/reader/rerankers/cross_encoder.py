@@ -244,7 +244,6 @@ def _opened(source: str, name: str, max_length: int, device: str | None) -> Any:
             model = library.CrossEncoder(
                 source,
                 num_labels=1,
-                max_length=max_length,
                 device=device,
                 local_files_only=Path(source).is_dir(),
                 trust_remote_code=False,
@@ -255,6 +254,5 @@ def _opened(source: str, name: str, max_length: int, device: str | None) -> Any:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise LMError(f"cross-encoder {name}: cannot be loaded: {reason}") from error
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions:
-        model.max_seq_length = min(max_length, int(positions))
+    model.max_seq_length = min(max_length, int(positions or max_length))
     return model
