@@ -31,8 +31,8 @@ static const float *in_prefix(const rows_t *rows, const float *prefix, size r, s
 
 static size whole(size n) { return (n + WIDE - 1) / WIDE * WIDE; }
 
-/* Gather what row r sees of key/value head `head`: [n, e] and its transpose [e, n], where n is
- * rounded up to whole vectors and the rest is zero. */
+/* Gather what row r sees of key/value head `head`: [n, e] and, unless that is NULL, its transpose
+ * [e, n], where n is rounded up to whole vectors and the rest is zero. */
 static void gather(const rows_t *rows, size r, size head, size values, float *plain, float *turned) {
     size e = rows->e, all = rows->h + 2 * rows->g, n = 0;
     size at = rows->h + (values ? rows->g : 0) + head;
@@ -46,61 +46,116 @@ static void gather(const rows_t *rows, size r, size head, size values, float *pl
         memcpy(plain + n++ * e, rows->qkv + ((rows->start[r] + j) * all + at) * e, e * 4);
     size full = whole(n);
     memset(plain + n * e, 0, (full - n) * e * 4);
+    if (!turned) return;
     for (size d = 0; d < e; d++)
         for (size j = 0; j < full; j++) turned[d * full + j] = plain[j * e + d];
 }
 
-/* y[0..m) <- factor * (x [e] . turned [e, n]), and something in y up to a multiple of WIDE:
+/* The three products below take `count` queries of one key/value head at once: what is read of
+ * keys or values serves all of them, and their sums do not wait for each other. Each is written for
+ * a constant count, so that its sums stay in registers. */
+#define MOST 4
+#define INLINE static inline __attribute__((always_inline))
+
+/* y[c, 0..m) <- factor * (x[c, e] . turned [e, n]), and something in y up to a multiple of WIDE:
  * whole vectors always, since n is such a multiple. */
-static void dots(const float *restrict x, const float *restrict turned, float factor,
-                 float *restrict y, size m, size n, size e) {
+INLINE void dots_of(const float *restrict x, const float *restrict turned, float factor,
+                    float *restrict y, size m, size n, size e, int count) {
     for (size j = 0; j < m; j += WIDE) {
-        vector first = {0}, second = {0};
+        vector first[MOST] = {{0}}, second[MOST] = {{0}};
         const float *at = turned + j;
         for (size d = 0; d < e; d++, at += n) {
-            first += x[d] * *(const vector *)at;
-            second += x[d] * *(const vector *)(at + LANES);
+            vector one = *(const vector *)at, two = *(const vector *)(at + LANES);
+            for (int c = 0; c < count; c++) {
+                first[c] += x[c * e + d] * one;
+                second[c] += x[c * e + d] * two;
+            }
         }
-        *(vector *)(y + j) = factor * first;
-        *(vector *)(y + j + LANES) = factor * second;
+        for (int c = 0; c < count; c++) {
+            *(vector *)(y + c * n + j) = factor * first[c];
+            *(vector *)(y + c * n + j + LANES) = factor * second[c];
+        }
     }
 }
 
-/* y [e] <- p [m] . plain [m, e] */
-static void weighted(const float *restrict p, const float *restrict plain, float *restrict y,
-                     size m, size e) {
+/* y [c, e] <- p [c, m] . plain [m, e]; rows of p are n apart. */
+INLINE void weighted_of(const float *restrict p, const float *restrict plain, float *restrict y,
+                        size m, size n, size e, int count) {
     size d = 0;
     for (; d + WIDE <= e; d += WIDE) {
-        vector first = {0}, second = {0};
+        vector first[MOST] = {{0}}, second[MOST] = {{0}};
         const float *at = plain + d;
         for (size j = 0; j < m; j++, at += e) {
-            first += p[j] * *(const vector *)at;
-            second += p[j] * *(const vector *)(at + LANES);
+            vector one = *(const vector *)at, two = *(const vector *)(at + LANES);
+            for (int c = 0; c < count; c++) {
+                first[c] += p[c * n + j] * one;
+                second[c] += p[c * n + j] * two;
+            }
         }
-        *(vector *)(y + d) = first;
-        *(vector *)(y + d + LANES) = second;
-    }
-    for (; d < e; d++) {
-        float sum = 0.0f;
-        for (size j = 0; j < m; j++) sum += p[j] * plain[j * e + d];
-        y[d] = sum;
-    }
-}
-
-/* plain [m, e] += p [m] times x [e] */
-static void spread(const float *restrict p, const float *restrict x, float *restrict plain,
-                   size m, size e) {
-    size d = 0;
-    for (; d + WIDE <= e; d += WIDE) {
-        vector first = *(const vector *)(x + d), second = *(const vector *)(x + d + LANES);
-        float *at = plain + d;
-        for (size j = 0; j < m; j++, at += e) {
-            *(vector *)at += p[j] * first;
-            *(vector *)(at + LANES) += p[j] * second;
+        for (int c = 0; c < count; c++) {
+            *(vector *)(y + c * e + d) = first[c];
+            *(vector *)(y + c * e + d + LANES) = second[c];
         }
     }
     for (; d < e; d++)
-        for (size j = 0; j < m; j++) plain[j * e + d] += p[j] * x[d];
+        for (int c = 0; c < count; c++) {
+            float sum = 0.0f;
+            for (size j = 0; j < m; j++) sum += p[c * n + j] * plain[j * e + d];
+            y[c * e + d] = sum;
+        }
+}
+
+/* plain [m, e] += p [c, m] times x [c, e], summed over c; rows of p are n apart. */
+INLINE void spread_of(const float *restrict p, const float *restrict x, float *restrict plain,
+                      size m, size n, size e, int count) {
+    size d = 0;
+    for (; d + WIDE <= e; d += WIDE) {
+        vector first[MOST], second[MOST];
+        for (int c = 0; c < count; c++) {
+            first[c] = *(const vector *)(x + c * e + d);
+            second[c] = *(const vector *)(x + c * e + d + LANES);
+        }
+        float *at = plain + d;
+        for (size j = 0; j < m; j++, at += e) {
+            vector one = *(vector *)at, two = *(vector *)(at + LANES);
+            for (int c = 0; c < count; c++) {
+                one += p[c * n + j] * first[c];
+                two += p[c * n + j] * second[c];
+            }
+            *(vector *)at = one;
+            *(vector *)(at + LANES) = two;
+        }
+    }
+    for (; d < e; d++)
+        for (size j = 0; j < m; j++)
+            for (int c = 0; c < count; c++) plain[j * e + d] += p[c * n + j] * x[c * e + d];
+}
+
+/* Do CALL(c, k) for all of `count` queries, k of them at once from query c on. */
+#define AT_ONCE(CALL)                                                                             \
+    for (size c = 0; c < count;) switch (count - c) {                                             \
+        case 1: CALL(c, 1); c += 1; break;                                                        \
+        case 2: CALL(c, 2); c += 2; break;                                                        \
+        case 3: CALL(c, 3); c += 3; break;                                                        \
+        default: CALL(c, 4); c += 4;                                                              \
+        }
+
+static void dots(const float *x, const float *turned, float factor, float *y, size m, size n,
+                 size e, size count) {
+#define DOTS(c, k) dots_of(x + c * e, turned, factor, y + c * n, m, n, e, k)
+    AT_ONCE(DOTS)
+}
+
+static void weighted(const float *p, const float *plain, float *y, size m, size n, size e,
+                     size count) {
+#define WEIGHTED(c, k) weighted_of(p + c * n, plain, y + c * e, m, n, e, k)
+    AT_ONCE(WEIGHTED)
+}
+
+static void spread(const float *p, const float *x, float *plain, size m, size n, size e,
+                   size count) {
+#define SPREAD(c, k) spread_of(p + c * n, x + c * e, plain, m, n, e, k)
+    AT_ONCE(SPREAD)
 }
 
 static void softmax(float *y, size m) {
@@ -136,12 +191,11 @@ static void attend_one(const rows_t *rows, size r, float factor, float *out, flo
             const float *value = own + (rows->h + rows->g + head) * e;
             for (size d = 0; d < e; d++) to[d] = p[before] * value[d];
             for (size j = 0; j < before; j++)
-                spread(p + j, in_prefix(rows, rows->prefix_values, r, j, head), to, 1, e);
+                spread(p + j, in_prefix(rows, rows->prefix_values, r, j, head), to, 1, 1, e, 1);
         }
 }
 
-/* out [t, h, e]; room: n (4 e + 1) floats, n the most that a row sees, in
- * whole vectors. */
+/* out [t, h, e]; room: n (3 e + h / g) floats, n the most that a row sees, in whole vectors. */
 void attend(const float *qkv, const float *prefix_keys, const float *prefix_values,
             const int64_t *start, const int64_t *length, const int64_t *seen, const int64_t *slot,
             float *out, float *room, size b, size q, size shared, size h, size g, size e) {
@@ -155,26 +209,24 @@ void attend(const float *qkv, const float *prefix_keys, const float *prefix_valu
             continue;
         }
         size before = seen_before(&rows, r), n = whole(before + length[r]);
-        float *k = room, *k_turned = k + n * e, *v = k_turned + n * e, *v_turned = v + n * e;
-        float *p = v_turned + n * e;
+        float *k = room, *k_turned = k + n * e, *v = k_turned + n * e;
+        float *p = v + n * e;
         for (size head = 0; head < g; head++) {
             gather(&rows, r, head, 0, k, k_turned);
-            gather(&rows, r, head, 1, v, v_turned);
-            for (size i = 0; i < length[r]; i++)
-                for (size own = head * group; own < (head + 1) * group; own++) {
-                    size m = before + i + 1;
-                    float *to = out + ((start[r] + i) * h + own) * e;
-                    dots(qkv + ((start[r] + i) * all + own) * e, k_turned, factor, p, m, n, e);
-                    softmax(p, m);
-                    weighted(p, v, to, m, e);
-                }
+            gather(&rows, r, head, 1, v, 0);
+            for (size i = 0; i < length[r]; i++) {
+                size m = before + i + 1;
+                const float *queries = qkv + ((start[r] + i) * all + head * group) * e;
+                dots(queries, k_turned, factor, p, m, n, e, group);
+                for (size c = 0; c < group; c++) softmax(p + c * n, m);
+                weighted(p, v, out + ((start[r] + i) * h + head * group) * e, m, n, e, group);
+            }
         }
     }
 }
 
 /* Gradients of qkv [t, h + 2 g, e] and of the prefixes, given that of out [t, h, e]. The
- * probabilities are computed again. room: n (6 e + 2)
- * floats. */
+ * probabilities are computed again. room: n (6 e + 2 h / g) floats. */
 void attend_back(const float *qkv, const float *prefix_keys, const float *prefix_values,
                  const int64_t *start, const int64_t *length, const float *g_out, float *g_qkv,
                  float *g_prefix_keys, float *g_prefix_values, float *room, size b, size q,
@@ -186,26 +238,27 @@ void attend_back(const float *qkv, const float *prefix_keys, const float *prefix
     for (size r = 0; r < b; r++) {
         size before = seen_before(&rows, r), n = whole(before + length[r]);
         float *k = room, *k_turned = k + n * e, *v = k_turned + n * e, *v_turned = v + n * e;
-        float *gk = v_turned + n * e, *gv = gk + n * e, *p = gv + n * e, *gp = p + n;
+        float *gk = v_turned + n * e, *gv = gk + n * e, *p = gv + n * e, *gp = p + group * n;
         for (size head = 0; head < g; head++) {
             gather(&rows, r, head, 0, k, k_turned);
             gather(&rows, r, head, 1, v, v_turned);
             memset(gk, 0, 2 * n * e * 4);
-            for (size i = 0; i < length[r]; i++)
-                for (size own = head * group; own < (head + 1) * group; own++) {
-                    size m = before + i + 1;
-                    const float *query = qkv + ((start[r] + i) * all + own) * e;
-                    const float *go = g_out + ((start[r] + i) * h + own) * e;
-                    float *gq = g_qkv + ((start[r] + i) * all + own) * e, mean = 0.0f;
-                    dots(query, k_turned, factor, p, m, n, e);
-                    softmax(p, m);
-                    dots(go, v_turned, 1.0f, gp, m, n, e);
-                    for (size j = 0; j < m; j++) mean += p[j] * gp[j];
-                    for (size j = 0; j < m; j++) gp[j] = factor * p[j] * (gp[j] - mean);
-                    weighted(gp, k, gq, m, e);
-                    spread(gp, query, gk, m, e);
-                    spread(p, go, gv, m, e);
+            for (size i = 0; i < length[r]; i++) {
+                size m = before + i + 1, first = head * group;
+                const float *queries = qkv + ((start[r] + i) * all + first) * e;
+                const float *go = g_out + ((start[r] + i) * h + first) * e;
+                dots(queries, k_turned, factor, p, m, n, e, group);
+                dots(go, v_turned, 1.0f, gp, m, n, e, group);
+                for (size c = 0; c < group; c++) {
+                    float *own = p + c * n, *g_own = gp + c * n, mean = 0.0f;
+                    softmax(own, m);
+                    for (size j = 0; j < m; j++) mean += own[j] * g_own[j];
+                    for (size j = 0; j < m; j++) g_own[j] = factor * own[j] * (g_own[j] - mean);
                 }
+                weighted(gp, k, g_qkv + ((start[r] + i) * all + first) * e, m, n, e, group);
+                spread(gp, queries, gk, m, n, e, group);
+                spread(p, go, gv, m, n, e, group);
+            }
             for (size values = 0; values < 2; values++) {
                 const float *from = values ? gv : gk;
                 float *to_prefix = values ? g_prefix_values : g_prefix_keys;

@@ -146,8 +146,8 @@ class Kernels:
     def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
         """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""
         out = torch.empty(len(qkv), sizes.heads * sizes.width)
-        b, q = len(rows.start), prefix.shape[2]
-        room = torch.empty(_most_seen(rows) * (4 * sizes.width + 1))
+        b, q, group = len(rows.start), prefix.shape[2], sizes.heads // sizes.kv_heads
+        room = torch.empty(_most_seen(rows) * (3 * sizes.width + group))
         self._c.attend(
             *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
             *(_at(rows.seen), _at(rows.slot), _at(out), _at(room), b, q, sizes.shared),
@@ -160,8 +160,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of rotated `qkv` and of `prefix`, given that of `attend`."""
         g_qkv, g_prefix = torch.empty_like(qkv), torch.empty_like(prefix)
-        b, q = prefix.shape[1:3]
-        room = torch.empty(_most_seen(rows) * (6 * sizes.width + 2))
+        (b, q), group = prefix.shape[1:3], sizes.heads // sizes.kv_heads
+        room = torch.empty(_most_seen(rows) * (6 * sizes.width + 2 * group))
         self._c.attend_back(
             *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
             *(_at(gradient), _at(g_qkv), _at(g_prefix[0]), _at(g_prefix[1]), _at(room)),
