@@ -17,7 +17,7 @@ from shoulders.reader.answers import has_answer
 from shoulders.reader.contexts import Ranked, as_ranked
 from shoulders.reader.crossfit import cross_fitted
 from shoulders.reader.index.index import Index
-from shoulders.reader.mining import Mining, mine
+from shoulders.reader.mining import Mining, mined
 from shoulders.reader.passage import Found, Retriever
 from shoulders.reader.questions import Question
 from shoulders.reader.reranker import Reranker, found_passages, reordered
@@ -71,6 +71,11 @@ def retrieved(
     return found
 
 
+def first(found: Found, k: int) -> Found:
+    """Return the first `k` passages of every question."""
+    return Found([ids[:k] for ids in found.ids], [scores[:k] for scores in found.scores])
+
+
 def trained_reranker(
     config: CrossEncoderConfig | None,
     questions: Sequence[Question],
@@ -86,12 +91,12 @@ def trained_reranker(
         TrainingError: no question has both a passage with its answer and one without.
         DataError: a gold passage is not in the collection.
     """
-    found = retrieved(questions, retriever, k, watch)
+    deep = retrieved(questions, retriever, max(k, config.mining.depth if config else k), watch)
+    found = first(deep, k)
     passages = found_passages(found, index)
     if config is None:
         return Reranking(None, as_ranked(found, found, passages), {})
-    with watch.stage("mining negatives", len(questions)) as advance:
-        mining = mine(questions, retriever, index, config.mining, on_questions=advance)
+    mining = mined(questions, first(deep, config.mining.depth), index, config.mining)
 
     def trained(kept: list[int], name: str) -> CrossEncoderReranker:
         examples = mining.among(kept)
@@ -106,7 +111,11 @@ def trained_reranker(
         folds=config.folds,
         seed=config.seed,
         cache=out / FOLDS,
-        settings={**config.model_dump(mode="json"), "index": index.manifest.content},
+        settings={
+            **config.model_dump(mode="json"),
+            "index": index.manifest.content,
+            "right": [[q.gold_passage_id, *q.answers] for q in questions],
+        },
     )
     if not (out / RERANKER / FILE).is_file():
         remove_partial(out)
