@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask of the documents.")],
-    index: Annotated[Path, typer.Option(help="An index folder (`shoulders index`).")],
+    index: Annotated[
+        str, typer.Option(help="An index folder (`shoulders index`), or a LanceDB folder or URI.")
+    ],
     skill: Annotated[
         str, typer.Option(help="A reader folder, or 'base' for the bare LM.")
     ] = "base",

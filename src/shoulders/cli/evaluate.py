@@ -25,7 +25,8 @@ def evaluate(
         Path, typer.Option(help="Rows with targets (.jsonl, .parquet); for a reader, questions.")
     ],
     index: Annotated[
-        Path | None, typer.Option(help="Readers: the index to search. Without it: `ctxs`.")
+        str | None,
+        typer.Option(help="Readers: the index, or LanceDB, to search. Without it: `ctxs`."),
     ] = None,
     retriever: Annotated[
         str | None,

@@ -29,7 +29,7 @@ def is_reader(skill: str) -> bool:
 
 def open_reader(
     name: str,
-    index: Path | None,
+    index: str | None,
     *,
     retriever: str | None = None,
     k: int | None = None,
@@ -43,7 +43,7 @@ def open_reader(
 
     Args:
         name: the folder, or `base` for the LM's own reading.
-        index: what to search; None where questions bring their passages.
+        index: what to search, see `open_passages`; None where questions bring their passages.
         retriever: instead of the reader's.
         k: passages to retrieve, instead of the reader's number.
         window: most tokens of passages, instead of the reader's.
@@ -53,9 +53,9 @@ def open_reader(
         dtype: precision, instead of the one that it was trained in.
     """
     from shoulders.reader.contexts import Contexts
-    from shoulders.reader.index.index import Index
+    from shoulders.reader.engines.opening import open_passages
     from shoulders.skills.reader import Reader
-    from shoulders.skills.reader_artefact import load_reranker, read_reader
+    from shoulders.skills.reader_artefact import open_reranker, read_reader
 
     search, reading = _settings(name)
     if is_reader(name):
@@ -70,9 +70,9 @@ def open_reader(
                 f"--abstain-below: '{name}' has no calibrated confidence; use a trained reader"
             )
         reading = reading.model_copy(update={"abstain_below": abstain_below})
-    opened = Index(index) if index is not None else None
+    opened = open_passages(index) if index is not None else None
     found = opened.retriever(retriever or search.retriever) if opened is not None else None
-    reranker = load_reranker(Path(name)) if rerank and name != BASE else None
+    reranker = open_reranker(Path(name)) if rerank and is_reader(name) else None
     skill, _ = open_skill(name, lm=lm, dtype=dtype, templates=None)
     return Reader(skill, Contexts(found, opened, reranker, k or search.k), reading)
 
@@ -80,7 +80,7 @@ def open_reader(
 def evaluate_reader(
     reader: Reader,
     name: str,
-    index: Path | None,
+    index: str | None,
     data: Path,
     *,
     limit: int | None,
@@ -112,7 +112,7 @@ def evaluate_reader(
         json,
         {
             "skill": name,
-            "index": str(index) if index else None,
+            "index": index,
             "data": str(data),
             **card.as_dict(),
             "reading": reader.config.model_dump(mode="json"),

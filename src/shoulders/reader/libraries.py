@@ -8,14 +8,14 @@ from typing import Any
 from shoulders.errors import ShouldersError
 
 
-def needed(module: str) -> Any:
-    """Import `module` of the `reader` extra; `ShouldersError` says how to install it."""
+def needed(module: str, extra: str = "reader") -> Any:
+    """Import `module` of an extra; `ShouldersError` says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         if error.name and module.split(".")[0] == error.name.split(".")[0]:
             library = module.split(".")[0]
             raise ShouldersError(
-                f"{library} is not installed; run: pip install 'shoulders[reader]'"
+                f"{library} is not installed; run: pip install 'shoulders[{extra}]'"
             ) from None
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -82,6 +82,18 @@ class Index:
         """Return the passages in the order of their ids; `DataError` names an unknown one."""
         return self._store.passages(ids)
 
+    def windows(self, size: int) -> Iterator[tuple[list[Passage], np.ndarray | None]]:
+        """Yield all passages in the order of their numbers, and their vectors `[n, e]` if any.
+
+        At most `size` at a time: memory does not grow with the index.
+        """
+        vectors = self._vectors() if self.manifest.dense is not None else None
+        for first in range(0, self.manifest.rows, size):
+            numbered = self._store.between(first, min(first + size, self.manifest.rows))
+            if numbered:
+                rows = [number for number, _ in numbered]
+                yield [p for _, p in numbered], None if vectors is None else vectors[rows]
+
     def sparse(self) -> SparseRetriever:
         """Return BM25."""
         return SparseRetriever(self._store, self._ids)
@@ -134,20 +146,12 @@ class Index:
         return made
 
     def _embed(self, encoder: SentenceEncoder | None) -> Embed:
-        from shoulders.encoders.sentence import load_sentence_encoder
-        from shoulders.reader.index.dense import encoder_facts
+        from shoulders.reader.index.asking import question_encoder
 
         facts = self._dense_facts().question
         if encoder is None:
-            if self._encoder is None:
-                self._encoder = load_sentence_encoder(facts.name, pooling=facts.pooling)
-            encoder = self._encoder
-        if encoder_facts(encoder).model_copy(update={"name": facts.name}) != facts:
-            raise ArtefactError(
-                f"{self.folder}: encoder {encoder.encoder.name} is not the one of its vectors, "
-                f"{facts.name} (fingerprint or settings differ)"
-            )
-        return encoder.questions
+            encoder = self._encoder = self._encoder or question_encoder(facts, self.folder)
+        return question_encoder(facts, self.folder, encoder).questions
 
     def _vectors(self) -> np.ndarray:
         facts = self._dense_facts()

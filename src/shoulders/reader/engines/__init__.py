@@ -1,0 +1,1 @@
+"""Engines of others behind our interfaces, for what is larger than our own index is made for."""
