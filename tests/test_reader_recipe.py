@@ -42,17 +42,21 @@ def write_data(folder: Path) -> tuple[Path, Path, Path]:
 
 def recipe_of(folder: Path, **reader: Any) -> dict[str, Any]:
     passages, train, validation = write_data(folder / "data")
+    encoder = str(save_tiny_encoder(folder / "encoder"))
     section: dict[str, Any] = {
         "collection": str(passages),
         "train": [str(train)],
         "validation": [str(validation)],
         "search": {"k": 4},
         "reranker": {
-            "encoder": str(save_tiny_encoder(folder / "encoder")),
-            "epochs": 1,
-            "folds": 2,
-            "max_length": 48,
-            "mining": {"depth": 4, "negatives": 2},
+            "similarity": encoder,
+            "cross_encoder": {
+                "encoder": encoder,
+                "epochs": 1,
+                "folds": 2,
+                "max_length": 48,
+                "mining": {"depth": 4, "negatives": 2},
+            },
         },
         "reading": {"pack": {"tokens": 40}, "max_new_tokens": 6},
     }

@@ -9,17 +9,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shoulders import __version__
+from shoulders.encoders.load import load_encoder
+from shoulders.encoders.sentence import load_sentence_encoder
 from shoulders.errors import ArtefactError
 from shoulders.files import sha256_of_file, write_json
 from shoulders.reader.reranker import Reranker, RetrieverScores
 from shoulders.reader.rerankers.cross_encoder import load_cross_encoder
 from shoulders.reader.rerankers.fused import FusedReranker, load_fusion
+from shoulders.reader.rerankers.similarity import SimilarityReranker
+from shoulders.skills.artefact import Bound
 from shoulders.skills.reader import ReadingConfig
 
 FILE = "reader.json"
 RERANKER = "reranker"  # folder of the cross-encoder, inside the reader's
 FUSION = "fusion.json"  # weights that join it with the retriever's scores
-RETRIEVER, CROSS_ENCODER = "retriever", "cross_encoder"  # what the fusion joins
+# What the fusion may join.
+RETRIEVER, SIMILARITY, CROSS_ENCODER = "retriever", "similarity", "cross_encoder"
 FORMAT_VERSION = 1
 
 RetrieverKind = Literal["sparse", "dense", "approximate", "hybrid"]
@@ -35,7 +40,11 @@ class SearchConfig(BaseModel):
 
 
 class ReaderArtefact(BaseModel):
-    """What `reader.json` holds; `files` are SHA-256 of the re-ranker's files by path."""
+    """What `reader.json` holds.
+
+    `similarity` is the frozen encoder that re-ranks, if one does; `files` are SHA-256 of the
+    re-ranker's files by path.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,22 +52,29 @@ class ReaderArtefact(BaseModel):
     shoulders_version: str
     search: SearchConfig
     reading: ReadingConfig
+    similarity: Bound | None
     files: dict[str, str]
     provenance: dict[str, Any]
 
 
 def save_reader(
-    folder: Path, search: SearchConfig, reading: ReadingConfig, provenance: dict[str, Any]
+    folder: Path,
+    search: SearchConfig,
+    reading: ReadingConfig,
+    similarity: str | None,
+    provenance: dict[str, Any],
 ) -> ReaderArtefact:
     """Write `reader.json` into a folder that holds a saved skill and perhaps a re-ranker.
 
-    Raises `ShouldersError` where it cannot be written.
+    `similarity` names the frozen encoder that re-ranks, if one does. Raises `ShouldersError` where
+    it cannot be written.
     """
     artefact = ReaderArtefact(
         format_version=FORMAT_VERSION,
         shoulders_version=__version__,
         search=search,
         reading=reading,
+        similarity=_bound(similarity) if similarity else None,
         files=_hashes(folder),
         provenance=provenance,
     )
@@ -97,18 +113,45 @@ def read_reader(folder: Path) -> ReaderArtefact:
     return artefact
 
 
-def load_reranker(folder: Path) -> Reranker | None:
+def load_reranker(folder: Path, similarity: str | None) -> Reranker | None:
     """Load the re-ranker of a reader's folder, None where it has none.
 
-    Raises `ArtefactError` for a damaged one.
+    Args:
+        folder: with the fusion and, if it joins one, a cross-encoder.
+        similarity: name of the frozen encoder, if the fusion joins one.
+
+    Raises:
+        ArtefactError: it is damaged.
+        LMError: the encoder cannot be loaded.
     """
     if not (folder / FUSION).is_file():
         return None
-    members: dict[str, Reranker] = {
-        RETRIEVER: RetrieverScores(),
-        CROSS_ENCODER: load_cross_encoder(folder / RERANKER),
-    }
-    return FusedReranker(members, load_fusion(folder / FUSION))
+    fusion = load_fusion(folder / FUSION)
+    members: dict[str, Reranker] = {RETRIEVER: RetrieverScores()}
+    if SIMILARITY in fusion.members and similarity is not None:
+        members[SIMILARITY] = SimilarityReranker(load_sentence_encoder(similarity))
+    if CROSS_ENCODER in fusion.members:
+        members[CROSS_ENCODER] = load_cross_encoder(folder / RERANKER)
+    return FusedReranker(members, fusion)
+
+
+def open_reranker(folder: Path) -> Reranker | None:
+    """Load the re-ranker of a saved reader; raises `ArtefactError` where its encoder is another."""
+    bound = read_reader(folder).similarity
+    if bound is None:
+        return load_reranker(folder, None)
+    found = _bound(bound.name)
+    if found.fingerprint != bound.fingerprint:
+        raise ArtefactError(
+            f"{folder}: re-ranks with the encoder '{bound.name}' (fingerprint "
+            f"{bound.fingerprint}), the one found has {found.fingerprint}"
+        )
+    return load_reranker(folder, bound.name)
+
+
+def _bound(name: str) -> Bound:
+    encoder = load_encoder(name)
+    return Bound(name=name, fingerprint=encoder.fingerprint, parameters=encoder.parameters)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

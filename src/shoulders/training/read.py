@@ -91,7 +91,8 @@ def run_reader_recipe(
         "recipe": recipe.model_dump(mode="json"),
         "machine": machine(),
     }
-    save_reader(out, search, reading, provenance)
+    similarity = recipe.reader.reranker.similarity if recipe.reader.reranker else None
+    save_reader(out, search, reading, similarity, provenance)
     return Reader(skill, contexts, reading)
 
 

@@ -7,12 +7,29 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shoulders.encoders.load import EMBEDDED
 from shoulders.errors import RecipeError
 from shoulders.reader.rerankers.cross_encoder import CrossEncoderConfig
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import ReadingConfig
 from shoulders.skills.reader_artefact import SearchConfig
 from shoulders.training.recipe import LMConfig, TrainingConfig, explain, located, read_values
+
+
+class RerankingConfig(BaseModel):
+    """What puts passages in order, beside the retriever's own scores.
+
+    Their scores become one probability by a fusion that is fitted on training questions.
+
+    Attributes:
+        similarity: a frozen sentence encoder: `embedded`, a Hub id or a folder; null for none.
+        cross_encoder: trained on the same questions; null for none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    similarity: str | None = EMBEDDED
+    cross_encoder: CrossEncoderConfig | None = None
 
 
 class ReaderSection(BaseModel):
@@ -23,7 +40,7 @@ class ReaderSection(BaseModel):
         train: questions with answers, to train on.
         validation: questions to select and to calibrate on.
         search: what finds passages; all retrievers but `sparse` need vectors in the index.
-        reranker: trained on the same questions; null keeps the retriever's order.
+        reranker: orders what was found; null keeps the retriever's order.
         reading: how passages are packed and answers written.
         unanswerable: whether to `keep` or `drop` training questions whose window holds no answer.
     """
@@ -34,7 +51,7 @@ class ReaderSection(BaseModel):
     train: list[str] = Field(min_length=1)
     validation: list[str] = []
     search: SearchConfig = SearchConfig()
-    reranker: CrossEncoderConfig | None = CrossEncoderConfig()
+    reranker: RerankingConfig | None = RerankingConfig()
     reading: ReadingConfig = ReadingConfig()
     unanswerable: Literal["keep", "drop"] = "keep"
 

@@ -1,8 +1,8 @@
-"""The re-ranker's stage of a reader: mine, cross-fit, then train on all questions.
+"""The re-ranker's stage of a reader: score what was found in several ways, and join the scores.
 
-Left in the output folder: `reranker-folds/` (scores of training questions by models that did not
-see them), `reranker/` (the model for all others) and `fusion.json` (how its scores and the
-retriever's become one probability).
+Left in the output folder: `fusion.json` (how the scores become one probability) and, with a
+cross-encoder, `reranker-folds/` (scores of training questions by models that did not see them) and
+`reranker/` (the model for all others).
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoulders.encoders.sentence import load_sentence_encoder
 from shoulders.files import remove_partial
 from shoulders.reader.answers import has_answer
 from shoulders.reader.contexts import Ranked, as_ranked
 from shoulders.reader.crossfit import cross_fitted
 from shoulders.reader.index.index import Index
 from shoulders.reader.mining import Mining, mined
-from shoulders.reader.passage import Found, Retriever
+from shoulders.reader.passage import Found, Passage, Retriever
 from shoulders.reader.questions import Question
-from shoulders.reader.reranker import Reranker, found_passages, reordered
+from shoulders.reader.reranker import Reranker, Scores, found_passages, reordered
 from shoulders.reader.rerankers.cross_encoder import (
     FILE,
     CrossEncoderConfig,
@@ -28,6 +29,7 @@ from shoulders.reader.rerankers.cross_encoder import (
     save_cross_encoder,
 )
 from shoulders.reader.rerankers.fused import fit_fusion, save_fusion
+from shoulders.reader.rerankers.similarity import SimilarityReranker
 from shoulders.reader.rerankers.training import train_cross_encoder
 from shoulders.reader.watch import Watch
 from shoulders.skills.reader_artefact import (
@@ -35,8 +37,10 @@ from shoulders.skills.reader_artefact import (
     FUSION,
     RERANKER,
     RETRIEVER,
+    SIMILARITY,
     load_reranker,
 )
+from shoulders.training.reader_recipe import RerankingConfig
 
 FOLDS = "reranker-folds"
 
@@ -77,7 +81,7 @@ def first(found: Found, k: int) -> Found:
 
 
 def trained_reranker(
-    config: CrossEncoderConfig | None,
+    config: RerankingConfig | None,
     questions: Sequence[Question],
     retriever: Retriever,
     index: Index,
@@ -91,12 +95,47 @@ def trained_reranker(
         TrainingError: no question has both a passage with its answer and one without.
         DataError: a gold passage is not in the collection.
     """
-    deep = retrieved(questions, retriever, max(k, config.mining.depth if config else k), watch)
+    encoder = config.cross_encoder if config else None
+    deep = retrieved(questions, retriever, max(k, encoder.mining.depth if encoder else k), watch)
     found = first(deep, k)
     passages = found_passages(found, index)
     if config is None:
         return Reranking(None, as_ranked(found, found, passages), {})
-    mining = mined(questions, first(deep, config.mining.depth), index, config.mining)
+    # Scores as of questions that were not trained on.
+    unseen: dict[str, Scores] = {RETRIEVER: found.scores}
+    facts: dict[str, Any] = {}
+    texts = [question.question for question in questions]
+    if config.similarity is not None:
+        similar = SimilarityReranker(load_sentence_encoder(config.similarity))
+        with watch.stage("similarity of passages", sum(map(len, passages))) as advance:
+            unseen[SIMILARITY] = similar.score(texts, passages, found.scores, on_pairs=advance)
+    if encoder is not None:
+        mining = mined(questions, first(deep, encoder.mining.depth), index, encoder.mining)
+        facts = _facts(mining)
+        unseen[CROSS_ENCODER] = _cross_encoder(
+            encoder, questions, mining, found, passages, index.manifest.content, out, watch
+        )
+    labels = [
+        [has_answer(passage.text, question.answers) for passage in own]
+        for question, own in zip(questions, passages, strict=True)
+    ]
+    fusion = fit_fusion(unseen, labels)
+    save_fusion(fusion, out / FUSION)
+    ranked = as_ranked(found, reordered(found, fusion.probabilities(unseen)), passages)
+    return Reranking(load_reranker(out, config.similarity), ranked, facts)
+
+
+def _cross_encoder(
+    config: CrossEncoderConfig,
+    questions: Sequence[Question],
+    mining: Mining,
+    found: Found,
+    passages: Sequence[Sequence[Passage]],
+    content: str,
+    out: Path,
+    watch: Watch,
+) -> Scores:
+    """Train a cross-encoder on all questions, and return scores of others that did not see them."""
 
     def trained(kept: list[int], name: str) -> CrossEncoderReranker:
         examples = mining.among(kept)
@@ -113,7 +152,7 @@ def trained_reranker(
         cache=out / FOLDS,
         settings={
             **config.model_dump(mode="json"),
-            "index": index.manifest.content,
+            "index": content,
             "right": [[q.gold_passage_id, *q.answers] for q in questions],
         },
     )
@@ -121,15 +160,7 @@ def trained_reranker(
         remove_partial(out)
         whole = trained(list(range(len(questions))), "re-ranker")
         save_cross_encoder(whole, out / RERANKER, _facts(mining))
-    labels = [
-        [has_answer(passage.text, question.answers) for passage in own]
-        for question, own in zip(questions, passages, strict=True)
-    ]
-    unseen = {RETRIEVER: found.scores, CROSS_ENCODER: scores}
-    fusion = fit_fusion(unseen, labels)
-    save_fusion(fusion, out / FUSION)
-    ranked = as_ranked(found, reordered(found, fusion.probabilities(unseen)), passages)
-    return Reranking(load_reranker(out), ranked, _facts(mining))
+    return scores
 
 
 def _facts(mining: Mining) -> dict[str, Any]:
