@@ -15,8 +15,6 @@ from tiny_models import save_tiny_encoder
 
 TEXT = "spain and france "
 PASSAGES = [Passage(str(i), "the" if i % 2 else "", TEXT * (i + 1)) for i in range(6)]
-    Passage(str(i), "the" if i % 2 else "", "spain and france " * (i + 1)) for i in range(6)
-]
 QUESTIONS = ["what is the capital?", "two?", "write the number"]
 ROWS = [PASSAGES[:4], [], PASSAGES[2:]]
 
