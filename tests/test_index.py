@@ -216,7 +216,7 @@ def test_killed_at_every_step_of_adding_to_a_dense_index(
     after = seen(tmp_path / "grown").content
     dies_everywhere(
         lambda folder: add(second, folder, Silent(), SPARSE),
-        lambda folder: finish(folder, Silent()),
+        lambda folder: add(second, folder, Silent(), SPARSE, resume=True),
         lambda folder: shutil.copytree(tmp_path / "base", folder),
         tmp_path,
         opens,
@@ -296,6 +296,7 @@ def test_dense_is_added_later(tmp_path: Path, dense: Choices) -> None:
     make_dense(tmp_path / "later", Silent(), dense)
     delete(["p3"], tmp_path / "both", Silent())
     assert seen(tmp_path / "later").dense == seen(tmp_path / "both").dense
+    assert make_dense(tmp_path / "later", Silent(), dense, resume=True).generation == 3
     with pytest.raises(ArtefactError, match="dense already"):
         make_dense(tmp_path / "later", Silent(), dense)
 
@@ -399,6 +400,7 @@ def test_a_source_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
         table(source, changed)
         with pytest.raises(DataError, match="changed since the unfinished index was begun"):
             build(source, tmp_path / "index", Silent(), SPARSE, resume=True)
+    table(source, [*good, good[3]])
     other = table(tmp_path / "b.tsv", good)
     with pytest.raises(ArtefactError, match=r"what is unfinished is .*a\.tsv, not .*b\.tsv"):
         build(other, tmp_path / "index", Silent(), SPARSE, resume=True)
@@ -412,6 +414,47 @@ def test_ids_that_are_in_the_index_are_not_added_again(tmp_path: Path) -> None:
         add(table(tmp_path / "b.tsv", [*texts(50, 55), texts(5, 6)[0]]), out, Silent(), SPARSE)
     assert files(out).keys() == before.keys()
     assert seen(out).passages == 20
+
+
+def test_whatever_is_unfinished_is_finished(tmp_path: Path, dense: Choices) -> None:
+    """Deleting and making dense, killed and finished by a call that names neither."""
+    base = tmp_path / "base"
+    build(table(tmp_path / "a.tsv", texts(0, 20)), base, Silent(), SPARSE)
+    for name, change in (
+        ("deleted", lambda folder: delete(["p3", "p9"], folder, Silent())),
+        ("dense", lambda folder: make_dense(folder, Silent(), dense)),
+    ):
+        straight = Path(shutil.copytree(base, tmp_path / name))
+        change(straight)
+        for place in (4, 7, 9):
+            killed = Path(shutil.copytree(base, tmp_path / f"{name}-{place}"))
+            with pytest.MonkeyPatch.context() as patch:
+                killed_at(place, patch)
+                with pytest.raises(KilledError):
+                    change(killed)
+            gc.collect()
+            Index(killed).close()
+            finish(killed, Silent())
+            assert seen(killed) == seen(straight)
+
+
+def test_an_unfinished_change_can_be_given_up(tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    build(table(tmp_path / "a.tsv", texts(0, 20)), out, Silent(), SPARSE)
+    bad = table(tmp_path / "b.tsv", [*texts(20, 40), *texts(5, 6)])
+    with pytest.raises(DataError, match="'p5' is in the index"):
+        add(bad, out, Silent(), SPARSE)
+    assert seen(out).passages == 20
+    for change in (
+        lambda: add(table(tmp_path / "c.tsv", texts(50, 55)), out, Silent(), SPARSE),
+        lambda: delete(["p1"], out, Silent()),
+    ):
+        with pytest.raises(ArtefactError, match=r"unfinished \(add of .*b\.tsv\)"):
+            change()
+    (out / UNFINISHED).unlink()  # as the message of a changed source says
+    add(table(tmp_path / "c.tsv", texts(20, 25)), out, Silent(), SPARSE)
+    build(table(tmp_path / "d.tsv", texts(0, 25)), tmp_path / "once", Silent(), SPARSE)
+    assert seen(out) == seen(tmp_path / "once")
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:

@@ -147,10 +147,10 @@ def _chosen(
             raise ShouldersError("--delete stands alone: first delete, then --add SOURCE")
         return lambda watch: do.delete(delete, out, watch)
     if source is None:
+        if choices.dense is not None and not add:
+            return lambda watch: do.make_dense(out, watch, choices, resume=resume)
         if resume:
             return lambda watch: do.finish(out, watch)
-        if choices.dense is not None and not add:
-            return lambda watch: do.make_dense(out, watch, choices)
         raise ShouldersError("which SOURCE? a .tsv, a .jsonl or a folder of documents")
     if add:
         if choices.dense is not None:

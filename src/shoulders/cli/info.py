@@ -1,4 +1,4 @@
-"""`shoulders info [SKILL_DIR]`."""
+"""`shoulders info [SKILL_DIR | INDEX_DIR]`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,47 @@ import typer
 from rich.table import Table
 
 from shoulders.cli.common import emit_json, quiet_libraries, stdout
+from shoulders.cli.index import index_facts, show_index
 
 
 def info(
-    skill: Annotated[Path | None, typer.Argument(help="A skill folder. Default: the LM.")] = None,
+    skill: Annotated[
+        Path | None, typer.Argument(help="A folder of a skill or an index. Default: the LM.")
+    ] = None,
     lm: Annotated[str, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = "embedded",
     json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
 ) -> None:
-    """Show what a skill, or the LM, is: fingerprints, parameters, provenance."""
+    """Show what a skill, an index or the LM is: fingerprints, sizes, provenance."""
+    if skill is not None and _is_index(skill):
+        index = {"index": str(skill), **_index_facts(skill)}
+        emit_json(json, index)
+        show_index(skill, index)
+        return
     facts = _skill_facts(skill) if skill is not None else _lm_facts(lm)
     emit_json(json, facts)
     table = Table(show_header=False, title=str(skill or lm), title_justify="left")
     for key, value in facts.items():
         table.add_row(key.replace("_", " "), _shown(value))
     stdout().print(table)
+
+
+def _is_index(folder: Path) -> bool:
+    from shoulders.reader.index.manifest import FILE, UNFINISHED
+
+    return (folder / FILE).is_file() or (folder / UNFINISHED).is_file()
+
+
+def _index_facts(folder: Path) -> dict[str, Any]:
+    """Return what the index holds, after a look at every byte of it."""
+    from shoulders.reader.index.manifest import read_manifest, verify
+    from shoulders.reader.index.plan import read_plan
+
+    manifest = read_manifest(folder)
+    verify(folder, manifest)
+    plan = read_plan(folder)
+    pending = plan is not None and plan.generation > manifest.generation
+    unfinished = f"{plan.operation}: go on with --resume" if plan is not None and pending else None
+    return {**index_facts(manifest), "verified": True, "unfinished": unfinished}
 
 
 def _skill_facts(folder: Path) -> dict[str, Any]:

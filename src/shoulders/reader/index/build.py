@@ -18,6 +18,7 @@ from shoulders.reader.index.manifest import FILE, Manifest, read_manifest
 from shoulders.reader.index.needs import Needs, needs
 from shoulders.reader.index.plan import Checkpoint, DenseChoice, Plan, Sizes, locked, read_plan
 from shoulders.reader.index.store import PassageStore
+from shoulders.reader.retrievers.approximate import LEAST, too_few
 from shoulders.reader.watch import Watch
 
 
@@ -97,6 +98,7 @@ def add(
             if resume and base.sources[-1].path == str(source):
                 watch.note(f"{out}: {source} has been added; nothing to resume")
                 return base
+            clean(out, base)
             plan = _change(base, "add", choices.sizes)
             plan.source, plan.given, plan.kind = str(source.resolve()), str(source), kind
             plan.words = choices.words
@@ -117,6 +119,7 @@ def delete(ids: list[str], out: Path, watch: Watch) -> Manifest:
     with locked(out):
         base = read_manifest(out)
         _unfinished(out, False, None)
+        clean(out, base)
         with PassageStore(out / base.store) as store:
             deleted = list(dict.fromkeys(p for name in ids for p in _meant(store, name)))
         if len(deleted) == base.passages:
@@ -126,18 +129,27 @@ def delete(ids: list[str], out: Path, watch: Watch) -> Manifest:
         return carry_out(out, plan, watch)
 
 
-def make_dense(out: Path, watch: Watch, choices: Choices) -> Manifest:
+def make_dense(out: Path, watch: Watch, choices: Choices, *, resume: bool = False) -> Manifest:
     """Give the index in `out` a dense half, or an approximate index of the one it has."""
     read_manifest(out)
     with locked(out):
         base = read_manifest(out)
-        _unfinished(out, False, None)
-        if base.dense is not None and (base.approximate or not choices.approximate):
-            raise ArtefactError(f"{out}: the index is dense already; nothing to do")
-        plan = _change(base, "dense", choices.sizes)
-        plan.rows = base.rows
-        plan.dense = _choice(base) or choices.dense or DenseChoice()
-        plan.approximate = choices.approximate
+        plan = _unfinished(out, resume, None)
+        if plan is None:
+            clean(out, base)
+            if base.dense is not None and (base.approximate or not choices.approximate):
+                if resume:
+                    watch.note(f"{out}: the index is dense; nothing to resume")
+                    return base
+                raise ArtefactError(f"{out}: the index is dense already; nothing to do")
+            if choices.approximate and base.passages < LEAST:
+                raise DataError(f"{out}: {too_few(base.passages)}")
+            plan = _change(base, "dense", choices.sizes)
+            plan.rows = base.rows
+            plan.dense = _choice(base) or choices.dense or DenseChoice()
+            plan.approximate = choices.approximate
+        elif plan.operation != "dense":
+            raise _begun(out, plan)
         return carry_out(out, plan, watch)
 
 
@@ -183,13 +195,17 @@ def _unfinished(out: Path, resume: bool, source: Path | None) -> Plan | None:
         clean(out, manifest)  # it was published; the process died while it cleaned up
         return None
     if not resume:
-        raise ArtefactError(
-            f"{out}: unfinished ({plan.operation}{f' of {plan.given}' if plan.given else ''}); "
-            f"go on with: shoulders index --resume --out {out}"
-        )
+        raise _begun(out, plan)
     if source is not None and plan.source != str(source.resolve()):
         raise ArtefactError(f"{out}: what is unfinished is {plan.given}, not {source}")
     return plan
+
+
+def _begun(out: Path, plan: Plan) -> ArtefactError:
+    what = f"{plan.operation} of {plan.given}" if plan.given else plan.operation
+    return ArtefactError(
+        f"{out}: unfinished ({what}); go on with: shoulders index --resume --out {out}"
+    )
 
 
 def _choice(base: Manifest) -> DenseChoice | None:

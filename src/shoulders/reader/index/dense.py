@@ -12,6 +12,7 @@ from shoulders.reader.index.manifest import DenseFacts, EncoderFacts, Manifest
 from shoulders.reader.index.plan import DenseChoice, Plan
 from shoulders.reader.index.store import PassageStore
 from shoulders.reader.index.vectors import VectorFile, vectors_name
+from shoulders.reader.retrievers.approximate import LEAST, too_few
 from shoulders.reader.retrievers.approximate import write as write_approximate
 from shoulders.reader.watch import Watch
 
@@ -94,15 +95,19 @@ class DenseStage:
         deleted: list[int],
         rows: int,
         watch: Watch,
-    ) -> str:
+    ) -> str | None:
         """Write the approximate index of all vectors; return the name of its file.
 
+        With too few passages for one it is left out, and noted: exact search does as well.
         A change that adds no vectors keeps the file there is: deleted numbers are left out by the
         search. Begins anew after a kill; it takes a small part of the time of encoding.
         """
         had = base.approximate if base is not None else None
         if base is not None and had is not None and base.rows == rows:
             return had
+        if had is None and rows - len(deleted) < LEAST:
+            watch.note(too_few(rows - len(deleted)))
+            return None
         name = f"approximate-{plan.generation:04}.faiss"
         vectors = VectorFile(out / self.file, self.facts.dimensions, self.facts.dtype).mapped(rows)
         first = base.rows if base is not None and had is not None else 0

@@ -142,15 +142,20 @@ def write(
     return None
 
 
+def too_few(count: int) -> str:
+    """Say why there is no approximate index of so few passages."""
+    return (
+        f"an approximate index needs at least {LEAST:,} passages, here are {count:,}; exact "
+        "search is fast with so few"
+    )
+
+
 def _trained(faiss: Any, vectors: np.ndarray, gone: np.ndarray) -> Any:
     """Return an empty index whose lists and codes are learned from an even sample."""
     rows, width = vectors.shape
     live = rows - len(gone)
     if live < LEAST:
-        raise DataError(
-            f"an approximate index needs at least {LEAST:,} passages, here are {live:,}; exact "
-            "search is fast with so few: leave out --approximate"
-        )
+        raise DataError(too_few(live))
     # Some lists for each root of the rows; no more than the sample can place.
     lists = int(min(4 * rows**0.5, min(live, _SAMPLE) / _PER_LIST))
     wanted = min(live, max(lists * _PER_LIST, 256 * _PER_LIST), _SAMPLE)
