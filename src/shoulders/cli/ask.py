@@ -28,6 +28,9 @@ def ask(
     show_context: Annotated[
         bool, typer.Option("--show-context", help="Show the passages that were read.")
     ] = False,
+    retriever: Annotated[
+        str | None, typer.Option(help="sparse, dense, approximate or hybrid.")
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Passages to retrieve.")] = None,
     window: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of passages. Default: the reader's.")
@@ -49,7 +52,14 @@ def ask(
     if json is not None:
         check_writable(json)
     reader = open_reader(
-        skill, index, k=k, window=window, abstain_below=abstain_below, lm=lm, dtype=dtype
+        skill,
+        index,
+        retriever=retriever,
+        k=k,
+        window=window,
+        abstain_below=abstain_below,
+        lm=lm,
+        dtype=dtype,
     )
     asked = Question(question.strip(), ())
     ranked = reader.contexts.ranked([asked])

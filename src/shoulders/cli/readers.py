@@ -44,7 +44,7 @@ def open_reader(
     Args:
         name: the folder, or `base` for the LM's own reading.
         index: what to search, see `open_passages`; None where questions bring their passages.
-        retriever: instead of the reader's.
+        retriever: instead of the reader's (without one: of the index's best).
         k: passages to retrieve, instead of the reader's number.
         window: most tokens of passages, instead of the reader's.
         rerank: False keeps the retriever's order.
@@ -71,7 +71,10 @@ def open_reader(
             )
         reading = reading.model_copy(update={"abstain_below": abstain_below})
     opened = open_passages(index) if index is not None else None
-    found = opened.retriever(retriever or search.retriever) if opened is not None else None
+    found = None
+    if opened is not None:
+        # A reader searches as it was trained; without one, the index knows what it does best.
+        found = opened.retriever(retriever or (search.retriever if is_reader(name) else None))
     reranker = open_reranker(Path(name)) if rerank and is_reader(name) else None
     skill, _ = open_skill(name, lm=lm, dtype=dtype, templates=None)
     return Reader(skill, Contexts(found, opened, reranker, k or search.k), reading)
