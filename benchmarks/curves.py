@@ -5,8 +5,8 @@
 The static prompt of `recipes/multitask_static.yaml`, in int8 and float32, beside PEFT's prompt
 tuning through transformers' Trainer (float32, padded batches): same first prompt, rows, order,
 optimizer and schedule. Ours trains the prompt in standard deviations of the LM's embeddings, so
-PEFT's rate and largest gradient norm are put into its units. The other producers' curves stand
-beside them. Finished runs are kept. Speed is measured elsewhere (`shoulders bench train`).
+PEFT's rate and largest gradient norm are put into its units. The input-dependent prompt's curve
+stands beside them. Finished runs are kept. Speed is measured elsewhere (`shoulders bench train`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shoulders.training.run import load_data, machine
 
 ROOT = Path(__file__).parents[1]
 SHOULDERS = Path(sys.executable).parent / "shoulders"
-OURS = (("static", "float32"), *((k, "int8") for k in ("static", "idpt", "static_kv", "idpt_kv")))
+OURS = (("static", "float32"), ("static", "int8"), ("idpt", "int8"))
 SMOOTHED = 10  # steps in one point of the drawn curves
 
 
