@@ -73,12 +73,14 @@ def test_dpr_tables_quoted_and_not(tmp_path: Path) -> None:
         HEADER
         + '1\t"Aaron ( or ; ""Ahärôn"") is, he said, ""here"""\tAaron\n'
         + '2\t"Rip It Up" was a single, "the" one\t"Rip"\r\n'
-        + '3\t"only the beginning\tT\n',
+        + '3\t"only the beginning\tT\n'
+        + '4\t"Both" and "ends"\tT\n',
     )
     assert passages(table) == [
         Passage("1", "Aaron", 'Aaron ( or ; "Ahärôn") is, he said, "here"'),
         Passage("2", "Rip", '"Rip It Up" was a single, "the" one'),
         Passage("3", "T", '"only the beginning'),
+        Passage("4", "T", '"Both" and "ends"'),
     ]
     assert read(table)[1].place == f"{table}:3"
 

@@ -224,6 +224,51 @@ def test_killed_at_every_step_of_adding_to_a_dense_index(
     )
 
 
+def test_killed_twice_between_checkpoint_and_commit(tmp_path: Path) -> None:
+    source = table(tmp_path / "t.tsv", texts(0, 30))
+    build(source, tmp_path / "straight", Silent(), SPARSE)
+    out = tmp_path / "killed"
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            commits = 0
+
+            def dying(writer: Any, real: Any = fill.StoreWriter.commit) -> None:
+                nonlocal commits
+                commits += 1
+                if commits == 2 or (out / "ids.ends").stat().st_size > 8 * 7:
+                    raise KilledError
+                real(writer)
+
+            patch.setattr(fill.StoreWriter, "commit", dying)
+            with pytest.raises(KilledError):
+                build(source, out, Silent(), SPARSE, resume=True)
+        gc.collect()
+    build(source, out, Silent(), SPARSE, resume=True)
+    assert seen(out) == seen(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("left", [1, 48 * 2 + 5, 48 * 4])
+def test_killed_within_a_window_of_vectors(tmp_path: Path, dense: Choices, left: int) -> None:
+    source = table(tmp_path / "t.tsv", texts(0, 18))
+    build(source, tmp_path / "straight", Silent(), dense)
+    out = tmp_path / "killed"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def dying(file: vectors.VectorFile, rows: np.ndarray) -> None:
+            real(file, rows)
+            with (out / "vectors.float16").open("ab") as handle:
+                handle.write(b"\x01" * left)
+            raise KilledError
+
+        real = vectors.VectorFile.append
+        patch.setattr(vectors.VectorFile, "append", dying)
+        with pytest.raises(KilledError):
+            build(source, out, Silent(), dense)
+    gc.collect()
+    build(source, out, Silent(), dense, resume=True)
+    assert seen(out) == seen(tmp_path / "straight")
+
+
 def test_grown_and_pruned_equals_built_at_once(tmp_path: Path, dense: Choices) -> None:
     whole = table(tmp_path / "whole.tsv", texts(0, 30))
     build(whole, tmp_path / "once", Silent(), dense)

@@ -96,8 +96,8 @@ def test_bm25_equals_the_textbook(tmp_path: Path, longest: int) -> None:
 
 def test_equal_scores_keep_the_order_of_the_collection(tmp_path: Path) -> None:
     same = [Passage(f"id{n}", "", f"common word of {('many', 'few')[n % 2]}") for n in range(90)]
-    for batch in (10**9, 7):  # one segment, or many whose order is random
-        retriever, store = sparse_of(tmp_path / str(batch), same, batch)
+    for turn, batch in enumerate((10**9, 7, 30, 30, 30)):  # segments stand in random order
+        retriever, store = sparse_of(tmp_path / str(turn), same, batch)
         for k in (1, 5, 40, 90, 200):
             found = retriever.search(["common", "few common"], k)
             assert found.ids[0] == [f"id{n}" for n in range(90)][:k]
@@ -170,6 +170,7 @@ def test_dense_equals_a_full_product(tmp_path: Path, rows: int, k: int, dtype: t
     vectors = source.normal(size=(rows, 16)).astype(dtype)
     vectors[rows // 2 :: 3] = vectors[0]  # equal scores
     wanted = source.normal(size=(7, 16)).astype(np.float32)
+    wanted[0] = 3 * vectors[0]  # the equal ones are the best
     gone = sorted({1, rows - 2, rows // 3})
     retriever = DenseRetriever(vectors, embed_of(wanted), ids_of(tmp_path, rows), gone)  # type: ignore[arg-type]
     found = retriever.search([str(n) for n in range(7)], k)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoulders.encoders.load import load_encoder
-from shoulders.encoders.sentence import load_sentence_encoder
+from shoulders.encoders.sentence import _batches, load_sentence_encoder
 from shoulders.errors import LMError
 from tiny_models import save_tiny_encoder, tiny_tokenizer
 
@@ -55,6 +55,15 @@ def test_passages_are_title_and_text_and_keep_their_order(tiny: Path) -> None:
         encoder.questions(["of. spain", "spain"]),
         atol=1e-6,
     )
+
+
+def test_batches_have_few_pads() -> None:
+    lengths = np.random.default_rng(0).integers(5, 250, size=2000).tolist()
+    batches = _batches(lengths)
+    assert sorted(i for batch in batches for i in batch) == list(range(2000))
+    padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+    assert max(padded) <= 4096
+    assert sum(padded) < 1.05 * sum(lengths)
 
 
 def with_modules(tiny: Path, folder: Path, pooling: dict, *, normalize: bool, **more: dict) -> str:
