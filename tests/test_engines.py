@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -233,6 +234,22 @@ def test_an_unfinished_table_is_refused(
     monkeypatch.setitem(sys.modules, "lancedb", None)
     with pytest.raises(ShouldersError, match=r"pip install 'shoulders\[engine\]'"):
         open_passages(where)
+
+
+@pytest.mark.parametrize(
+    "name", ["data/*.lance", "_indices/*/*invert.lance", "_versions/*.manifest"]
+)
+def test_a_half_copied_table_is_refused_by_name(
+    made: tuple[Path, Path, Path], tmp_path: Path, name: str
+) -> None:
+    where = tmp_path / "lance"
+    shutil.copytree(made[2], where)
+    for file in (where / "passages.lance").glob(name):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ShouldersError) as refused, LanceTable(str(where)) as table:
+        table.passages(table.sparse().search(["rare7"], 20).ids[0])
+    assert str(refused.value).startswith(f"{where}: LanceDB: ")
+    assert ".rs:" not in str(refused.value)
 
 
 def test_another_encoder_is_refused(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

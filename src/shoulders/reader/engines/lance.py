@@ -8,6 +8,7 @@ our own exact inner products of what the engine proposes. Equal scores are order
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ WORDS_INDEX = "words_idx"
 KINDS = ("sparse", "dense", "approximate", "hybrid")
 _TEXTS = ["id", "title", "words", "source"]
 _Hit = tuple[float, int, str]  # minus the score, number, id: they sort best first
+_RUST = re.compile(r"(, \S+\.rs:\d+:\d+)+$")  # where in the engine's sources an error arose
 _PROBES = 32  # lists of an approximate index that are searched
 _CANDIDATES = 4  # times `k` that an approximate search compares exactly
 
@@ -235,8 +237,8 @@ def named(uri: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise ShouldersError(f"{uri}: LanceDB: {reason[0] if reason else error}") from error
+        reason = _RUST.sub("", (str(error).strip().splitlines() or [repr(error)])[0])
+        raise ShouldersError(f"{uri}: LanceDB: {reason}") from error
 
 
 def _passage(row: dict[str, Any]) -> Passage:
