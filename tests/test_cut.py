@@ -21,7 +21,7 @@ def blocks_of(parts: list[tuple[list[tuple[str, str]], bool]]) -> list[Block]:
     return [Block("".join(w + s for w, s in words), heading) for words, heading in parts]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(BLOCKS, st.integers(10, 40))
 def test_every_word_is_kept_whole_and_in_order(
     parts: list[tuple[list[tuple[str, str]], bool]], size: int
@@ -69,6 +69,9 @@ def test_a_heading_stays_with_what_follows() -> None:
     # A heading that would end a passage moves to the next one.
     passages = list(cut([Block(body * 5), Block("Part", heading=True), Block("word " * 70)]))
     assert [p.split()[0] for p in passages] == ["Eight", "Part"]
+    # Unless it would not fit there.
+    blocks = [Block("a"), Block("four words of heading", heading=True), Block("word " * 9)]
+    assert [len(p.split()) for p in cut(blocks, 10)] == [5, 9]
 
 
 def test_a_small_rest_joins_the_passage_before() -> None:

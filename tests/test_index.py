@@ -177,7 +177,7 @@ def dies_everywhere(
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_every_step_of_building(tmp_path: Path, stride: int) -> None:
     source = table(tmp_path / "t.tsv", texts(0, 30))
     choices = Choices(sizes=Sizes(batch=16, heap=15_000_000))
@@ -200,7 +200,7 @@ def test_killed_at_every_step_of_building(tmp_path: Path, stride: int) -> None:
     )
 
 
-@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_every_step_of_adding_to_a_dense_index(
     tmp_path: Path, dense: Choices, stride: int
 ) -> None:

@@ -155,6 +155,7 @@ def test_dpr_encoders_are_those_of_transformers(kind: str, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_the_embedded_encoder_as_sentence_transformers_has_it() -> None:
     library = pytest.importorskip("sentence_transformers")
     from shoulders.encoders.load import embedded_folder

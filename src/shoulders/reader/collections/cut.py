@@ -69,7 +69,8 @@ def _packed(pieces: Iterable[_Piece], size: int) -> Iterator[list[str]]:
             kept = len(passage)
             while kept > 1 and passage[kept - 1].heading:
                 kept -= 1
-            if passage[kept - 1].heading:
+            moved = sum(len(p.words) for p in passage[kept:]) + len(words)
+            if passage[kept - 1].heading or moved > size:
                 kept = len(passage)
             yield [word for p in passage[:kept] for word in p.words]
             passage = passage[kept:]
