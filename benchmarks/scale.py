@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--encoded-table", type=Path, default=NATURAL, help="they are from here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", type=float, default=8.0, help="GB that a part may take")
+    parser.add_argument("--minutes", type=float, default=600, help="after which no part begins")
     parser.add_argument("--folder", type=Path, help="kept; by default a temporary one")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/scale.json")
     options = parser.parse_args()
@@ -65,7 +66,6 @@ def main() -> None:
     finally:
         if options.folder is None:
             shutil.rmtree(folder)
-    write_json(options.out, result)
     print(markdown(result))
     over = [name for name, part in result["parts"].items() if "failed" in part]
     if over:
@@ -89,30 +89,33 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     names = ["source", *(name for group in options.groups for name in GROUPS[group])]
     if importlib.util.find_spec("lancedb") is None:
         names = [name for name in names if not name.startswith("engine")]
-    parts = {}
-    for name in names:
-        for old in ("index", "lance") if name == "source" else ():
-            shutil.rmtree(folder / old, ignore_errors=True)
-        parts[name] = run(name, folder, options.memory * 1e9)
-        write_json(folder / "parts.json", parts)  # for one who stops it
-        print(f"{name}: {json.dumps(parts[name])}", file=sys.stderr)
-    return {
+    for old in ("index", "lance"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine()
         | {
             "processors": len(os.sched_getaffinity(0)),
             "niceness": os.nice(0),
             "load_average_before": load,
-            "load_average_after": os.getloadavg(),
         },
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
         "setting": {name: value for name, value in setting.items() if name != "folder"}
         | {"words": WORDS, "vocabulary": VOCABULARY, "question_words": QUESTION_WORDS}
         | {"dimensions": DIMENSIONS, "k": 100, "memory_limit_gb": options.memory},
-        "seconds": time.monotonic() - began,
-        "parts": parts,
-        "agreement": agreement(folder, names),
+        "parts": {},
     }
+    for name in names:
+        if time.monotonic() - began > 60 * options.minutes:
+            result["parts"][name] = {"failed": f"not begun after {options.minutes:g} minutes"}
+            continue
+        result["parts"][name] = run(name, folder, options.memory * 1e9)
+        print(f"{name}: {json.dumps(result['parts'][name])}", file=sys.stderr)
+        result["seconds"] = time.monotonic() - began
+        result["machine"]["load_average_after"] = os.getloadavg()
+        result["agreement"] = agreement(folder, list(result["parts"]))
+        write_json(options.out, result)  # each time: for one who stops it
+    return result
 
 
 def run(name: str, folder: Path, limit: float) -> dict[str, Any]:
