@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=8.0, help="GB that a part may take")
     parser.add_argument("--minutes", type=float, default=600, help="after which no part begins")
     parser.add_argument("--folder", type=Path, help="kept; by default a temporary one")
+    parser.add_argument("--resume", action="store_true", help="only what --out does not have yet")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/scale.json")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="scale-"))
@@ -89,8 +90,9 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     names = ["source", *(name for group in options.groups for name in GROUPS[group])]
     if importlib.util.find_spec("lancedb") is None:
         names = [name for name in names if not name.startswith("engine")]
-    for old in ("index", "lance"):
-        shutil.rmtree(folder / old, ignore_errors=True)
+    if not options.resume:
+        for old in ("index", "lance"):
+            shutil.rmtree(folder / old, ignore_errors=True)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine()
@@ -105,13 +107,22 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         | {"dimensions": DIMENSIONS, "k": 100, "memory_limit_gb": options.memory},
         "parts": {},
     }
+    spent = 0.0
+    if options.resume:
+        earlier = json.loads(options.out.read_text())
+        if earlier["setting"] != result["setting"]:
+            sys.exit(f"{options.out}: of another setting; leave out --resume")
+        spent = earlier["seconds"]
+        result |= {name: earlier[name] for name in ("date", "machine", "versions")}
+        result["parts"] = {n: part for n, part in earlier["parts"].items() if "failed" not in part}
+        names = [name for name in names if name not in result["parts"]]
     for name in names:
         if time.monotonic() - began > 60 * options.minutes:
             result["parts"][name] = {"failed": f"not begun after {options.minutes:g} minutes"}
             continue
         result["parts"][name] = run(name, folder, options.memory * 1e9)
         print(f"{name}: {json.dumps(result['parts'][name])}", file=sys.stderr)
-        result["seconds"] = time.monotonic() - began
+        result["seconds"] = spent + time.monotonic() - began
         result["machine"]["load_average_after"] = os.getloadavg()
         result["agreement"] = agreement(folder, list(result["parts"]))
         write_json(options.out, result)  # each time: for one who stops it
