@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = (1_000_000, 21_000_000, 1_000_000_000)
-RAM, DISK = 128e9, 4e12  # of a machine, where the number of machines is reckoned
+RAM, DISK, CORES = 128e9, 4e12, 32  # of a machine, where the number of machines is reckoned
+WAIT = 0.2  # seconds that a question may take
 ROOT = Path(__file__).parents[1]
 
 
@@ -78,21 +79,42 @@ def rows(parts: dict[str, Any]) -> list[tuple[str, list[str]]]:
         add("LanceDB, sparse: disk", lambda n: amount(n * engine["bytes_per_passage"]))
         add("LanceDB, sparse: one core loads", lambda n: hours(n * cost(engine)))
     if {"sparse_build", "vectors", "approximate_build"} <= measured.keys():
-        add("machines (see below)", lambda n: str(machines(measured, n)))
+        add("all: disk", lambda n: amount(n * held(measured)))
+    if {"sparse_serve", "approximate_serve"} <= measured.keys():
+        add(f"hybrid: cores for {WAIT:g} s a question", lambda n: str(cores(measured, n)))
+        add("hybrid: machines", lambda n: str(machines(measured, n)))
     return table
 
 
-def machines(measured: dict[str, Any], count: int) -> int:
-    """Return how many machines hold sparse index, vectors and codes, each once.
-
-    Codes stay in three quarters of the memory; the rest is for processes and the files' cache.
-    """
-    disk = sum(
+def held(measured: dict[str, Any]) -> float:
+    """Return the bytes on disk of a passage: sparse index, vectors and codes."""
+    return sum(
         measured[name]["bytes_per_passage"]
         for name in ("sparse_build", "vectors", "approximate_build")
     )
+
+
+def cores(measured: dict[str, Any], count: int) -> int:
+    """Return how many cores answer a question in `WAIT`, sparse and approximate, if both divide."""
+    spent = sum(
+        1 / measured[f"{name}_serve"]["queries_per_cpu_second"] / count_of(measured, of)
+        for name, of in (("sparse", "sparse_build"), ("approximate", "vectors"))
+    )
+    return math.ceil(count * spent / WAIT)
+
+
+def machines(measured: dict[str, Any], count: int) -> int:
+    """Return how many machines hold everything once, and have the cores.
+
+    Codes stay in three quarters of the memory; the rest is for processes and the files' cache.
+    """
     codes = measured["approximate_build"]["bytes_per_passage"]
-    return max(math.ceil(count * disk / DISK), math.ceil(count * codes / (0.75 * RAM)))
+    needs = (
+        count * held(measured) / DISK,
+        count * codes / (0.75 * RAM),
+        cores(measured, count) / CORES,
+    )
+    return max(math.ceil(need) for need in needs)
 
 
 def cost(part: dict[str, Any]) -> float:
