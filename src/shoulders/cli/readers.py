@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from shoulders.cli.common import BASE, emit_json, open_skill, stderr, stdout
+from shoulders.cli.common import BASE, emit_json, open_skill, quiet_libraries, stderr, stdout
 from shoulders.errors import ShouldersError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def open_reader(
     from shoulders.skills.reader import Reader
     from shoulders.skills.reader_artefact import open_reranker, read_reader
 
+    quiet_libraries()
     search, reading = _settings(name)
     if is_reader(name):
         artefact = read_reader(Path(name))
