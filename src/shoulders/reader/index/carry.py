@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shoulders import __version__
 from shoulders.errors import ArtefactError, ShouldersError
+from shoulders.files import remove_partial
 from shoulders.reader.collections.source import Source, open_source
 from shoulders.reader.index.content import Content
 from shoulders.reader.index.dense import DenseStage
@@ -144,3 +145,4 @@ def clean(out: Path, manifest: Manifest) -> None:
         known = path.name.startswith(("passages-", "deleted-", "approximate-", ".passages-"))
         if known and path.name not in kept:
             remove(path)
+    remove_partial(out)  # the folder is locked: nobody else is writing
