@@ -83,7 +83,9 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "queries": options.queries,
         "seconds_per_measurement": options.seconds,
         "encoded": options.encoded,
-        "encoded_table": str(options.encoded_table) if options.encoded_table.is_file() else None,
+        "encoded_table": os.path.relpath(options.encoded_table)
+        if options.encoded_table.is_file()
+        else None,
     }
     (folder / "setting.json").write_text(json.dumps(setting))
     began, load = time.monotonic(), os.getloadavg()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,7 @@ from shoulders.errors import ArtefactError, RecipeError, ShouldersError
 from shoulders.files import atomic_path, sha256_of_file, write_json, write_text
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.quantized import Quantization
+from shoulders.manifest import read_versioned
 from shoulders.skills.card import model_card
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
@@ -100,26 +100,10 @@ def read_artefact(folder: Path) -> Artefact:
     """
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such skill folder")
-    file = folder / FILE
-    if not file.is_file():
-        raise ArtefactError(f"{folder}: holds no {FILE}: not a (finished) skill")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
-            raise ArtefactError(
-                f"{file}: format version {version!r}, this version of shoulders reads "
-                f"{FORMAT_VERSION}"
-            )
-        artefact = Artefact.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ArtefactError(f"{file}: damaged: key '{key}': {first['msg']}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{file}: damaged: not valid JSON: {error}") from error
+        artefact = read_versioned(folder, FILE, Artefact, FORMAT_VERSION, "skill")
     except RecipeError as error:  # a kind of producer that is not installed here
-        raise ArtefactError(f"{file}: {error}") from error
+        raise ArtefactError(f"{folder / FILE}: {error}") from error
     tensors = folder / TENSORS
     if not tensors.is_file():
         raise ArtefactError(f"{tensors}: missing")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from shoulders import __version__
 from shoulders.encoders.load import load_encoder
 from shoulders.encoders.sentence import load_sentence_encoder
 from shoulders.errors import ArtefactError
 from shoulders.files import sha256_of_file, write_json
+from shoulders.manifest import read_versioned
 from shoulders.reader.reranker import Reranker, RetrieverScores
 from shoulders.reader.rerankers.cross_encoder import load_cross_encoder
 from shoulders.reader.rerankers.fused import FusedReranker, load_fusion
@@ -87,24 +87,7 @@ def read_reader(folder: Path) -> ReaderArtefact:
 
     Raises `ArtefactError` naming the file and what is wrong with it.
     """
-    file = folder / FILE
-    if not file.is_file():
-        raise ArtefactError(f"{folder}: holds no {FILE}: not a (finished) reader")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
-            raise ArtefactError(
-                f"{file}: format version {version!r}, this version of shoulders reads "
-                f"{FORMAT_VERSION}"
-            )
-        artefact = ReaderArtefact.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ArtefactError(f"{file}: damaged: key '{key}': {first['msg']}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{file}: damaged: not valid JSON: {error}") from error
+    artefact = read_versioned(folder, FILE, ReaderArtefact, FORMAT_VERSION, "reader")
     found = _hashes(folder)
     for name in sorted(artefact.files.keys() | found.keys()):
         if artefact.files.get(name) != found.get(name):

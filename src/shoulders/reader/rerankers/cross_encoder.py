@@ -6,17 +6,17 @@ every file with its SHA-256.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from shoulders import __version__
 from shoulders.encoders.load import EMBEDDED, embedded_folder
 from shoulders.errors import ArtefactError, LMError
 from shoulders.files import atomic_directory, sha256_of_file, write_json
+from shoulders.manifest import read_versioned
 from shoulders.reader.libraries import needed
 from shoulders.reader.mining import MiningConfig
 from shoulders.reader.passage import Passage
@@ -184,24 +184,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises `ArtefactError` naming the file that is missing, damaged or not listed.
     """
-    file = folder / FILE
-    if not file.is_file():
-        raise ArtefactError(f"{folder}: holds no {FILE}: not a (finished) re-ranker")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
-            raise ArtefactError(
-                f"{file}: format version {version!r}, this version of shoulders reads "
-                f"{FORMAT_VERSION}"
-            )
-        manifest = Manifest.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ArtefactError(f"{file}: damaged: key '{key}': {first['msg']}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{file}: damaged: not valid JSON: {error}") from error
+    manifest = read_versioned(folder, FILE, Manifest, FORMAT_VERSION, "re-ranker")
     found = _hashes(folder)
     for name, expected in manifest.files.items():
         if name not in found:
