@@ -71,9 +71,13 @@ def _train_reader(
 
 
 def _facts(recipe: Recipe | ReaderRecipe) -> str:
-    prompt = recipe.skill.passes[0].prompt
+    passes = " -> ".join(
+        (one.prompt["kind"] if one.prompt else "no prompt")
+        + (", link" if one.link else ", proposing" if one.propose else "")
+        for one in recipe.skill.passes
+    )
     return (
-        f"LM {recipe.lm.name}, prompt {prompt['kind'] if prompt else 'none'}, "
+        f"LM {recipe.lm.name}, {'passes' if len(recipe.skill.passes) > 1 else 'prompt'} {passes}, "
         f"{recipe.training.steps} steps of {recipe.training.rows_per_step} rows"
     )
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from shoulders.lm.decoder import prefilled
+from shoulders.lm.decoder import Decoder, Source
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import next_tokens, sample_stream
@@ -80,9 +80,15 @@ class _Running:
 
 
 def generate(
-    lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]], config: DecodingConfig
+    lm: FrozenLM,
+    prompt: Prompt,
+    token_ids: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    source: Source | None = None,
 ) -> list[list[Completion]]:
     """Generate `n` completions for each of `b` rows; raises `WindowError` as `combine` does.
+
+    `source` writes the embeddings of tokens where they are not the LM's own.
 
     Example:
         >>> from shoulders.lm.load import load_lm
@@ -92,17 +98,21 @@ def generate(
         ' Paris'
     """
     done: list[list[Completion | None]] = [[None] * config.n for _ in token_ids]
-    for delta in stream(lm, prompt, token_ids, config):
+    for delta in stream(lm, prompt, token_ids, config, source):
         if delta.completion is not None:
             done[delta.row][delta.sample] = delta.completion
     return [[c for c in row if c is not None] for row in done]
 
 
 def stream(
-    lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]], config: DecodingConfig
+    lm: FrozenLM,
+    prompt: Prompt,
+    token_ids: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    source: Source | None = None,
 ) -> Iterator[Delta]:
     """Generate as `generate` does, yielding text as soon as it can no longer change."""
-    decoder = prefilled(lm, prompt, token_ids, config.max_new_tokens)
+    decoder = Decoder(lm, prompt, token_ids, config.max_new_tokens, source)
     if config.n > 1:
         decoder.repeat(config.n)
     lengths = decoder.lengths.tolist()

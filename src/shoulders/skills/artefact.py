@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
@@ -64,11 +64,15 @@ def save_skill(
         ArtefactError: the folder already holds a skill, or the skill has nothing trained.
         ShouldersError: the folder cannot be written.
     """
-    if skill.producer is None:
+    if not skill.networks():
         raise ArtefactError("the bare LM has nothing to save")
     if (folder / FILE).exists():
         raise ArtefactError(f"{folder}: already holds a skill; choose another folder")
-    tensors = {k: v.detach().contiguous().cpu() for k, v in skill.producer.state_dict().items()}
+    tensors = {
+        name: value.detach().contiguous().cpu()
+        for network in skill.networks()
+        for name, value in network.state_dict().items()
+    }
     with atomic_path(folder / TENSORS) as temporary:
         try:
             save_file(tensors, temporary)
@@ -135,13 +139,17 @@ def load_skill(
     skill = Skill.create(lm, artefact.skill, encoder)
     for bound, found in zip(artefact.encoders, skill.encoders(), strict=True):
         _check_bound(folder, "encoder", bound, found.name, found.fingerprint)
-    assert skill.producer is not None  # a saved skill has one
     try:
-        skill.producer.load_state_dict(cast(dict[str, Any], load_file(folder / TENSORS)))
+        tensors = load_file(folder / TENSORS)
+        for network in skill.networks():
+            own = {name: tensors.pop(name) for name in network.state_dict() if name in tensors}
+            network.load_state_dict(own)
+            network.train(False)
+        if tensors:
+            raise RuntimeError(f"unexpected {', '.join(sorted(tensors))}")
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{folder / TENSORS}: does not fit {FILE}: {reason}") from error
-    skill.producer.train(False)
     return skill, Templates.from_dict(artefact.templates, source=str(folder / FILE))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
@@ -21,7 +22,6 @@ from shoulders.data.templates import Templates
 from shoulders.errors import InterruptedTraining, TrainingError, WindowError
 from shoulders.files import remove_partial, writing_to
 from shoulders.lm.streams import Streams
-from shoulders.prompts.interface import Producer
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
 from shoulders.training.monitor import monitor_of
@@ -50,10 +50,10 @@ def fit(
     console: Console | None = None,
     processes: Processes | None = None,
 ) -> Progress:
-    """Train a skill's producer; on return it holds the weights of the best validation.
+    """Train a skill's networks; on return they hold the weights of the best validation.
 
     Args:
-        skill: with an initialised producer.
+        skill: with initialised networks; those of its passes after the last text are trained.
         mixture: the order of training examples, a function of (seed, position).
         validation: rows to select on; without any, the last weights are kept.
         templates: for the validation rows.
@@ -71,13 +71,13 @@ def fit(
         TrainingError: no producer; a non-finite loss; a trained tensor that does not move;
             Ctrl-C (`InterruptedTraining`, after a checkpoint); another recipe on resume.
     """
-    if skill.producer is None:
-        raise TrainingError("the recipe trains nothing: give the pass a prompt")
+    if skill.trained is None:
+        raise TrainingError("the recipe trains nothing: give a pass a prompt or a link")
     if recipe.training.recompute and skill.lm.blocks is None:
         raise TrainingError(f"recompute: the layers of {skill.lm.name} are not fused; leave it out")
     if skill.lm.shards is not None and (recipe.training.streams or 1) > 1:
         raise TrainingError("streams: passes through a sharded LM run one by one; leave it out")
-    config, producer, console = recipe.training, skill.producer, console or Console(stderr=True)
+    config, producer, console = recipe.training, skill.trained, console or Console(stderr=True)
     processes = processes or Processes()
     stored = {"recipe": recipe.model_dump(mode="json"), **(bound or {})}
     stored["processes"] = processes.count
@@ -177,12 +177,12 @@ def example_of(skill: Skill, row: Row, text: str, which: int) -> Example:
     return Example(text=text, input_ids=ids, answer_ids=answer, task=row.task)
 
 
-def copied(producer: Producer) -> dict[str, torch.Tensor]:
+def copied(producer: nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of the producer's tensors."""
     return {name: value.detach().clone() for name, value in producer.state_dict().items()}
 
 
-def check_moved(producer: Producer, initial: dict[str, torch.Tensor], felt: set[str]) -> None:
+def check_moved(producer: nn.Module, initial: dict[str, torch.Tensor], felt: set[str]) -> None:
     """Raise `TrainingError` when a trained tensor is what it was at the start (promise 8).
 
     `felt` names those that had a gradient: weight decay alone also moves, but teaches nothing.
