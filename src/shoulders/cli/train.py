@@ -45,9 +45,11 @@ def train(
         return
     from shoulders.training.processes import Processes
     from shoulders.training.run import run_recipe
+    from shoulders.training.textual import run_textual
 
     quiet_libraries()
-    skill = run_recipe(parsed, folder, resume=resume, console=stderr())
+    train_it = run_recipe if parsed.cross_fit is None else run_textual
+    skill = train_it(parsed, folder, resume=resume, console=stderr())
     if not Processes.started().leads:
         return
     stdout().print(_saved(folder, skill))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from shoulders.errors import ArtefactError
 from shoulders.files import atomic_directory
@@ -79,4 +81,4 @@ def import_from_peft(folder: Path, lm: FrozenLM, form: TextFormat | None = None)
     producer = build_producer(prompt, Surroundings(lm, no_encoder))  # type: ignore[arg-type]
     scale = torch.tensor(lm.embedding_scale)
     producer.load_state_dict({"base": vectors.float() / scale, "scale": scale})
-    return Skill(lm, config, Parts((), producer, producer))
+    return Skill(lm, config, Parts((), producer, cast(nn.Module, producer)))

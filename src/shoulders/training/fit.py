@@ -29,6 +29,7 @@ from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
+from shoulders.training.running_text import RunningText
 from shoulders.training.step import gradients
 from shoulders.training.validation import validate
 
@@ -39,8 +40,8 @@ MOVED_BY = 3
 
 def fit(
     skill: Skill,
-    mixture: Mixture,
-    validation: Sequence[Row],
+    mixture: Mixture | RunningText,
+    validation: Sequence[Row] | RunningText,
     templates: Templates,
     recipe: Recipe,
     out: Path,
@@ -55,7 +56,7 @@ def fit(
     Args:
         skill: with initialised networks; those of its passes after the last text are trained.
         mixture: the order of training examples, a function of (seed, position).
-        validation: rows to select on; without any, the last weights are kept.
+        validation: rows to select on, or text; without any, the last weights are kept.
         templates: for the validation rows.
         recipe: how to train; stored with every checkpoint.
         out: folder for `checkpoints/` and `log.jsonl`.
@@ -92,7 +93,12 @@ def fit(
     if resume and (found := load_checkpoint(out, optimizer, stored)):
         progress, weights, best = found
         producer.load_state_dict(weights)
-    checked = [example_of(skill, row, templates.render(row, 0), 0) for row in validation]
+    rows: Sequence[Row] = []
+    if isinstance(validation, RunningText):
+        checked = validation.examples(config.validation_rows)
+    else:
+        rows = validation
+        checked = [example_of(skill, row, templates.render(row, 0), 0) for row in rows]
     initial, trained = copied(producer), list(producer.parameters())
     producer.train()
     processes.wait()  # all have read what the leading one will write
@@ -139,7 +145,7 @@ def fit(
                 progress.step % config.validate_every == 0 or progress.step == config.steps
             ):
                 producer.train(False)
-                entry = validate(skill, validation, templates, checked, config.select)
+                entry = validate(skill, rows, templates, checked, config.select)
                 producer.train()
                 value = entry["loss"] if config.select == "loss" else -entry["exact_match"]
                 improved = value < progress.best or progress.best_step == 0
@@ -161,8 +167,10 @@ def fit(
     return progress
 
 
-def example_at(skill: Skill, mixture: Mixture, position: int, seed: int) -> Example:
+def example_at(skill: Skill, mixture: Mixture | RunningText, position: int, seed: int) -> Example:
     """Return the example at a position of the mixture; of several right answers, one by seed."""
+    if isinstance(mixture, RunningText):
+        return mixture.example(position)
     row, text = mixture.example(position)
     return example_of(skill, row, text, np.random.PCG64([seed, position]).random_raw() >> 1)
 
