@@ -11,6 +11,7 @@ from rich.table import Table
 
 from shoulders.cli import readers
 from shoulders.cli.common import emit_json, open_skill, stderr, stdout
+from shoulders.cli.perplexity import evaluate_text
 from shoulders.errors import ShouldersError
 from shoulders.files import check_writable
 
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 def evaluate(
     skill: Annotated[str, typer.Argument(help="A skill folder, or 'base' for the bare LM.")],
     data: Annotated[
-        Path, typer.Option(help="Rows with targets (.jsonl, .parquet); for a reader, questions.")
+        Path,
+        typer.Option(
+            help="Rows with targets (.jsonl, .parquet); for a reader, questions; running text "
+            "(.txt) for its perplexity."
+        ),
     ],
     index: Annotated[
         str | None,
@@ -53,6 +58,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many rows, spread over the tasks.")
     ] = None,
+    chunk: Annotated[int, typer.Option(min=2, help="Running text: tokens read at once.")] = 128,
     json: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write every row's answer, JSONL.")] = None,
     normalizer: Annotated[
@@ -104,6 +110,19 @@ def evaluate(
             dump=dump,
             contexts=contexts,
             plot=plot,
+        )
+        return
+    if data.suffix == ".txt":
+        evaluate_text(
+            skill,
+            data,
+            chunk=chunk,
+            limit=limit,
+            json=json,
+            lm=lm,
+            dtype=dtype,
+            quantize=quantize,
+            device_map=device_map,
         )
         return
     rows = spread(read_rows(data), limit)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from shoulders.data.batching import length_grouped
 from shoulders.errors import DataError
@@ -69,12 +70,9 @@ class Perplexity:
 
 
 def perplexity(
-    skill: Skill, text: RunningText, *, on_rows: Callable[[int], None] | None = None
+    skill: Skill, examples: Sequence[Example], *, on_rows: Callable[[int], None] | None = None
 ) -> Perplexity:
-    """Return the perplexity of a text, read in chunks, each without what stood before it."""
-    import torch
-
-    examples = text.examples()
+    """Return the perplexity of chunks of text, each read without what stood before it."""
     total, tokens = 0.0, 0
     for rows in length_grouped([e.tokens for e in examples], BATCH_TOKENS, BATCH_ROWS):
         with torch.no_grad():

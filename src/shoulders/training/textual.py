@@ -66,7 +66,8 @@ def run_textual(
     def run(other: Recipe, folder: Path) -> Skill:
         return run_recipe(other, folder, resume=True, console=console)
 
-    first = trained_parts({FIRST: recipe.start[FIRST]}, out, run, console)[FIRST]
+    parts = trained_parts(recipe.start, out, run, console)
+    first = parts.pop(FIRST)
     taught = _first_recipe(recipe, first)
     rows, validation, templates = load_data(recipe.data)
     mixture = Mixture(rows, templates, recipe.data, recipe.training.seed)
@@ -103,7 +104,7 @@ def run_textual(
             validation=[str(files["validation"])] if checked else [],
             temperature=recipe.data.temperature,
         ),
-        start={_moved(k, -recipe.skill.stage[0]): v for k, v in recipe.start.items() if k != FIRST},
+        start={_moved(k, -recipe.skill.stage[0]): str(v) for k, v in parts.items()},
         training=recipe.training,
     )
     if not (out / SECOND / FILE).is_file():
