@@ -94,7 +94,8 @@ def chunks_of(lm: FrozenLM, file: Path, chunk: int) -> list[list[int]]:
             f"{file}: not valid UTF-8 at byte {error.start + 1}; save the file as UTF-8"
         ) from None
     # By paragraphs: tokenizers take quadratic time for very long texts.
-    ids = [i for own in lm.tokenize(text.splitlines(keepends=True)) for i in own]
+    lines = text.splitlines(keepends=True)
+    ids = [i for own in lm.tokenize(lines) for i in own] if lines else []
     chunks = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
     if chunks and len(chunks[-1]) < 2:
         chunks.pop()
