@@ -18,6 +18,7 @@ from shoulders.files import atomic_path, sha256_of_file, write_json, write_text
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.quantized import Quantization
 from shoulders.manifest import read_versioned
+from shoulders.reader.calibration import Platt
 from shoulders.skills.card import model_card
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
@@ -52,13 +53,20 @@ class Artefact(BaseModel):
     templates: dict[str, list[str]]
     tensors_sha256: str
     trained_parameters: int
+    gate: Platt | None = None
     provenance: dict[str, Any]
 
 
 def save_skill(
-    skill: Skill, folder: Path, templates: Templates, provenance: dict[str, Any]
+    skill: Skill,
+    folder: Path,
+    templates: Templates,
+    provenance: dict[str, Any],
+    gate: Platt | None = None,
 ) -> Artefact:
     """Write a skill to `folder`; `skill.json` comes last, so that it names complete files.
+
+    `gate` says when a recursive skill's first answer is good enough, see `shoulders.skills.gate`.
 
     Raises:
         ArtefactError: the folder already holds a skill, or the skill has nothing trained.
@@ -90,6 +98,7 @@ def save_skill(
         templates=templates.as_dict(),
         tensors_sha256=tensors_hash,
         trained_parameters=skill.trained_parameters,
+        gate=gate,
         provenance=provenance,
     )
     write_text(folder / "README.md", model_card(folder.name, artefact.model_dump(mode="json")))

@@ -27,6 +27,7 @@ from shoulders.skills.artefact import FILE, save_skill
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER
 from shoulders.training.fit import fit
+from shoulders.training.gate import gate_of
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.running_text import RunningText
@@ -93,7 +94,9 @@ def run_recipe(
         "machine": machine(),
     }
     if processes.leads:
-        save_skill(skill, out, templates, provenance)
+        tasks = [] if isinstance(validation, RunningText) else validation
+        checked = [(row, templates.render(row, 0)) for row in tasks]
+        save_skill(skill, out, templates, provenance, gate_of(skill, checked))
     processes.wait()
     return skill
 

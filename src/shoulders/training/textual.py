@@ -29,6 +29,7 @@ from shoulders.recursion.candidates import Candidate, merged, shown, stream_of
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
+from shoulders.training.gate import gate_of
 from shoulders.training.monitor import quiet_progress
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import CrossFitConfig, Recipe
@@ -119,7 +120,7 @@ def run_textual(
         "second_pass": read_artefact(out / SECOND).provenance,
         "machine": machine(),
     }
-    save_skill(skill, out, templates, provenance)
+    save_skill(skill, out, templates, provenance, gate_of(skill, checked))
     return skill
 
 
