@@ -38,7 +38,7 @@ from shoulders.training.start import trained_parts
 from shoulders.training.validation import choose_rows
 
 FIRST = "passes.0.prompt"
-RECIPE, FOLDS, CANDIDATES, SECOND = "recipe.json", "folds", "candidates", "second"
+RECIPE, FOLDS, CANDIDATES, SECOND = "textual.json", "folds", "candidates", "second"
 PART = 256  # rows whose candidates are kept at once
 
 
