@@ -111,16 +111,11 @@ def _answer_one(answering: Any, skill: Any, text: str, decoding: Any, json: Path
         sys.stdout.write("".join(f"{c.text}\n" for c in completions))
     elif decoding.n == 1:
         completions = []
-        prefix = skill.config.format.answer_prefix
         for delta in skill.stream(text, decoding):
-            piece = delta.text
-            if prefix and piece.startswith(prefix):
-                piece = piece.removeprefix(prefix)
-            prefix = "" if delta.text else prefix
-            sys.stdout.write(piece)
+            sys.stdout.write(delta.text)
             sys.stdout.flush()
             if delta.completion is not None:
-                completions = [skill.stripped(delta.completion)]
+                completions = [delta.completion]
         sys.stdout.write("\n")
     else:
         completions = skill.generate([text], decoding)[0]

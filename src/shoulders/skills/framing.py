@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from shoulders.errors import LMError, WindowError
+from shoulders.lm.decode import Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.config import TextFormat
 
@@ -72,3 +74,27 @@ class Framing:
         head, _, tail = framed.partition(mark)
         before, after = lm.tokenize([head, tail], markup=True)
         return before, after
+
+
+class Unprefixed:
+    """Takes the answer prefix, which is not part of an answer, off streamed pieces of text."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._held: dict[tuple[int, int], str] = {}
+        self._begun: set[tuple[int, int]] = set()
+
+    def __call__(self, delta: Delta) -> Delta | None:
+        """Return a piece without the prefix; None while it may still become one."""
+        key, text = (delta.row, delta.sample), delta.text
+        if key not in self._begun:
+            text = self._held.pop(key, "") + text
+            short = delta.completion is None and len(text) < len(self._prefix)
+            if short and self._prefix.startswith(text):
+                self._held[key] = text
+                return None
+            self._begun.add(key)
+            text = text.removeprefix(self._prefix)
+        if delta.completion is not None:
+            delta.completion.text = delta.completion.text.removeprefix(self._prefix)
+        return replace(delta, text=text)

@@ -20,7 +20,7 @@ from shoulders.prompts.interface import Producer
 from shoulders.recursion.candidates import Candidate, chosen
 from shoulders.recursion.chain import FirstStates, Hop, Hops, embeddings
 from shoulders.skills.config import SkillConfig, TextFormat
-from shoulders.skills.framing import Framing
+from shoulders.skills.framing import Framing, Unprefixed
 from shoulders.skills.parts import Parts, build_parts, encoders_of, written
 from shoulders.skills.proposals import Proposals, Proposed
 
@@ -275,7 +275,9 @@ class Skill:
             return self.last.stream(read, decoding)
         with torch.no_grad():
             prompt, source = self.prompt([text]), self.source([text])
-        return stream(self.lm, prompt, self.input_ids([text]), decoding, source)
+        deltas = stream(self.lm, prompt, self.input_ids([text]), decoding, source)
+        unprefixed = Unprefixed(self.config.format.answer_prefix)
+        return (found for delta in deltas if (found := unprefixed(delta)) is not None)
 
     @torch.no_grad()
     def score(
