@@ -75,7 +75,7 @@ def open_skill(
     if name == BASE:
         frozen = load_lm(
             lm or "embedded",
-            dtype=_precision(dtype or "auto"),
+            dtype=precision(dtype or "auto"),
             quantize=_quantization(quantize),
             device_map=_device_map(device_map),
         )
@@ -84,7 +84,7 @@ def open_skill(
     artefact = read_artefact(Path(name))
     frozen = load_lm(
         lm or artefact.lm.name,
-        dtype=_precision(dtype or artefact.lm_dtype),
+        dtype=precision(dtype or artefact.lm_dtype),
         quantize=_quantization(quantize or artefact.lm_quantize),
         device_map=_device_map(device_map),
     )
@@ -117,7 +117,8 @@ def emit_json(path: Path | None, value: dict[str, Any]) -> None:
         write_json(path, value)
 
 
-def _precision(dtype: str) -> Any:
+def precision(dtype: str) -> Any:
+    """Return a precision by name; raises `ShouldersError` for an unknown one."""
     from shoulders.lm.load import PRECISIONS
 
     if dtype not in PRECISIONS:

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from shoulders.errors import ShouldersError
 from shoulders.lm.cache import Cache
+from shoulders.lm.combine import check_window
 from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
@@ -180,7 +182,8 @@ class Engine:
         entries = []
         for number, ask in enumerate(asks):
             skill = ask.skill
-            (ids,) = skill.input_ids([ask.text])
+            ids = ask.ids or skill.input_ids([ask.text])[0]
+            check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
             hops = [
                 Hop(self._prompt(skill, i, ask.text), earlier.link)
                 for i, earlier in enumerate(skill.parts.earlier)

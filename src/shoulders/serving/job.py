@@ -29,12 +29,14 @@ class Ask:
         text: its input.
         decoding: how to answer.
         shown: whether its pieces of text are the job's answer.
+        ids: see `Job`.
     """
 
     skill: Skill
     text: str
     decoding: DecodingConfig
     shown: bool
+    ids: list[int] | None = None
     unprefixed: Unprefixed = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class Job:
         decoding: how to answer.
         on_event: told of every piece of text, from the engine's threads.
         deadline: `time.monotonic()` after which it is dropped, or None.
+        ids: the text's tokens where they are not what the skill makes of it (a conversation in
+            the LM's own template).
         tokens: what it has read and written, for usage counts.
         details: what was found or proposed on the way, for those who look inside.
     """
@@ -62,6 +66,7 @@ class Job:
     decoding: DecodingConfig
     on_event: Callable[[Event], None]
     deadline: float | None = None
+    ids: list[int] | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
@@ -110,7 +115,7 @@ def _answers(
                     job.on_event(Delta(0, 0, said.text, ended))
                 return [[Completion(said.text, [], said.logprob, "stop")]]
             text, skill = found.text, skill.last
-        asks.append(Ask(skill, text, decoding, shown))
+        asks.append(Ask(skill, text, decoding, shown, job.ids if text == job.text else None))
     answers = yield asks
     return answers
 

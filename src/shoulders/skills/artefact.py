@@ -150,6 +150,8 @@ def load_skill(
         _check_bound(folder, "encoder", bound, found.name, found.fingerprint)
     try:
         tensors = load_file(folder / TENSORS)
+        if broken := next((n for n, v in tensors.items() if not v.isfinite().all()), None):
+            raise RuntimeError(f"'{broken}' is not finite")
         for network in skill.networks():
             own = {name: tensors.pop(name) for name in network.state_dict() if name in tensors}
             network.load_state_dict(own)
