@@ -31,6 +31,8 @@ from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from tiny_models import environment, save_tiny_encoder, save_tiny_lm
 
+pytestmark = pytest.mark.slow  # starts several servers
+
 KEY = "a secret"
 TEXT = "write the number three as a word"
 LINK = {"heads": 2, "skip": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,8 +93,10 @@ def serve(
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60
     )
+    # uvicorn finishes what is running, then raises the signal again: that must not kill us.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        uvicorn.Server(config).run()  # SIGTERM and Ctrl-C finish what is running
+        uvicorn.Server(config).run()
     finally:
         if watcher is not None:
             watcher.close()
