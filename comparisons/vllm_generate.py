@@ -17,6 +17,8 @@ from pathlib import Path
 # the peak of memory is this process's.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# All cores: by itself it leaves one for a scheduler, half of a small machine.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def main() -> None:
