@@ -99,7 +99,7 @@ def peft(options: argparse.Namespace) -> list[float]:
         # The tokens that ours reads, in the order in which it does.
         train, _, templates = load_data(recipe.data)
         mixture = Mixture(train, templates, recipe.data, training.seed)
-        base = Skill(lm, recipe.skill, None)
+        base = Skill(lm, recipe.skill)
         examples = [
             example_at(base, mixture, i, training.seed)
             for i in range(options.steps * training.rows_per_step)

@@ -126,7 +126,9 @@ def test_rows_of_a_pack_are_bit_equal_to_rows_alone(
     def states(rows: list[int]) -> list[Tensor]:
         assert lm.blocks is not None
         with torch.no_grad():
-            pack = lm.blocks.pack(lm.embed, prompt.select(rows), [ROWS[i] for i in rows])
+            own = [ROWS[i] for i in rows]
+            counts = [len(r) for r in own]
+            pack = lm.blocks.pack(prompt.select(rows), lm.embed_rows(own), counts)
             flat = lm.blocks.hidden(pack)
         return [flat[at : at + len(ROWS[i])] for at, i in zip(pack.first_token, rows, strict=True)]
 

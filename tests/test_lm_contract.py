@@ -156,7 +156,7 @@ def combined_logits(
 @torch.no_grad()
 def packed_logits(lm: FrozenLM, prompt: Prompt, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return each row's logits at its tokens, through `pack`."""
-    batch = pack(lm, prompt, rows)
+    batch = pack(lm, prompt, lm.embed_rows(rows), [len(r) for r in rows])
     hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
     assert len(hidden) == 1
     spans = zip(batch.first_token, rows, strict=True)
@@ -342,7 +342,7 @@ def test_too_long_row_is_named(tiny_lm: Callable[[str], FrozenLM]) -> None:
     prompt = Prompt.stack(make_prompts(lm, [(0, 0), (2, 3), (0, 0)]))
     exact = make_rows([5, lm.max_positions - 5, 1])
     combine(lm, prompt, exact)
-    pack(lm, prompt, exact)
+    pack(lm, prompt, lm.embed_rows(exact), [len(r) for r in exact])
     config = DecodingConfig(max_new_tokens=2)
     for run in (combine, pack, lambda *a: generate(*a, config)):
         with pytest.raises(WindowError, match=r"row 2 .*65 positions.*64"):
@@ -389,7 +389,7 @@ def test_pack_of_own_prompts_equals_combine(exact_lm: FrozenLM, form: Any) -> No
     prompts = make_prompts(lm, forms)
     rows = make_rows([3, 1, 6, 2, 5, 4, 1, 7][: len(forms)])
     prompt = Prompt.stack(prompts)
-    assert can_pack(lm, prompt, rows)
+    assert can_pack(lm, prompt, [len(r) for r in rows])
     packed, combined = packed_logits(lm, prompt, rows), combined_logits(lm, prompt, rows)
     for one, ids, found, full in zip(prompts, rows, packed, combined, strict=True):
         assert_close(found, full[-len(ids) :])
@@ -417,13 +417,13 @@ def test_can_pack_ends_at_the_sliding_window(tiny_lm: Callable[[str], FrozenLM])
     prompts = make_prompts(lm, [(0, 0), (2, 2)])
     prompt = Prompt.stack(prompts)
     inside = make_rows([window - 4, window - 4])
-    assert can_pack(lm, prompt, inside)
+    assert can_pack(lm, prompt, [len(r) for r in inside])
     for one, ids, found in zip(prompts, inside, packed_logits(lm, prompt, inside), strict=True):
         with torch.no_grad():
             assert_close(found, naive_logits(lm, one, ids)[-len(ids) :])
     assert can_pack(lm, Prompt.empty(2), make_rows([window, 3]))
     assert not can_pack(lm, Prompt.empty(2), make_rows([window + 1, 3]))
-    assert not can_pack(lm, prompt, make_rows([3, window - 3]))
+    assert not can_pack(lm, prompt, [3, window - 3])
     assert can_pack(tiny_lm("llama"), prompt, make_rows([50, 40]))
 
 
@@ -452,7 +452,7 @@ def test_answer_losses_equal_reference(
     rows = make_rows([2 + longer, 1, 3, 1 + longer, 3, 2, 1, 2 + longer])
     examples = examples_of(rows, make_rows([1, 3, 2, 4, 1, 2, 5, 3], seed=8))
     prompt = Prompt.stack(prompts)
-    packable = can_pack(lm, prompt, [[0] * e.tokens for e in examples])
+    packable = can_pack(lm, prompt, [e.tokens for e in examples])
     if path == "combine":
         monkeypatch.setattr(objective, "can_pack", lambda *_: False)
     elif path == "pack":

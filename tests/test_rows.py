@@ -284,3 +284,12 @@ def test_the_multitask_validation_split_is_read_whole() -> None:
     rows = read_rows(file)
     assert len(rows) == 1268
     assert len({row.task for row in rows}) == 24
+
+
+def test_open_questions_are_rows(tmp_path: Path) -> None:
+    file = tmp_path / "nq.jsonl"
+    file.write_text('{"question": "who?", "answers": ["a", "b"], "gold_passage_id": "1"}\n')
+    assert read_rows(file) == [Row("nq", "who?", ("a", "b"))]
+    file.write_text('{"question": "who?"}\n')
+    with pytest.raises(DataError, match="no field 'input'"):
+        read_rows(file)

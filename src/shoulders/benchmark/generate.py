@@ -58,7 +58,7 @@ def bench_generate(
     """
     rates = matmul_rates(settings.lm)
     lm = load_lm(settings.lm, dtype="float32")
-    ids = Skill(lm, SkillConfig(), None).input_ids([row["input"] for row in rows])
+    ids = Skill(lm, SkillConfig()).input_ids([row["input"] for row in rows])
     random = torch.Generator().manual_seed(0)
     prompt = initial_ids(InitConfig.model_validate(INIT), lm, settings.length, random).tolist()
     with tempfile.TemporaryDirectory() as folder:

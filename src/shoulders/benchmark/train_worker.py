@@ -27,14 +27,14 @@ def main() -> None:
     options = parser.parse_args()
 
     skill = new_skill(options)
-    assert skill.producer is not None
+    assert skill.trained is not None
     rates = {"static": 0.1, "idpt": 0.1}
     config = TrainingConfig(
         steps=1,
         rows_per_step=options.rows_per_step,
         optimizer=OptimizerConfig(lr=rates.get(options.kind, 1e-2)),
     )
-    optimizer = make_optimizer(skill.producer.named_parameters(), config.optimizer)
+    optimizer = make_optimizer(skill.trained.named_parameters(), config.optimizer)
     rows = read_rows(options.rows)
     examples = [
         example_of(skill, Row("benchmark", row["input"], (row["target"],)), row["input"], 0)
@@ -49,7 +49,7 @@ def main() -> None:
         started, losses = time.perf_counter(), []
         for step in steps:
             losses.append(gradients(skill, step, config, passes))
-            torch.nn.utils.clip_grad_norm_(skill.producer.parameters(), config.clip)
+            torch.nn.utils.clip_grad_norm_(skill.trained.parameters(), config.clip)
             optimizer.step()
         seconds = time.perf_counter() - started
         work = [work_of(skill, step, config, passes.count) for step in steps]
@@ -70,7 +70,6 @@ def work_of(
     skill: Skill, step: Sequence[Example], config: TrainingConfig, count: int
 ) -> tuple[int, float]:
     """Return the positions that the LM computes in a step, and the operations it must do."""
-    assert skill.producer is not None
     prompt = skill.prompt([e.text for e in step[:1]])
     vectors, prefix = prompt.vectors.shape[1], prompt.keys_values.shape[4]
     positions = pairs = 0

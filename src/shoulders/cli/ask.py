@@ -77,7 +77,7 @@ def ask(
             sys.stdout.flush()
         completion = delta.completion or completion
     assert completion is not None  # generation ends with one
-    answer = reader.judged(reader.skill.stripped(completion), ranked[0], packed)
+    answer = reader.judged(completion, ranked[0], packed)
     if hidden:
         sys.stdout.write(answer.text)
     sys.stdout.write("\n")

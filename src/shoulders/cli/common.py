@@ -15,6 +15,7 @@ from shoulders.files import write_json
 
 if TYPE_CHECKING:
     from shoulders.data.templates import Templates
+    from shoulders.skills.gate import Gated
     from shoulders.skills.skill import Skill
 
 BASE = "base"
@@ -74,7 +75,7 @@ def open_skill(
     if name == BASE:
         frozen = load_lm(
             lm or "embedded",
-            dtype=_precision(dtype or "auto"),
+            dtype=precision(dtype or "auto"),
             quantize=_quantization(quantize),
             device_map=_device_map(device_map),
         )
@@ -83,12 +84,31 @@ def open_skill(
     artefact = read_artefact(Path(name))
     frozen = load_lm(
         lm or artefact.lm.name,
-        dtype=_precision(dtype or artefact.lm_dtype),
+        dtype=precision(dtype or artefact.lm_dtype),
         quantize=_quantization(quantize or artefact.lm_quantize),
         device_map=_device_map(device_map),
     )
     skill, own = load_skill(Path(name), frozen, functools.cache(load_encoder))
     return skill, chosen or own
+
+
+def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated:
+    """Return a skill that recurses only below a confidence; itself, where None is asked for.
+
+    Raises `ShouldersError` for a skill that has no calibrated gate.
+    """
+    if recurse_below is None:
+        return skill
+    from shoulders.skills.artefact import read_artefact
+    from shoulders.skills.gate import Gated
+
+    gate = read_artefact(Path(name)).gate if name != BASE else None
+    if gate is None:
+        raise ShouldersError(
+            f"--recurse-below: '{name}' has no calibrated gate; it needs two passes or more, and "
+            "validation rows with right and wrong answers"
+        )
+    return Gated(skill, gate, recurse_below)
 
 
 def emit_json(path: Path | None, value: dict[str, Any]) -> None:
@@ -97,7 +117,8 @@ def emit_json(path: Path | None, value: dict[str, Any]) -> None:
         write_json(path, value)
 
 
-def _precision(dtype: str) -> Any:
+def precision(dtype: str) -> Any:
+    """Return a precision by name; raises `ShouldersError` for an unknown one."""
     from shoulders.lm.load import PRECISIONS
 
     if dtype not in PRECISIONS:

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from shoulders.cli import readers
-from shoulders.cli.common import emit_json, open_skill, stderr, stdout
+from shoulders.cli.common import emit_json, gated, open_skill, stderr, stdout
+from shoulders.cli.perplexity import evaluate_text
 from shoulders.errors import ShouldersError
 from shoulders.files import check_writable
 
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 def evaluate(
     skill: Annotated[str, typer.Argument(help="A skill folder, or 'base' for the bare LM.")],
     data: Annotated[
-        Path, typer.Option(help="Rows with targets (.jsonl, .parquet); for a reader, questions.")
+        Path,
+        typer.Option(
+            help="Rows with targets (.jsonl, .parquet); for a reader, questions; running text "
+            "(.txt) for its perplexity."
+        ),
     ],
     index: Annotated[
         str | None,
@@ -53,6 +58,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many rows, spread over the tasks.")
     ] = None,
+    chunk: Annotated[int, typer.Option(min=2, help="Running text: tokens read at once.")] = 128,
     json: Annotated[Path | None, typer.Option(help="Write the results as JSON.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write every row's answer, JSONL.")] = None,
     normalizer: Annotated[
@@ -62,6 +68,12 @@ def evaluate(
     keep: Annotated[
         str | None,
         typer.Option(help="Truncate over-long inputs: keep their 'start' or 'end'."),
+    ] = None,
+    recurse_below: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Recursion: only where the first answer is less likely right."
+        ),
     ] = None,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
@@ -106,22 +118,41 @@ def evaluate(
             plot=plot,
         )
         return
+    if data.suffix == ".txt":
+        evaluate_text(
+            skill,
+            data,
+            chunk=chunk,
+            limit=limit,
+            json=json,
+            lm=lm,
+            dtype=dtype,
+            quantize=quantize,
+            device_map=device_map,
+        )
+        return
     rows = spread(read_rows(data), limit)
     opened, own = open_skill(
         skill, lm=lm, dtype=dtype, templates=templates, quantize=quantize, device_map=device_map
     )
     if keep is not None:
         opened = opened.keeping(keep)
+    answering = gated(opened, skill, recurse_below)
     decoding = evaluation.EVALUATION_DECODING.model_copy(update={"max_new_tokens": max_new_tokens})
     with quiet_progress(stderr(), "evaluating", len(rows)) as advance:
         result = evaluation.evaluate(
-            opened,
+            answering,
             rows,
             own,
             decoding=decoding,
             normalizer="squad" if normalizer == "squad" else "general",
             on_rows=advance,
         )
+    recursed: dict[str, Any] = {}
+    if recurse_below is not None:
+        share = getattr(answering, "recursed", 0) / max(1, len(rows))
+        recursed = {"recurse_below": recurse_below, "recursed": share}
+        stdout().print(f"recursed on {share:.0%} of the rows")
     if dump is not None:
         evaluation.dump_predictions(dump, result.predictions)
     emit_json(
@@ -131,6 +162,7 @@ def evaluate(
             "data": str(data),
             **result.as_dict(),
             "normalizer": normalizer,
+            **recursed,
             "trained_parameters": opened.trained_parameters,
             "lm": {
                 "name": opened.lm.name,

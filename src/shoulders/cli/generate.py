@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shoulders.cli.common import BASE, emit_json, open_skill, stderr
+from shoulders.cli.common import BASE, emit_json, gated, open_skill, stderr
 from shoulders.data.rows import Row
 from shoulders.errors import DataError, ShouldersError
 from shoulders.files import atomic_path, check_writable
@@ -37,6 +37,12 @@ def generate(
     ] = None,
     keep: Annotated[
         str | None, typer.Option(help="Truncate over-long inputs: keep their 'start' or 'end'.")
+    ] = None,
+    recurse_below: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Recursion: only where the first answer is less likely right."
+        ),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the answers to --text as JSON.")] = None,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
@@ -81,7 +87,7 @@ def generate(
         opened = opened.keeping(keep)
     if text is not None:
         rendered = own.render(Row(task, text, ())) if task else text
-        _answer_one(opened, rendered, decoding, json)
+        _answer_one(gated(opened, skill, recurse_below), opened, rendered, decoding, json)
         return
     from shoulders.training.monitor import quiet_progress
 
@@ -89,7 +95,8 @@ def generate(
         own.render(Row(r["task"], r["input"], ())) if "task" in r else r["input"] for r in rows
     ]
     with quiet_progress(stderr(), "generating", len(rows)) as advance:
-        answers = opened.generate(texts, decoding, on_rows=advance)
+        answering = gated(opened, skill, recurse_below)
+        answers = answering.generate(texts, decoding, on_rows=advance)
     assert output is not None  # goes with --input
     with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row, several in zip(rows, answers, strict=True):
@@ -97,20 +104,18 @@ def generate(
             file.write(jsonlib.dumps({**row, "outputs": outputs}, ensure_ascii=False) + "\n")
 
 
-def _answer_one(skill: Any, text: str, decoding: Any, json: Path | None) -> None:
+def _answer_one(answering: Any, skill: Any, text: str, decoding: Any, json: Path | None) -> None:
     """Stream a single answer to standard output; print several one after the other."""
-    if decoding.n == 1:
+    if answering is not skill:  # what a gate lets through is known at the end only
+        completions = answering.generate([text], decoding)[0]
+        sys.stdout.write("".join(f"{c.text}\n" for c in completions))
+    elif decoding.n == 1:
         completions = []
-        prefix = skill.config.format.answer_prefix
         for delta in skill.stream(text, decoding):
-            piece = delta.text
-            if prefix and piece.startswith(prefix):
-                piece = piece.removeprefix(prefix)
-            prefix = "" if delta.text else prefix
-            sys.stdout.write(piece)
+            sys.stdout.write(delta.text)
             sys.stdout.flush()
             if delta.completion is not None:
-                completions = [skill.stripped(delta.completion)]
+                completions = [delta.completion]
         sys.stdout.write("\n")
     else:
         completions = skill.generate([text], decoding)[0]

@@ -59,7 +59,8 @@ def _skill_facts(folder: Path) -> dict[str, Any]:
     provenance = dict(artefact.provenance)
     facts: dict[str, Any] = {
         "skill": str(folder),
-        "prompt": artefact.skill.passes[0].prompt,
+        "prompt": artefact.skill.passes[-1].prompt,
+        "passes": [one.model_dump(mode="json", exclude_none=True) for one in artefact.skill.passes],
         "lm": artefact.lm.name,
         "lm_fingerprint": artefact.lm.fingerprint,
         "encoders": [e.model_dump() for e in artefact.encoders],

@@ -45,9 +45,11 @@ def train(
         return
     from shoulders.training.processes import Processes
     from shoulders.training.run import run_recipe
+    from shoulders.training.textual import run_textual
 
     quiet_libraries()
-    skill = run_recipe(parsed, folder, resume=resume, console=stderr())
+    train_it = run_recipe if parsed.cross_fit is None else run_textual
+    skill = train_it(parsed, folder, resume=resume, console=stderr())
     if not Processes.started().leads:
         return
     stdout().print(_saved(folder, skill))
@@ -71,9 +73,13 @@ def _train_reader(
 
 
 def _facts(recipe: Recipe | ReaderRecipe) -> str:
-    prompt = recipe.skill.passes[0].prompt
+    passes = " -> ".join(
+        (one.prompt["kind"] if one.prompt else "no prompt")
+        + (", link" if one.link else ", proposing" if one.propose else "")
+        for one in recipe.skill.passes
+    )
     return (
-        f"LM {recipe.lm.name}, prompt {prompt['kind'] if prompt else 'none'}, "
+        f"LM {recipe.lm.name}, {'passes' if len(recipe.skill.passes) > 1 else 'prompt'} {passes}, "
         f"{recipe.training.steps} steps of {recipe.training.rows_per_step} rows"
     )
 

@@ -42,8 +42,9 @@ def read_rows(path: Path, *, task: str | None = None) -> list[Row]:
     split as `datasets` writes it with `save_to_disk`. Tables have either P3's columns
     (`inputs_pretokenized`, `targets_pretokenized`, optional `answer_choices`; text is stripped)
     or the same fields as JSONL: `input`, `targets` (list) or `target` (text), and optionally
-    `task` and `options`. Rows without a task belong to `task`, by default the name of the file
-    without its suffix, or of the folder.
+    `task` and `options`; lines with a `question` and its `answers`, as open questions are
+    published, are read as such. Rows without a task belong to `task`, by default the name of the
+    file without its suffix, or of the folder.
 
     Raises `DataError`, naming file and line, for anything that is not such a row.
     """
@@ -98,6 +99,8 @@ def _row(fields: Mapping[str, Any], where: str, default_task: str) -> Row:
         if typo_of := _typo_of(name):
             raise DataError(f"{where}: unknown field '{name}' (did you mean '{typo_of}'?)")
     given = {name: value for name, value in fields.items() if value is not None}
+    if "question" in given and "answers" in given and "input" not in given:
+        given |= {"input": given["question"], "targets": given["answers"]}
     if "input" not in given:
         raise DataError(f"{where}: no field 'input'{nearest('input', given)}")
     if "targets" in given and "target" in given:

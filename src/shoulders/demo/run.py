@@ -67,6 +67,7 @@ def run_demo(out: Path, *, steps: int, seed: int, console: Console) -> dict[str,
     for method in METHODS:
         console.print(f"[bold]4.[/] Training the {method} prompt")
         recipe = _recipe(method, steps, seed)
+        assert recipe.data is not None  # the demo trains on tasks
         mixture = Mixture(train, templates, recipe.data, seed)
         random = torch.Generator().manual_seed(seed)
         skill = Skill.create(lm, recipe.skill, functools.cache(load_encoder), random)

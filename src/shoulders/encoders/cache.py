@@ -1,15 +1,8 @@
-"""Encoder outputs on disk, by content hash: a frozen encoder reads each text once, ever.
-
-SQLite holds them: one file per encoder, safe against kills and concurrent processes, read
-through the page cache.
-"""
+"""Encoder outputs on disk, by content hash: a frozen encoder reads each text once, ever."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import sqlite3
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +11,8 @@ import torch
 from torch import Tensor
 
 from shoulders.encoders.frozen import FrozenEncoder
-from shoulders.files import cache_folder, writing_to
+from shoulders.files import cache_folder
+from shoulders.store import ArrayStore
 
 
 class EncoderCache:
@@ -31,19 +25,8 @@ class EncoderCache:
 
     def __init__(self, encoder: FrozenEncoder, folder: Path | None = None) -> None:
         self._encoder = encoder
-        self._lock = threading.Lock()
         path = (folder or cache_folder() / "encoder") / f"{encoder.fingerprint}.sqlite"
-        with writing_to(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._db = self._open(path)
-        except sqlite3.OperationalError:
-            # Locked, or on a file system that SQLite cannot use: cache in memory instead.
-            self._db = self._open(":memory:")
-        except sqlite3.DatabaseError:
-            # A damaged cache costs only recomputing: start it again.
-            path.unlink(missing_ok=True)
-            self._db = self._open(path)
+        self._store = ArrayStore(path, encoder.hidden_size)
 
     def states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return states `[b, t, e]` float32 and bool mask `[b, t]` of `b` texts."""
@@ -59,30 +42,15 @@ class EncoderCache:
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        self._store.close()
 
     def _one(self, text: str) -> np.ndarray:
         key = hashlib.sha256(text.encode()).digest()
-        width = self._encoder.hidden_size
-        # A cache that cannot be read or written (disk full, damaged page) only costs time.
-        with self._lock, contextlib.suppress(sqlite3.DatabaseError):
-            query = "SELECT states FROM outputs WHERE key = ?"
-            found = self._db.execute(query, (key,)).fetchone()
-            if found is not None and len(found[0]) % (4 * width) == 0:
-                return np.frombuffer(found[0], dtype=np.float32).reshape(-1, width).copy()
+        found = self._store.get(key)
+        if found is not None:
+            return found
         with torch.no_grad():
             states, _ = self._encoder.states(self._encoder.tokenize([text]))
-        row = states[0].float().cpu().numpy()
-        with self._lock, contextlib.suppress(sqlite3.DatabaseError):
-            insert = "INSERT OR REPLACE INTO outputs VALUES (?, ?)"
-            self._db.execute(insert, (key, row.tobytes()))
+        row: np.ndarray = states[0].float().cpu().numpy()
+        self._store.put(key, row)
         return row
-
-    @staticmethod
-    def _open(path: Path | str) -> sqlite3.Connection:
-        # Several threads read prompts; `_one` lets one at a time use the connection.
-        db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = OFF")  # losing entries in a power cut is harmless
-        db.execute("CREATE TABLE IF NOT EXISTS outputs (key BLOB PRIMARY KEY, states BLOB)")
-        return db

@@ -20,6 +20,7 @@ from shoulders.evaluation.metrics import (
 )
 from shoulders.files import atomic_path
 from shoulders.lm.decode import DecodingConfig
+from shoulders.skills.gate import Gated
 from shoulders.skills.reader import first_line
 from shoulders.skills.skill import Skill
 
@@ -68,7 +69,7 @@ class Evaluation:
 
 
 def evaluate(
-    skill: Skill,
+    skill: Skill | Gated,
     rows: Sequence[Row],
     templates: Templates,
     *,
@@ -139,7 +140,7 @@ def dump_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
 
 
-def _rank(skill: Skill, rows: Sequence[Row], texts: Sequence[str]) -> dict[int, float]:
+def _rank(skill: Skill | Gated, rows: Sequence[Row], texts: Sequence[str]) -> dict[int, float]:
     """Return, for rows with options, whether the likeliest one is a target (T0's metric)."""
     choosing = [i for i, row in enumerate(rows) if row.options]
     if not choosing:

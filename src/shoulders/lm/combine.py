@@ -62,15 +62,30 @@ def combine(
     Raises:
         WindowError: a row is longer than the LM's window (names the row, from 1), or is empty.
     """
-    if prompt.rows != len(token_ids):
-        raise ValueError(f"{prompt.rows} prompts for {len(token_ids)} rows of tokens")
-    tokens = np.array([len(ids) for ids in token_ids])
+    counts = [len(ids) for ids in token_ids]
+    embedded = lm.embed_rows(token_ids)
+    return combine_embedded(lm, prompt, embedded, counts, pad=pad, keep_cache=keep_cache)
+
+
+def combine_embedded(
+    lm: FrozenLM,
+    prompt: Prompt,
+    embedded: Tensor,
+    counts: Sequence[int],
+    *,
+    pad: Literal["left", "right"] = "right",
+    keep_cache: bool = False,
+) -> Combined:
+    """Join as `combine` does, with embeddings `[t, d]` of all rows end to end in place of ids."""
+    if prompt.rows != len(counts):
+        raise ValueError(f"{prompt.rows} prompts for {len(counts)} rows of tokens")
+    tokens = np.array(counts)
     check_window(lm, prompt, tokens)
 
     p = prompt.vectors.shape[1]
     vector_mask = prompt.vector_mask.cpu().numpy()
     span = vector_mask.sum(1) + tokens
-    b, s = len(token_ids), int(span.max())
+    b, s = len(counts), int(span.max())
 
     # One gather builds all rows: `source` holds a zero pad, every prompt vector, every token.
     index = np.zeros((b, s), dtype=np.int64)
@@ -88,13 +103,10 @@ def combine(
         token_at += tokens[row]
 
     device = lm.device
-    ids = torch.tensor([i for row_ids in token_ids for i in row_ids], device=device)
-    embedded = lm.embed(ids)
+    pieces = [embedded.new_zeros(1, embedded.shape[1])]
     if p:
-        pieces = [embedded.new_zeros(1, embedded.shape[1])]
-        pieces += [prompt.vectors.reshape(b * p, -1).to(embedded), embedded]
-    else:
-        pieces = [embedded.new_zeros(1, embedded.shape[1]), embedded]
+        pieces.append(prompt.vectors.reshape(b * p, -1).to(embedded))
+    pieces.append(embedded)
     embeddings = torch.cat(pieces)[torch.from_numpy(index).to(device)]
 
     own = torch.from_numpy(real).to(device)

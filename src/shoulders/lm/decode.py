@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from shoulders.lm.decoder import prefilled
+from shoulders.lm.decoder import Decoder, Source
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import next_tokens, sample_stream
@@ -25,7 +25,8 @@ class DecodingConfig(BaseModel):
 
     `temperature` 0 is greedy; `n` samples share one prefill; generation ends at the LM's end
     token (not before `min_new_tokens`), at a `stop` string (not part of the text), after
-    `max_new_tokens`, or where the LM's window ends.
+    `max_new_tokens`, or where the LM's window ends. `top_logprobs` alternatives to every token are
+    noted with their log-probabilities.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class DecodingConfig(BaseModel):
     n: int = Field(default=1, ge=1)
     stop: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
+    top_logprobs: int = Field(default=0, ge=0)
 
 
 @dataclass(slots=True)
@@ -48,12 +50,16 @@ class Completion:
         token_ids: every generated id, the end token included.
         logprob: sum of the natural-log probabilities of `token_ids` at temperature 1.
         finish: `stop` (end token or stop string) or `length`.
+        logprobs: of each token at temperature 1, where alternatives were asked for.
+        top: each token's most likely alternatives, ids and log-probabilities, likewise.
     """
 
     text: str
     token_ids: list[int]
     logprob: float
     finish: str
+    logprobs: tuple[float, ...] = ()
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +73,40 @@ class Delta:
 
 
 @dataclass(slots=True)
-class _Running:
-    """State of one sample while it is in the batch."""
+class Running:
+    """State of one sample while it is in a batch.
+
+    Attributes:
+        row, sample: whose it is.
+        config: how it is generated.
+        random: its own stream of random numbers.
+        room: tokens that it may still grow to.
+        ids, logprob, logprobs, top: so far; see `Completion`.
+        shown: characters of its text that have been given out.
+    """
 
     row: int
     sample: int
+    config: DecodingConfig
     random: np.random.Generator
     room: int
     ids: list[int] = field(default_factory=list)
     logprob: float = 0.0
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     shown: int = 0
 
 
 def generate(
-    lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]], config: DecodingConfig
+    lm: FrozenLM,
+    prompt: Prompt,
+    token_ids: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    source: Source | None = None,
 ) -> list[list[Completion]]:
     """Generate `n` completions for each of `b` rows; raises `WindowError` as `combine` does.
+
+    `source` writes the embeddings of tokens where they are not the LM's own.
 
     Example:
         >>> from shoulders.lm.load import load_lm
@@ -92,24 +116,29 @@ def generate(
         ' Paris'
     """
     done: list[list[Completion | None]] = [[None] * config.n for _ in token_ids]
-    for delta in stream(lm, prompt, token_ids, config):
+    for delta in stream(lm, prompt, token_ids, config, source):
         if delta.completion is not None:
             done[delta.row][delta.sample] = delta.completion
     return [[c for c in row if c is not None] for row in done]
 
 
 def stream(
-    lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]], config: DecodingConfig
+    lm: FrozenLM,
+    prompt: Prompt,
+    token_ids: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    source: Source | None = None,
 ) -> Iterator[Delta]:
     """Generate as `generate` does, yielding text as soon as it can no longer change."""
-    decoder = prefilled(lm, prompt, token_ids, config.max_new_tokens)
+    decoder = Decoder(lm, prompt, token_ids, config.max_new_tokens, source)
     if config.n > 1:
         decoder.repeat(config.n)
     lengths = decoder.lengths.tolist()
     running = [
-        _Running(
+        Running(
             row,
             sample,
+            config,
             sample_stream(config.seed, ids, sample),
             min(config.max_new_tokens, lm.max_positions - lengths[row * config.n] + 1),
         )
@@ -117,10 +146,10 @@ def stream(
         for sample in range(config.n)
     ]
     while True:
-        chosen = _choose(lm, decoder.logits, running, config)
+        chosen = choose(lm, decoder.logits, running)
         ended = []
         for state in running:
-            delta = _advance(lm, state, config)
+            delta = advance(lm, state)
             ended.append(delta.completion is not None)
             if delta.text or delta.completion:
                 yield delta
@@ -134,23 +163,39 @@ def stream(
         decoder.append(chosen)
 
 
-def _choose(
-    lm: FrozenLM, logits: Tensor, running: list[_Running], config: DecodingConfig
-) -> Tensor:
-    """Choose, record and return the next token of every running sample, `[b]`."""
-    if len(running[0].ids) < config.min_new_tokens:  # all are equally long
-        logits = logits.index_fill(1, torch.tensor(lm.end_ids, device=lm.device), -torch.inf)
-    uniforms = [s.random.random() for s in running] if config.temperature else []
-    chosen = next_tokens(logits, uniforms, config.temperature, config.top_p)
-    logprobs = torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0].tolist()
-    for state, token, logprob in zip(running, chosen.tolist(), logprobs, strict=True):
+def choose(lm: FrozenLM, logits: Tensor, running: Sequence[Running]) -> Tensor:
+    """Choose, record and return the next token of every running sample, `[b]`.
+
+    Samples may differ in how they are generated; each is chosen as if it were alone.
+    """
+    early = [i for i, s in enumerate(running) if len(s.ids) < s.config.min_new_tokens]
+    if early:
+        logits = logits.clone()
+        ends = torch.tensor(lm.end_ids, device=logits.device)
+        logits[torch.tensor(early, device=logits.device)[:, None], ends] = -torch.inf
+    ways: dict[tuple[float, float], list[int]] = {}
+    for i, state in enumerate(running):
+        ways.setdefault((state.config.temperature, state.config.top_p), []).append(i)
+    chosen = torch.empty(len(running), dtype=torch.long, device=logits.device)
+    for (temperature, top_p), rows in ways.items():
+        uniforms = [running[i].random.random() for i in rows] if temperature else []
+        own = torch.tensor(rows, device=logits.device)
+        chosen[own] = next_tokens(logits[own], uniforms, temperature, top_p)
+    every = torch.log_softmax(logits, -1)
+    logprobs = every.gather(1, chosen[:, None])[:, 0].tolist()
+    for i, (state, token) in enumerate(zip(running, chosen.tolist(), strict=True)):
         state.ids.append(token)
-        state.logprob += logprob
+        state.logprob += logprobs[i]
+        if state.config.top_logprobs:
+            values, ids = every[i].topk(state.config.top_logprobs)
+            state.logprobs.append(logprobs[i])
+            state.top.append(tuple(zip(ids.tolist(), values.tolist(), strict=True)))
     return chosen
 
 
-def _advance(lm: FrozenLM, state: _Running, config: DecodingConfig) -> Delta:
+def advance(lm: FrozenLM, state: Running) -> Delta:
     """Look at a sample's newest token: what text is now certain, and has it ended?"""
+    config = state.config
     at_end = state.ids[-1] in lm.end_ids
     text = lm.text(state.ids[:-1] if at_end else state.ids)
     cuts = [at for s in config.stop if (at := text.find(s)) >= 0]
@@ -160,7 +205,10 @@ def _advance(lm: FrozenLM, state: _Running, config: DecodingConfig) -> Delta:
     certain = len(text) if finish else _certain(text, config.stop)
     new = text[state.shown : certain]
     state.shown = max(state.shown, certain)
-    ended = Completion(text, state.ids, state.logprob, finish) if finish else None
+    ended = None
+    if finish:
+        noted = tuple(state.logprobs), tuple(state.top)
+        ended = Completion(text, state.ids, state.logprob, finish, *noted)
     return Delta(state.row, state.sample, new, ended)
 
 

@@ -94,6 +94,11 @@ class FrozenLM:
         return self._embedding.weight.shape[0]
 
     @property
+    def layers(self) -> int:
+        """Number of its layers."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
     def max_positions(self) -> int:
         """Length of the LM's window in positions (prompt and tokens together)."""
         return int(self.model.config.max_position_embeddings)
@@ -175,6 +180,10 @@ class FrozenLM:
         embedded: Tensor = self._embedding(ids)
         return embedded
 
+    def embed_rows(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return the embeddings of rows of token ids end to end, `[t, d]`."""
+        return self.embed(torch.tensor([i for ids in token_ids for i in ids], device=self.device))
+
     def new_cache(self) -> DynamicCache:
         """Return an empty key/value cache for this LM.
 
@@ -189,6 +198,7 @@ class FrozenLM:
         mask: Tensor,
         positions: Tensor,
         cache: DynamicCache | None = None,
+        taps: Sequence[int] = (),
     ) -> Tensor:
         """Run the LM's layers.
 
@@ -198,9 +208,12 @@ class FrozenLM:
                 Or `[b, 1, s, c + s]`, added to the attention scores of every layer as it is.
             positions: `[b, s]` int64, each token's place among its row's real positions.
             cache: keys/values of earlier positions; extended in place.
+            taps: layers to return the states of instead: 0 is what the first layer reads, `i` what
+                the `i`-th has written. The last layer's, before the final norm, is seen through
+                fused layers only (`Blocks`).
 
         Returns:
-            Last hidden states after the final norm, `[b, s, d]`.
+            Last hidden states after the final norm, `[b, s, d]`; with `k` taps `[k, b, s, d]`.
         """
         if self.shards is not None:
             self.shards.announce()
@@ -212,8 +225,12 @@ class FrozenLM:
             attention_mask=mask,
             past_key_values=cache,
             use_cache=cache is not None,
+            output_hidden_states=bool(taps),
             **arguments,
         )
+        if taps:
+            # Its last entry is normed: not what the last layer has written.
+            return torch.stack([output.hidden_states[:-1][i].to(self.device) for i in taps])
         states: Tensor = output.last_hidden_state
         return states.to(self.device)
 

@@ -8,7 +8,7 @@ all rows share is computed once. Other LMs, and other devices, keep to the Huggi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,14 +73,10 @@ class Blocks:
         """Tell whether every row's prompt has the same number of positions of each form."""
         return bool(prompt.vector_mask.all()) and bool(prompt.keys_values_mask.all())
 
-    def pack(
-        self, embed: Callable[[Tensor], Tensor], prompt: Prompt, token_ids: Sequence[Sequence[int]]
-    ) -> Pack:
-        """Lay `b` rows of `[prompt ; tokens]` end to end."""
+    def pack(self, prompt: Prompt, embedded: Tensor, counts: Sequence[int]) -> Pack:
+        """Lay `b` rows of `[prompt ; embeddings]` end to end; `embedded` is `[t, d]`, without."""
         q, p = prompt.keys_values.shape[4], prompt.vectors.shape[1]
         shared = p if prompt.shared else 0
-        counts = [len(ids) for ids in token_ids]
-        embedded = embed(torch.tensor([i for ids in token_ids for i in ids]))
         pieces, first, spans, at, start = [], [], [], 0, shared
         if shared:
             pieces.append(prompt.vectors[0].to(embedded))
@@ -98,8 +94,11 @@ class Blocks:
         prefix = self._prefix(prompt, len(spans), embeddings)
         return Pack(embeddings, prefix, rows, shared, first)
 
-    def hidden(self, pack: Pack, *, recompute: bool = False) -> Tensor:
-        """Return last hidden states after the final norm, `[t, d]`.
+    def hidden(self, pack: Pack, *, recompute: bool = False, taps: Sequence[int] = ()) -> Tensor:
+        """Return last hidden states after the final norm, `[t, d]`; with taps `[k, t, d]`.
+
+        `taps` are layers to return the states of instead: 0 is what the first layer reads, `i`
+        what the `i`-th has written.
 
         With `recompute` only each layer's input is kept, and the rest computed again backwards:
         a third more work for a tenth of the memory.
@@ -107,22 +106,27 @@ class Blocks:
         sizes = Sizes(self.heads, self.kv_heads, self.width, self.epsilon, pack.shared)
         run = self._functions()
         x, prefixes = pack.embeddings, pack.prefix.unbind(0)
+        written = [x]
         for layer, prefix in zip(self.layers, prefixes, strict=True):
             x = _Block.apply(x, prefix, layer, pack.rows, sizes, run, recompute)
-        normed: Tensor = self._body.norm(x)
-        return normed
+            if taps:
+                written.append(x)
+        return self._result(x, written, taps)
 
     @torch.no_grad()
-    def read(self, x: Tensor, counts: Sequence[int], cache: Cache) -> Tensor:
+    def read(
+        self, x: Tensor, counts: Sequence[int], cache: Cache, taps: Sequence[int] = ()
+    ) -> Tensor:
         """Read `counts[r]` further positions of every row of a cache, which grows by them.
 
         Args:
             x: `[t, d]`, the rows' positions end to end.
             counts: how many each row has, at least one.
             cache: with room for them.
+            taps: layers to return the states of instead, see `hidden`.
 
         Returns:
-            Last hidden states after the final norm, `[t, d]`.
+            Last hidden states after the final norm, `[t, d]`; with taps `[k, t, d]`.
         """
         lengths = torch.tensor(counts)
         starts = lengths.cumsum(0) - lengths
@@ -133,12 +137,20 @@ class Blocks:
         sizes = Sizes(self.heads, self.kv_heads, self.width, self.epsilon, 0)
         slots, run = cache.slots[owner], self._functions()
         h, g = self.heads, self.kv_heads
+        written = [x]
         for layer, values in zip(self.layers, cache.values.unbind(0), strict=True):
             x, qkv, _ = run.forward(x, values, layer, rows, sizes)
             split = qkv.view(len(x), h + 2 * g, self.width)
             values[0, slots, places] = split[:, h : h + g]
             values[1, slots, places] = split[:, h + g :]
+            if taps:
+                written.append(x)
         cache.lengths = cache.lengths + lengths
+        return self._result(x, written, taps)
+
+    def _result(self, x: Tensor, written: Sequence[Tensor], taps: Sequence[int]) -> Tensor:
+        if taps:
+            return torch.stack([written[i] for i in taps])
         normed: Tensor = self._body.norm(x)
         return normed
 

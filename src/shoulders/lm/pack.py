@@ -43,23 +43,23 @@ class Packed:
     first_token: list[int]
 
 
-def can_pack(lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]]) -> bool:
+def can_pack(lm: FrozenLM, prompt: Prompt, counts: Sequence[int]) -> bool:
     """Tell whether a pack computes what the LM would: not beyond a sliding window.
 
     A layer that sees only the last `w` positions needs a mask of its own; within `w`
     positions it sees all, and one mask serves every layer.
     """
-    longest = max(len(ids) for ids in token_ids) + int(prompt.lengths().max())
+    longest = max(counts) + int(prompt.lengths().max())
     return lm.takes_positions and (lm.sliding_window is None or longest <= lm.sliding_window)
 
 
-def pack(lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]]) -> Packed:
-    """Lay `b` rows of `[prompt ; tokens]` end to end.
+def pack(lm: FrozenLM, prompt: Prompt, embedded: Tensor, counts: Sequence[int]) -> Packed:
+    """Lay `b` rows of `[prompt ; embeddings]` end to end; `embedded` is `[t, d]`, without.
 
     Hidden states at a row's positions are those of `combine`, to rounding (tested on full
     logits). Raises `WindowError` as `combine` does.
     """
-    tokens = np.array([len(ids) for ids in token_ids])
+    tokens = np.array(counts)
     check_window(lm, prompt, tokens)
     shared = prompt.shared
     prefix, prefix_owner = _prefix(lm, prompt, shared)
@@ -85,8 +85,6 @@ def pack(lm: FrozenLM, prompt: Prompt, token_ids: Sequence[Sequence[int]]) -> Pa
         position += range(before, before + p + count)
         next_vector, next_token = next_vector + p, next_token + count
 
-    ids = torch.tensor([i for row_ids in token_ids for i in row_ids], device=lm.device)
-    embedded = lm.embed(ids)
     source = torch.cat([*(v.to(embedded) for v in vectors), embedded])
     owners = torch.tensor(owner)
     keys = torch.cat([prefix_owner, owners])

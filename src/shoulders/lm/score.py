@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from shoulders.errors import WindowError
 from shoulders.lm.combine import combine
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.states import states
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +86,34 @@ def score(
     for row, value, tokens in zip(owner.tolist(), sums, lengths.tolist(), strict=True):
         results[row].append(Score(value, tokens))
     return results
+
+
+@torch.no_grad()
+def score_whole(
+    lm: FrozenLM,
+    prompt: Prompt,
+    embedded: Tensor,
+    token_ids: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+) -> list[Score]:
+    """Score one continuation of each row, the row computed with it.
+
+    Args:
+        lm: the frozen LM.
+        prompt: `b` prompts.
+        embedded: `[t, d]`, what stands for each row's ids and its continuation but the last id.
+        token_ids: `b` rows of input ids.
+        continuations: one for each, at least one id long.
+    """
+    counts = [len(i) + len(c) - 1 for i, c in zip(token_ids, continuations, strict=True)]
+    read = states(lm, prompt, embedded, counts)
+    places = [
+        start + len(ids) - 1 + k
+        for start, ids, own in zip(read.starts, token_ids, continuations, strict=True)
+        for k in range(len(own))
+    ]
+    wanted = torch.tensor([i for own in continuations for i in own], device=lm.device)
+    logits = lm.logits(read.values[torch.tensor(places, device=lm.device)])
+    logprobs = torch.log_softmax(logits, -1).gather(1, wanted[:, None])[:, 0]
+    parts = logprobs.split([len(own) for own in continuations])
+    return [Score(float(own.sum()), len(own)) for own in parts]

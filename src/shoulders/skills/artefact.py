@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from shoulders.files import atomic_path, sha256_of_file, write_json, write_text
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.quantized import Quantization
 from shoulders.manifest import read_versioned
+from shoulders.reader.calibration import Platt
 from shoulders.skills.card import model_card
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
@@ -52,23 +53,34 @@ class Artefact(BaseModel):
     templates: dict[str, list[str]]
     tensors_sha256: str
     trained_parameters: int
+    gate: Platt | None = None
     provenance: dict[str, Any]
 
 
 def save_skill(
-    skill: Skill, folder: Path, templates: Templates, provenance: dict[str, Any]
+    skill: Skill,
+    folder: Path,
+    templates: Templates,
+    provenance: dict[str, Any],
+    gate: Platt | None = None,
 ) -> Artefact:
     """Write a skill to `folder`; `skill.json` comes last, so that it names complete files.
+
+    `gate` says when a recursive skill's first answer is good enough, see `shoulders.skills.gate`.
 
     Raises:
         ArtefactError: the folder already holds a skill, or the skill has nothing trained.
         ShouldersError: the folder cannot be written.
     """
-    if skill.producer is None:
+    if not skill.networks():
         raise ArtefactError("the bare LM has nothing to save")
     if (folder / FILE).exists():
         raise ArtefactError(f"{folder}: already holds a skill; choose another folder")
-    tensors = {k: v.detach().contiguous().cpu() for k, v in skill.producer.state_dict().items()}
+    tensors = {
+        name: value.detach().contiguous().cpu()
+        for network in skill.networks()
+        for name, value in network.state_dict().items()
+    }
     with atomic_path(folder / TENSORS) as temporary:
         try:
             save_file(tensors, temporary)
@@ -86,6 +98,7 @@ def save_skill(
         templates=templates.as_dict(),
         tensors_sha256=tensors_hash,
         trained_parameters=skill.trained_parameters,
+        gate=gate,
         provenance=provenance,
     )
     write_text(folder / "README.md", model_card(folder.name, artefact.model_dump(mode="json")))
@@ -135,13 +148,19 @@ def load_skill(
     skill = Skill.create(lm, artefact.skill, encoder)
     for bound, found in zip(artefact.encoders, skill.encoders(), strict=True):
         _check_bound(folder, "encoder", bound, found.name, found.fingerprint)
-    assert skill.producer is not None  # a saved skill has one
     try:
-        skill.producer.load_state_dict(cast(dict[str, Any], load_file(folder / TENSORS)))
+        tensors = load_file(folder / TENSORS)
+        if broken := next((n for n, v in tensors.items() if not v.isfinite().all()), None):
+            raise RuntimeError(f"'{broken}' is not finite")
+        for network in skill.networks():
+            own = {name: tensors.pop(name) for name in network.state_dict() if name in tensors}
+            network.load_state_dict(own)
+            network.train(False)
+        if tensors:
+            raise RuntimeError(f"unexpected {', '.join(sorted(tensors))}")
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{folder / TENSORS}: does not fit {FILE}: {reason}") from error
-    skill.producer.train(False)
     return skill, Templates.from_dict(artefact.templates, source=str(folder / FILE))
 
 

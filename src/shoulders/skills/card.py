@@ -19,7 +19,9 @@ around `{{ lm.name }}`, whose own weights are unchanged.
 
 | | |
 |---|---|
-| prompt | `{{ skill.passes[0].prompt.kind }}`, {{ skill.passes[0].prompt.length }} positions |
+{% for one in skill.passes -%}
+| pass {{ loop.index }} | {{ one | described }} |
+{% endfor -%}
 | LM fingerprint | `{{ lm.fingerprint }}` |
 {% for encoder in encoders -%}
 | encoder | `{{ encoder.name }}`, fingerprint `{{ encoder.fingerprint }}` |
@@ -42,4 +44,17 @@ template group(s); see `skill.json` for the exact texts, data hashes and setting
 def model_card(name: str, artefact: dict[str, Any]) -> str:
     """Return the README of a skill's folder, Markdown with the Hub's metadata header."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    environment.filters["described"] = _described
     return environment.from_string(_CARD).render(name=name, **artefact)
+
+
+def _described(one: dict[str, Any]) -> str:
+    """Say in words what a pass is."""
+    prompt, link, propose = one["prompt"], one["link"], one["propose"]
+    words = [f"prompt `{prompt['kind']}`, {prompt['length']} positions" if prompt else "no prompt"]
+    if link is not None:
+        kind = link if link == "same" else link["kind"]
+        words.append(f"its states go on through a link (`{kind}`)")
+    if propose is not None:
+        words.append(f"{propose['n']} sampled answers go on as text")
+    return "; ".join(words)

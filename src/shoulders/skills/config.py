@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shoulders.prompts.build import producer_config
+from shoulders.recursion.candidates import ProposeConfig
+from shoulders.recursion.connector import ConnectorConfig
+from shoulders.recursion.latent import LatentConfig
 
 
 class TextFormat(BaseModel):
@@ -38,11 +41,30 @@ class TextFormat(BaseModel):
 
 
 class PassConfig(BaseModel):
-    """One pass through the frozen LM: the producer of its prompt, or none."""
+    """One pass through the frozen LM, and how its result reaches the next one.
+
+    Attributes:
+        prompt: the producer of its prompt, or none.
+        link: a network from its states to the next pass's embeddings (neural recursion); `same`
+            is the one of the pass before.
+        propose: its sampled answers go to the next pass as text (textual recursion).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: dict[str, Any] | None = None
+    link: (
+        Annotated[ConnectorConfig | LatentConfig, Field(discriminator="kind")]
+        | Literal["same"]
+        | None
+    ) = None
+    propose: ProposeConfig | None = None
+
+    @field_validator("link", mode="before")
+    @classmethod
+    def _kind(cls, link: Any) -> Any:
+        """Take a link without a kind for a Connector."""
+        return {"kind": "connector", **link} if isinstance(link, dict) else link
 
     @field_validator("prompt")
     @classmethod
@@ -54,9 +76,45 @@ class PassConfig(BaseModel):
 
 
 class SkillConfig(BaseModel):
-    """A skill: its passes in order (one in this version) and its text format."""
+    """A skill: its passes in order and its text format."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    passes: tuple[PassConfig, ...] = Field(default=(PassConfig(),), min_length=1, max_length=1)
+    passes: tuple[PassConfig, ...] = Field(default=(PassConfig(),), min_length=1)
     format: TextFormat = TextFormat()
+
+    @model_validator(mode="after")
+    def _joined(self) -> Self:
+        for number, one in enumerate(self.passes[:-1]):
+            if (one.link is None) == (one.propose is None):
+                raise ValueError(
+                    f"passes.{number} is followed by another: give it either a link (its states "
+                    "go on) or propose (its sampled answers do)"
+                )
+            if one.link == "same" and (number == 0 or self.passes[number - 1].link is None):
+                raise ValueError(f"passes.{number}.link: same as which? no pass before has a link")
+        if self.passes[-1].link is not None or self.passes[-1].propose is not None:
+            raise ValueError(
+                f"passes.{len(self.passes) - 1} is the last: nothing reads its link or proposals; "
+                "add a pass behind it, such as {prompt: null}"
+            )
+        return self
+
+    def before_text(self) -> tuple[SkillConfig, ProposeConfig] | None:
+        """Return what proposes the text that the last passes read, if anything does.
+
+        That is: the passes up to the last that proposes, as a skill of their own.
+        """
+        for number in range(len(self.passes) - 1, -1, -1):
+            propose = self.passes[number].propose
+            if propose is not None:
+                last = self.passes[number].model_copy(update={"propose": None})
+                own = SkillConfig(passes=(*self.passes[:number], last), format=self.format)
+                return own, propose
+        return None
+
+    @property
+    def stage(self) -> range:
+        """Numbers of the passes after the last text: what is computed as one network."""
+        proposing = [i for i, one in enumerate(self.passes) if one.propose is not None]
+        return range(proposing[-1] + 1 if proposing else 0, len(self.passes))

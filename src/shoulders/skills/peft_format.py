@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from shoulders.errors import ArtefactError
 from shoulders.files import atomic_directory
@@ -16,6 +18,7 @@ from shoulders.prompts.build import build_producer
 from shoulders.prompts.interface import Surroundings
 from shoulders.prompts.producers import static
 from shoulders.skills.config import PassConfig, SkillConfig, TextFormat
+from shoulders.skills.parts import Parts
 from shoulders.skills.skill import Skill
 
 CONFIG = "adapter_config.json"
@@ -29,7 +32,7 @@ def export_to_peft(skill: Skill, folder: Path) -> None:
     PEFT loads it with `PeftModel.from_pretrained(model, folder)`. The text format (separator,
     answer prefix) is not part of that layout. Raises `ArtefactError` for another producer.
     """
-    if not isinstance(skill.producer, static.Producer):
+    if not isinstance(skill.producer, static.Producer) or len(skill.config.passes) > 1:
         raise ArtefactError("only a static prompt of vectors (kind: static) has a PEFT layout")
     vectors = skill.prompt([""]).vectors[0].detach().cpu().contiguous()
     config = skill.lm.model.config
@@ -78,4 +81,4 @@ def import_from_peft(folder: Path, lm: FrozenLM, form: TextFormat | None = None)
     producer = build_producer(prompt, Surroundings(lm, no_encoder))  # type: ignore[arg-type]
     scale = torch.tensor(lm.embedding_scale)
     producer.load_state_dict({"base": vectors.float() / scale, "scale": scale})
-    return Skill(lm, config, producer)
+    return Skill(lm, config, Parts((), producer, cast(nn.Module, producer)))

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor, nn
 
 from shoulders.data.batching import length_grouped
 from shoulders.encoders.frozen import FrozenEncoder
-from shoulders.errors import LMError, ShouldersError, WindowError
+from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, stream
+from shoulders.lm.decoder import Source
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
-from shoulders.lm.score import Score, score
+from shoulders.lm.score import Score, score, score_whole
 from shoulders.lm.streams import Streams
-from shoulders.prompts.build import build_producer
-from shoulders.prompts.interface import Producer, Surroundings
+from shoulders.prompts.interface import Producer
+from shoulders.recursion.candidates import Candidate, chosen
+from shoulders.recursion.chain import FirstStates, Hop, Hops, embeddings
 from shoulders.skills.config import SkillConfig, TextFormat
+from shoulders.skills.framing import Framing, Unprefixed
+from shoulders.skills.parts import Parts, build_parts, encoders_of, written
+from shoulders.skills.proposals import Proposals, Proposed
 
 # Rows that are computed together: enough to keep two cores or a GPU busy, small in memory.
 BATCH_TOKENS = 2048
 BATCH_ROWS = 64
+NO_PARTS = Parts((), None, None)
 
 
 class Skill:
-    """A frozen LM, the producer of its prompt (None: the bare LM) and a text format.
+    """A frozen LM, the networks around it (none: the bare LM) and a text format.
+
+    Most skills are one pass with a prompt. Where earlier passes hand on their states (neural
+    recursion) they write the embeddings that the last pass reads; where they hand on text
+    (`proposals`, textual recursion) they rewrite its input.
 
     Example:
         >>> from shoulders.lm.load import load_lm
@@ -33,10 +44,18 @@ class Skill:
         ...     # doctest: +SKIP
     """
 
-    def __init__(self, lm: FrozenLM, config: SkillConfig, producer: Producer | None) -> None:
+    def __init__(
+        self,
+        lm: FrozenLM,
+        config: SkillConfig,
+        parts: Parts = NO_PARTS,
+        proposals: Proposals | None = None,
+    ) -> None:
         self.lm = lm
         self.config = config
-        self.producer = producer
+        self.parts = parts
+        self.proposals = proposals
+        self._first: FirstStates | None = None
 
     @classmethod
     def base(cls, lm: FrozenLM, config: SkillConfig | None = None) -> Skill:
@@ -47,7 +66,7 @@ class Skill:
         """
         if config is None and lm.tokenizer.chat_template:
             config = SkillConfig(format=TextFormat(chat=True, answer_prefix=""))
-        return cls(lm, config or SkillConfig(), None)
+        return cls(lm, config or SkillConfig())
 
     @classmethod
     def create(
@@ -61,13 +80,11 @@ class Skill:
 
         Without `random` the values are left to be loaded.
         """
-        spec = config.passes[0].prompt
-        if spec is None:
-            return cls(lm, config, None)
-        producer = build_producer(spec, Surroundings(lm, encoder))
-        if random is not None:
-            producer.initialise(lm, random)
-        return cls(lm, config, producer)
+        before = config.before_text()
+        proposals = None
+        if before is not None:
+            proposals = Proposals(cls.create(lm, before[0], encoder, random), before[1])
+        return cls(lm, config, build_parts(lm, config, encoder, random), proposals)
 
     def keeping(self, keep: str) -> Skill:
         """Return this skill with truncation of over-long inputs allowed.
@@ -77,90 +94,132 @@ class Skill:
         if keep not in ("start", "end"):
             raise ShouldersError(f"keep '{keep}': use start or end")
         form = self.config.format.model_copy(update={"keep": keep})
-        return Skill(self.lm, self.config.model_copy(update={"format": form}), self.producer)
+        config = self.config.model_copy(update={"format": form})
+        before = self.proposals
+        if before is not None:
+            before = Proposals(before.skill.keeping(keep), before.config)
+        return Skill(self.lm, config, self.parts, before)
+
+    @property
+    def last(self) -> Skill:
+        """This skill's passes after the last text: it reads inputs that hold candidates already."""
+        return Skill(self.lm, self.config, self.parts)
+
+    def remembering(self, first: FirstStates) -> Skill:
+        """Return this skill with a first pass that need not be computed again and again.
+
+        Raises `ShouldersError` where the first pass has a prompt, so that its states change.
+        """
+        if not self.parts.earlier or self.parts.earlier[0].producer is not None:
+            raise ShouldersError("only a first pass without a prompt can be remembered")
+        skill = Skill(self.lm, self.config, self.parts, self.proposals)
+        skill._first = first
+        return skill
 
     # -- facts ---------------------------------------------------------------------------
 
     @property
     def trained_parameters(self) -> int:
         """Number of trained parameters, all of them outside the LM."""
-        return sum(p.numel() for p in self.producer.parameters()) if self.producer else 0
+        own = sum(p.numel() for p in self.trained.parameters()) if self.trained else 0
+        return own + (self.proposals.skill.trained_parameters if self.proposals else 0)
+
+    @property
+    def producer(self) -> Producer | None:
+        """The producer of the last pass's prompt."""
+        return self.parts.producer
+
+    @property
+    def trained(self) -> nn.Module | None:
+        """The networks of the passes after the last text, as one module."""
+        return self.parts.trained
+
+    def networks(self) -> list[nn.Module]:
+        """Return everything trained: of the passes before each text, and of those after the last.
+
+        Their tensors' names differ, since they hold the number of their pass.
+        """
+        before = self.proposals.skill.networks() if self.proposals else []
+        return [*before, *([self.trained] if self.trained is not None else [])]
 
     def encoders(self) -> Iterator[FrozenEncoder]:
-        """Yield the frozen encoders that the skill reads with."""
-        if self.producer is not None:
-            yield from self.producer.encoders()
+        """Yield the frozen encoders that the skill reads with, each once."""
+        before = list(self.proposals.skill.encoders()) if self.proposals else []
+        yield from before
+        for encoder in encoders_of(self.parts):
+            if not any(encoder is other for other in before):
+                yield encoder
 
     # -- computing -----------------------------------------------------------------------
 
     def prompt(self, texts: Sequence[str]) -> Prompt:
-        """Return the prompts of `b` input texts."""
-        if self.producer is None:
-            return Prompt.empty(len(texts), self.lm.device)
-        return self.producer(texts)
+        """Return the last pass's prompts for `b` input texts."""
+        return written(self.producer, texts, self.lm)
+
+    def embedded(
+        self,
+        texts: Sequence[str],
+        token_ids: Sequence[Sequence[int]],
+        *,
+        recompute: bool = False,
+    ) -> Tensor | None:
+        """Return what earlier passes write for the last one to read, rows end to end, `[t, d]`.
+
+        None where there is no earlier pass: then it reads the LM's own embeddings.
+        """
+        if not self.parts.earlier:
+            return None
+        hops = self._hops(texts)
+        return embeddings(self.lm, hops, token_ids, first=self._first, recompute=recompute)
+
+    def source(self, texts: Sequence[str]) -> Source | None:
+        """Return what writes the last pass's embeddings while it generates; None as above."""
+        return Hops(self.lm, self._hops(texts)) if self.parts.earlier else None
+
+    def _hops(self, texts: Sequence[str]) -> list[Hop]:
+        return [Hop(written(e.producer, texts, self.lm), e.link) for e in self.parts.earlier]
 
     def input_ids(self, texts: Sequence[str], answer_room: int = 1) -> list[list[int]]:
-        """Return each text's token ids with the separator, as they stand before the answer.
-
-        Raises `WindowError`, naming the row, for a text that with the prompt and
-        `answer_room` positions does not fit, unless the format says what to keep of it.
-        """
-        form = self.config.format
-        head, tail = self._frame()
-        limit = self.input_room(answer_room)
-        rows = []
-        for i, ids in enumerate(self.lm.tokenize(texts)):
-            if len(ids) > limit and form.keep is None:
-                raise WindowError(
-                    f"row {i + 1} ('{texts[i][:40]}...'): {len(ids)} tokens, {max(limit, 0)} fit "
-                    f"(window {self.lm.max_positions}, prompt {self._prompt_length}, "
-                    f"answer {answer_room}); "
-                    "shorten it, or allow truncation with keep: start or keep: end"
-                )
-            if limit < 1:
-                raise WindowError(f"no room for any input: the window has {self.lm.max_positions}")
-            cut = ids[:limit] if form.keep == "start" else ids[-limit:]
-            if not cut + tail:
-                raise WindowError(f"row {i + 1}: its input has no tokens")
-            rows.append(head + cut + tail)
-        return rows
+        """Return each text's token ids as they stand before the answer; see `Framing`."""
+        return self._framing.input_ids(texts, answer_room)
 
     def input_room(self, answer_room: int = 1) -> int:
         """Return how many tokens of input fit beside prompt, separator and so long an answer."""
-        head, tail = self._frame()
-        taken = self._prompt_length + len(head) + len(tail) + answer_room
-        room = self.lm.max_positions - taken
-        return min(room, self.config.format.max_input_tokens or room)
+        return self._framing.input_room(answer_room)
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Return each answer's token ids, with the LM's end token."""
+        return self._framing.answer_ids(answers)
+
+    def proposed(
+        self,
+        texts: Sequence[str],
+        answer_room: int = 1,
+        *,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> list[Proposed]:
+        """Return what the passes before the last text propose for every input.
+
+        Raises `ShouldersError` for a skill without such passes.
+        """
+        if self.proposals is None:
+            raise ShouldersError("this skill has no pass that proposes text")
+        room = self.input_room(answer_room)
+        return self.proposals.propose(texts, self.last, room=room, on_rows=on_rows)
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of an input text."""
         return len(self.lm.tokenize([text])[0])
 
     @property
-    def _prompt_length(self) -> int:
-        return self.producer.length if self.producer else 0
+    def prompt_length(self) -> int:
+        """Window positions that the longest prompt of its passes takes."""
+        producers = (self.producer, *(e.producer for e in self.parts.earlier))
+        return max(p.length if p else 0 for p in producers)
 
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Return the tokens before and after every input."""
-        form = self.config.format
-        if not form.chat:
-            tail = self.lm.tokenize([form.separator], markup=True)[0] if form.separator else []
-            return [], tail
-        if not self.lm.tokenizer.chat_template:
-            raise LMError(f"{self.lm.name} has no chat template; set format.chat to false")
-        mark = "\x00"  # stands where the input goes; no template contains it
-        turn = [{"role": "user", "content": mark}]
-        framed = self.lm.tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True
-        )
-        head, _, tail = framed.partition(mark)
-        before, after = self.lm.tokenize([head, tail], markup=True)
-        return before, after
-
-    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
-        """Return each answer's token ids, with the LM's end token."""
-        ids = self.lm.tokenize([self.config.format.answer_prefix + a for a in answers])
-        return [[*row, self.lm.end_ids[0]] for row in ids]
+    @property
+    def _framing(self) -> Framing:
+        return Framing(self.lm, self.config.format, self.prompt_length)
 
     def generate(
         self,
@@ -179,15 +238,24 @@ class Skill:
         Raises:
             WindowError: names the row (from 1) that does not fit.
         """
+        if self.proposals is not None:
+            found = self.proposed(texts, decoding.max_new_tokens)
+            chooser = self.proposals.config.chooser
+            if chooser != "second_pass":
+                if on_rows is not None:
+                    on_rows(len(texts))
+                return [[_as_completion(chosen(p.candidates, chooser))] for p in found]
+            return self.last.generate([p.text for p in found], decoding, on_rows=on_rows)
         ids = self.input_ids(texts)
         results: list[list[Completion]] = [[] for _ in texts]
         most = max(1, BATCH_ROWS // decoding.n)
         batches = length_grouped([len(i) for i in ids], BATCH_TOKENS, most)
 
         def one(rows: list[int]) -> list[list[Completion]]:
+            own = [texts[i] for i in rows]
             with torch.no_grad():
-                prompt = self.prompt([texts[i] for i in rows])
-            return generate(self.lm, prompt, [ids[i] for i in rows], decoding)
+                prompt, source = self.prompt(own), self.source(own)
+            return generate(self.lm, prompt, [ids[i] for i in rows], decoding, source)
 
         with Streams.of(self.lm, None if len(batches) > 1 else 1) as streams:
             for rows, answers in zip(batches, streams.map(one, batches), strict=True):
@@ -199,9 +267,17 @@ class Skill:
 
     def stream(self, text: str, decoding: DecodingConfig) -> Iterator[Delta]:
         """Generate for one text, yielding pieces of text as they become certain."""
+        if self.proposals is not None:
+            if self.proposals.config.chooser != "second_pass":
+                completion = self.generate([text], decoding)[0][0]
+                return iter([Delta(0, 0, completion.text, completion)])
+            read = self.proposed([text], decoding.max_new_tokens)[0].text
+            return self.last.stream(read, decoding)
         with torch.no_grad():
-            prompt = self.prompt([text])
-        return stream(self.lm, prompt, self.input_ids([text]), decoding)
+            prompt, source = self.prompt([text]), self.source([text])
+        deltas = stream(self.lm, prompt, self.input_ids([text]), decoding, source)
+        unprefixed = Unprefixed(self.config.format.answer_prefix)
+        return (found for delta in deltas if (found := unprefixed(delta)) is not None)
 
     @torch.no_grad()
     def score(
@@ -214,23 +290,55 @@ class Skill:
         """Return the log-likelihood of each text's candidate answers, end token included."""
         candidates = [self.answer_ids(several) for several in answers]
         longest = max((len(c) for row in candidates for c in row), default=1)
+        if self.proposals is not None:
+            read = [p.text for p in self.proposed(texts, longest)]
+            return self.last.score(read, answers, on_rows=on_rows)
         ids = self.input_ids(texts, answer_room=longest)
         results: list[list[Score]] = [[] for _ in texts]
         width = max((len(row) for row in candidates), default=1)
         lengths = [len(i) for i in ids]
         for rows in length_grouped(lengths, BATCH_TOKENS, max(1, BATCH_ROWS // width)):
-            prompt = self.prompt([texts[i] for i in rows])
-            scored = score(self.lm, prompt, [ids[i] for i in rows], [candidates[i] for i in rows])
+            own = [texts[i] for i in rows]
+            asked, wanted = [ids[i] for i in rows], [candidates[i] for i in rows]
+            if self.parts.earlier:
+                scored = self._score_whole(own, asked, wanted)
+            else:
+                scored = score(self.lm, self.prompt(own), asked, wanted)
             for row, several in zip(rows, scored, strict=True):
                 results[row] = several
             if on_rows is not None:
                 on_rows(len(rows))
         return results
 
+    def _score_whole(
+        self,
+        texts: Sequence[str],
+        ids: Sequence[list[int]],
+        candidates: Sequence[Sequence[list[int]]],
+    ) -> list[list[Score]]:
+        """Score as `score` does, each candidate with all passes over the whole row."""
+        owner = [row for row, several in enumerate(candidates) for _ in several]
+        flat = [own for several in candidates for own in several]
+        rows = [ids[row] for row in owner]
+        repeated = [texts[row] for row in owner]
+        read = [i + c[:-1] for i, c in zip(rows, flat, strict=True)]
+        embedded = self.embedded(repeated, read)
+        assert embedded is not None  # there are earlier passes
+        found = score_whole(self.lm, self.prompt(repeated), embedded, rows, flat)
+        results: list[list[Score]] = [[] for _ in texts]
+        for row, one in zip(owner, found, strict=True):
+            results[row].append(one)
+        return results
+
     def stripped(self, completion: Completion) -> Completion:
         """Take the answer prefix, which is not part of the answer, off a completion's text."""
         completion.text = completion.text.removeprefix(self.config.format.answer_prefix)
         return completion
+
+
+def _as_completion(candidate: Candidate) -> Completion:
+    """Return a candidate as if it had been generated; its tokens are not kept."""
+    return Completion(candidate.text, [], candidate.logprob, "stop")
 
 
 def mixed_prompt(requests: Sequence[tuple[Skill, str]]) -> Prompt:

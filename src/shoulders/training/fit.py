@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
@@ -21,7 +22,6 @@ from shoulders.data.templates import Templates
 from shoulders.errors import InterruptedTraining, TrainingError, WindowError
 from shoulders.files import remove_partial, writing_to
 from shoulders.lm.streams import Streams
-from shoulders.prompts.interface import Producer
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
 from shoulders.training.monitor import monitor_of
@@ -29,6 +29,7 @@ from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
+from shoulders.training.running_text import RunningText
 from shoulders.training.step import gradients
 from shoulders.training.validation import validate
 
@@ -39,8 +40,8 @@ MOVED_BY = 3
 
 def fit(
     skill: Skill,
-    mixture: Mixture,
-    validation: Sequence[Row],
+    mixture: Mixture | RunningText,
+    validation: Sequence[Row] | RunningText,
     templates: Templates,
     recipe: Recipe,
     out: Path,
@@ -50,12 +51,12 @@ def fit(
     console: Console | None = None,
     processes: Processes | None = None,
 ) -> Progress:
-    """Train a skill's producer; on return it holds the weights of the best validation.
+    """Train a skill's networks; on return they hold the weights of the best validation.
 
     Args:
-        skill: with an initialised producer.
+        skill: with initialised networks; those of its passes after the last text are trained.
         mixture: the order of training examples, a function of (seed, position).
-        validation: rows to select on; without any, the last weights are kept.
+        validation: rows to select on, or text; without any, the last weights are kept.
         templates: for the validation rows.
         recipe: how to train; stored with every checkpoint.
         out: folder for `checkpoints/` and `log.jsonl`.
@@ -71,13 +72,13 @@ def fit(
         TrainingError: no producer; a non-finite loss; a trained tensor that does not move;
             Ctrl-C (`InterruptedTraining`, after a checkpoint); another recipe on resume.
     """
-    if skill.producer is None:
-        raise TrainingError("the recipe trains nothing: give the pass a prompt")
+    if skill.trained is None:
+        raise TrainingError("the recipe trains nothing: give a pass a prompt or a link")
     if recipe.training.recompute and skill.lm.blocks is None:
         raise TrainingError(f"recompute: the layers of {skill.lm.name} are not fused; leave it out")
     if skill.lm.shards is not None and (recipe.training.streams or 1) > 1:
         raise TrainingError("streams: passes through a sharded LM run one by one; leave it out")
-    config, producer, console = recipe.training, skill.producer, console or Console(stderr=True)
+    config, producer, console = recipe.training, skill.trained, console or Console(stderr=True)
     processes = processes or Processes()
     stored = {"recipe": recipe.model_dump(mode="json"), **(bound or {})}
     stored["processes"] = processes.count
@@ -92,7 +93,12 @@ def fit(
     if resume and (found := load_checkpoint(out, optimizer, stored)):
         progress, weights, best = found
         producer.load_state_dict(weights)
-    checked = [example_of(skill, row, templates.render(row, 0), 0) for row in validation]
+    rows: Sequence[Row] = []
+    if isinstance(validation, RunningText):
+        checked = validation.examples(config.validation_rows)
+    else:
+        rows = validation
+        checked = [example_of(skill, row, templates.render(row, 0), 0) for row in rows]
     initial, trained = copied(producer), list(producer.parameters())
     producer.train()
     processes.wait()  # all have read what the leading one will write
@@ -139,7 +145,7 @@ def fit(
                 progress.step % config.validate_every == 0 or progress.step == config.steps
             ):
                 producer.train(False)
-                entry = validate(skill, validation, templates, checked, config.select)
+                entry = validate(skill, rows, templates, checked, config.select)
                 producer.train()
                 value = entry["loss"] if config.select == "loss" else -entry["exact_match"]
                 improved = value < progress.best or progress.best_step == 0
@@ -161,8 +167,10 @@ def fit(
     return progress
 
 
-def example_at(skill: Skill, mixture: Mixture, position: int, seed: int) -> Example:
+def example_at(skill: Skill, mixture: Mixture | RunningText, position: int, seed: int) -> Example:
     """Return the example at a position of the mixture; of several right answers, one by seed."""
+    if isinstance(mixture, RunningText):
+        return mixture.example(position)
     row, text = mixture.example(position)
     return example_of(skill, row, text, np.random.PCG64([seed, position]).random_raw() >> 1)
 
@@ -177,12 +185,12 @@ def example_of(skill: Skill, row: Row, text: str, which: int) -> Example:
     return Example(text=text, input_ids=ids, answer_ids=answer, task=row.task)
 
 
-def copied(producer: Producer) -> dict[str, torch.Tensor]:
+def copied(producer: nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of the producer's tensors."""
     return {name: value.detach().clone() for name, value in producer.state_dict().items()}
 
 
-def check_moved(producer: Producer, initial: dict[str, torch.Tensor], felt: set[str]) -> None:
+def check_moved(producer: nn.Module, initial: dict[str, torch.Tensor], felt: set[str]) -> None:
     """Raise `TrainingError` when a trained tensor is what it was at the start (promise 8).
 
     `felt` names those that had a gradient: weight decay alone also moves, but teaches nothing.

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from shoulders.lm.combine import Combined, check_window, combine
 from shoulders.lm.frozen import FrozenLM
-from shoulders.lm.fused import Pack
-from shoulders.lm.pack import Packed, can_pack, pack
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.states import states
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +30,11 @@ class Example:
     task: str
 
     @property
+    def read_ids(self) -> list[int]:
+        """The tokens that the LM reads."""
+        return self.input_ids + self.answer_ids[:-1]
+
+    @property
     def tokens(self) -> int:
         """Tokens that the LM reads: the last answer token is only predicted."""
         return len(self.input_ids) + len(self.answer_ids) - 1
@@ -42,30 +44,30 @@ def answer_losses(
     lm: FrozenLM,
     prompt: Prompt,
     examples: Sequence[Example],
+    embedded: Tensor | None = None,
     *,
     recompute: bool = False,
 ) -> Tensor:
     """Return each answer token's negative log-likelihood in nats, `[n]`, row after row.
 
-    Logits are computed at the `n` answer positions only, as a 2-D product. `recompute` saves
-    memory, see `shoulders.lm.fused.Blocks.hidden`.
+    Logits are computed at the `n` answer positions only, as a 2-D product.
+
+    Args:
+        lm: the frozen LM.
+        prompt: one per example.
+        examples: rows of tokens.
+        embedded: `[t, d]`, what stands for the tokens that are read (`Example.read_ids`), rows
+            end to end; by default the LM's own embeddings of them.
+        recompute: save memory, see `shoulders.lm.fused.Blocks.hidden`.
     """
-    ids = [e.input_ids + e.answer_ids[:-1] for e in examples]
-    batch: Pack | Packed | Combined
-    if lm.blocks is not None and lm.blocks.fits(prompt) and can_pack(lm, prompt, ids):
-        check_window(lm, prompt, np.array([len(row) for row in ids]))
-        batch = lm.blocks.pack(lm.embed, prompt, ids)
-        hidden = lm.blocks.hidden(batch, recompute=recompute)[None]
-    else:
-        batch = pack(lm, prompt, ids) if can_pack(lm, prompt, ids) else combine(lm, prompt, ids)
-        hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
-    rows: list[int] = []
+    if embedded is None:
+        embedded = lm.embed_rows([e.read_ids for e in examples])
+    read = states(lm, prompt, embedded, [e.tokens for e in examples], recompute=recompute)
     places: list[int] = []
-    for row, example in enumerate(examples):
+    for start, example in zip(read.starts, examples, strict=True):
         # The hidden state at the input's last token predicts the answer's first.
-        start = int(batch.first_token[row]) + len(example.input_ids) - 1
-        rows += [row if len(hidden) > 1 else 0] * len(example.answer_ids)
-        places += range(start, start + len(example.answer_ids))
-    chosen = hidden[torch.tensor(rows), torch.tensor(places)]
+        first = start + len(example.input_ids) - 1
+        places += range(first, first + len(example.answer_ids))
+    chosen = read.values[torch.tensor(places, device=lm.device)]
     targets = torch.tensor([i for e in examples for i in e.answer_ids], device=lm.device)
     return torch.nn.functional.cross_entropy(lm.logits(chosen), targets, reduction="none")

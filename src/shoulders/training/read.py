@@ -39,6 +39,7 @@ from shoulders.training.reader_recipe import ReaderRecipe
 from shoulders.training.recipe import Recipe
 from shoulders.training.rerank import trained_reranker
 from shoulders.training.run import machine, run_recipe
+from shoulders.training.textual import run_textual
 
 INDEX = "index"
 CONTEXTS = "contexts"
@@ -155,8 +156,16 @@ def trained_prompt(
         train=[str(files["train"])],
         validation=[str(files["validation"])] if rows["validation"][0] else [],
     )
-    prompt = Recipe(lm=recipe.lm, skill=recipe.skill, data=data, training=recipe.training)
-    return run_recipe(prompt, out, resume=True, console=console)
+    prompt = Recipe(
+        lm=recipe.lm,
+        skill=recipe.skill,
+        data=data,
+        start=recipe.start,
+        cross_fit=recipe.cross_fit,
+        training=recipe.training,
+    )
+    train = run_recipe if recipe.cross_fit is None else run_textual
+    return train(prompt, out, resume=True, console=console)
 
 
 def write_contexts(

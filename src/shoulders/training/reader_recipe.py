@@ -13,7 +13,14 @@ from shoulders.reader.rerankers.cross_encoder import CrossEncoderConfig
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import ReadingConfig
 from shoulders.skills.reader_artefact import SearchConfig
-from shoulders.training.recipe import LMConfig, TrainingConfig, explain, located, read_values
+from shoulders.training.recipe import (
+    CrossFitConfig,
+    LMConfig,
+    TrainingConfig,
+    explain,
+    located,
+    read_values,
+)
 
 
 class RerankingConfig(BaseModel):
@@ -57,13 +64,15 @@ class ReaderSection(BaseModel):
 
 
 class ReaderRecipe(BaseModel):
-    """A whole reader."""
+    """A whole reader; `start` and `cross_fit` are those of `Recipe`, for readers that recurse."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     lm: LMConfig = LMConfig()
     skill: SkillConfig
     reader: ReaderSection
+    start: dict[str, str] = {}
+    cross_fit: CrossFitConfig | None = None
     training: TrainingConfig
 
 
@@ -86,7 +95,8 @@ def read_reader_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) 
             "validation": [one(name) for name in recipe.reader.validation],
         }
     )
-    return recipe.model_copy(update={"reader": reader})
+    start = {part: one(name) for part, name in recipe.start.items()}
+    return recipe.model_copy(update={"reader": reader, "start": start})
 
 
 def make_reader_recipe(values: dict[str, Any], where: str = "recipe") -> ReaderRecipe:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
@@ -70,6 +70,8 @@ class TrainingConfig(BaseModel):
         select: what the best checkpoint is best at, averaged over tasks.
         save_every: steps between checkpoints.
         tensorboard: also write TensorBoard event files.
+        remember_first_pass: keep the states of a first pass without prompt on disk, so that later
+            epochs read them: 4 bytes for every token and unit of width.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,17 +92,91 @@ class TrainingConfig(BaseModel):
     select: Literal["loss", "exact_match"] = "loss"
     save_every: int = Field(default=50, ge=1)
     tensorboard: bool = False
+    remember_first_pass: bool = False
+
+
+class RunningTextConfig(BaseModel):
+    """Text files to learn the language-modelling task on.
+
+    Attributes:
+        train: UTF-8 files.
+        validation: files to select on.
+        chunk: tokens that are read at once; the first one is only read, the others predicted too.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: list[str] = Field(min_length=1)
+    validation: list[str] = []
+    chunk: int = Field(default=128, ge=2)
+
+    @model_validator(mode="after")
+    def _apart(self) -> Self:
+        if both := sorted(set(self.train) & set(self.validation)):
+            raise ValueError(f"'{both[0]}' is in both train and validation; remove it from one")
+        return self
+
+
+class CrossFitConfig(BaseModel):
+    """How textual recursion gets the candidates that its second pass is trained on.
+
+    A first pass that has seen a question proposes unrealistically good answers to it. So the
+    training rows are split, and every fold's candidates come from a first pass that was trained
+    on the other folds.
+
+    Attributes:
+        folds: how many such first passes are trained.
+        steps: of each; None is as many as the first pass itself was trained for.
+        rows: examples that the second pass is trained on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    folds: int = Field(default=2, ge=2)
+    steps: int | None = Field(default=None, ge=1)
+    rows: int = Field(default=4096, ge=1)
 
 
 class Recipe(BaseModel):
-    """A whole training run."""
+    """A whole training run.
+
+    Attributes:
+        lm: what stays frozen.
+        skill: what is trained around it.
+        data: tasks to train on; or
+        text: running text (for a link: the Connector's pretraining).
+        start: parts (`passes.0.link`, `passes.1.prompt`) that begin at those of another skill: its
+            folder, or a recipe that is trained first.
+        cross_fit: for a skill whose first passes propose text.
+        training: how.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     lm: LMConfig = LMConfig()
     skill: SkillConfig
-    data: MixtureConfig
+    data: MixtureConfig | None = None
+    text: RunningTextConfig | None = None
+    start: dict[str, str] = {}
+    cross_fit: CrossFitConfig | None = None
     training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _one_kind_of_data(self) -> Self:
+        if (self.data is None) == (self.text is None):
+            raise ValueError("give either data (tasks) or text (running text) to train on")
+        proposing = self.skill.before_text() is not None
+        if proposing and (self.cross_fit is None or self.data is None):
+            raise ValueError(
+                "a pass proposes text: the next one is trained on data and needs cross_fit"
+            )
+        if not proposing and self.cross_fit is not None:
+            raise ValueError("cross_fit is for skills with a pass that proposes text")
+        if proposing and "passes.0.prompt" not in self.start:
+            raise ValueError(
+                "start.passes.0.prompt is missing: the recipe, or the folder, of the first pass"
+            )
+        return self
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -112,7 +188,18 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: names the file, the key and, for an unknown key, the nearest valid one.
     """
     recipe = make_recipe(read_values(path, overrides), str(path))
-    return recipe.model_copy(update={"data": _located(recipe.data, path.parent)})
+    folder = path.parent
+    updates: dict[str, Any] = {
+        "start": {part: located(name, folder) for part, name in recipe.start.items()}
+    }
+    if recipe.data is not None:
+        updates["data"] = _located(recipe.data, folder)
+    if recipe.text is not None:
+        files = {split: getattr(recipe.text, split) for split in ("train", "validation")}
+        updates["text"] = recipe.text.model_copy(
+            update={split: [located(n, folder) for n in names] for split, names in files.items()}
+        )
+    return recipe.model_copy(update=updates)
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -20,13 +20,18 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
 from shoulders.files import sha256_of_file
+from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
+from shoulders.recursion.first_pass import FirstPass
 from shoulders.skills.artefact import FILE, save_skill
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER
 from shoulders.training.fit import fit
+from shoulders.training.gate import gate_of
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
+from shoulders.training.running_text import RunningText
+from shoulders.training.start import begin_at, trained_parts
 from shoulders.training.validation import choose_rows
 
 
@@ -39,6 +44,8 @@ def run_recipe(
         TrainingError: `out` already holds a run and `resume` is not set, or see `fit`.
         DataError, LMError, RecipeError, ShouldersError: what cannot be read or written.
     """
+    if recipe.cross_fit is not None:
+        raise TrainingError("a recipe with cross_fit trains several skills: use run_textual")
     if (out / FILE).exists():
         raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
     if (out / FOLDER).exists() and not resume:
@@ -47,16 +54,8 @@ def run_recipe(
     processes.wait()  # before the first writes anything that the others would stumble over
     if not processes.leads:
         console = None
-    rows, validation, templates = load_data(recipe.data)
-    mixture = Mixture(rows, templates, recipe.data, recipe.training.seed)
-    unseen = unseen_rows(validation, rows)
-    if console is not None and len(unseen) < len(validation):
-        console.print(
-            f"{len(validation) - len(unseen)} validation rows also stand in the training "
-            "files; they are not used to select"
-        )
-    validation = choose_rows(unseen, recipe.training.validation_rows)
-
+    folders = trained_parts(recipe.start, out, functools.partial(_part, console=console), console)
+    given = None if recipe.data is None else _task_data(recipe, recipe.data, console)
     processes.agree(
         "the recipe's skill or training",
         (recipe.skill.model_dump(mode="json"), recipe.training.model_dump(mode="json")),
@@ -69,9 +68,14 @@ def run_recipe(
         )
     random = torch.Generator().manual_seed(recipe.training.seed)
     skill = Skill.create(lm, recipe.skill, functools.cache(load_encoder), random)
-    bound = {"lm": lm.fingerprint, "data": data_hashes(recipe.data)}
+    begin_at(skill, folders, lm)
+    mixture, validation, templates = given or _text_data(recipe, lm)
+    bound = {"lm": lm.fingerprint, "data": data_hashes(recipe)}
     processes.agree("LM or data files", bound)
     before = lm.digest()
+    if recipe.training.remember_first_pass:
+        taps = skill.parts.earlier[0].link.taps if skill.parts.earlier else ()
+        skill = skill.remembering(FirstPass(lm, taps))
     progress = fit(
         skill, mixture, validation, templates, recipe, out,
         bound=bound, resume=resume, console=console, processes=processes,
@@ -90,9 +94,43 @@ def run_recipe(
         "machine": machine(),
     }
     if processes.leads:
-        save_skill(skill, out, templates, provenance)
+        tasks = [] if isinstance(validation, RunningText) else validation
+        checked = [(row, templates.render(row, 0)) for row in tasks]
+        save_skill(skill, out, templates, provenance, gate_of(skill, checked))
     processes.wait()
     return skill
+
+
+def _part(recipe: Recipe, folder: Path, *, console: Console | None) -> None:
+    """Train what another recipe's part starts from, or go on with it."""
+    run_recipe(recipe, folder, resume=True, console=console)
+
+
+def _task_data(
+    recipe: Recipe, data: MixtureConfig, console: Console | None
+) -> tuple[Mixture, list[Row], Templates]:
+    """Return what tasks a recipe trains and selects on, and says how many rows it may not."""
+    rows, validation, templates = load_data(data)
+    mixture = Mixture(rows, templates, data, recipe.training.seed)
+    unseen = unseen_rows(validation, rows)
+    if console is not None and len(unseen) < len(validation):
+        console.print(
+            f"{len(validation) - len(unseen)} validation rows also stand in the training "
+            "files; they are not used to select"
+        )
+    return mixture, choose_rows(unseen, recipe.training.validation_rows), templates
+
+
+def _text_data(
+    recipe: Recipe, lm: FrozenLM
+) -> tuple[RunningText, RunningText | list[Row], Templates]:
+    """Return what running text a recipe trains and selects on."""
+    text = recipe.text
+    assert text is not None  # a recipe has tasks or text
+    trained = RunningText(lm, text.train, text.chunk, recipe.training.seed)
+    if not text.validation:
+        return trained, [], Templates()
+    return trained, RunningText(lm, text.validation, text.chunk), Templates()
 
 
 def load_data(config: MixtureConfig) -> tuple[list[Row], list[Row], Templates]:
@@ -115,10 +153,13 @@ def read_all(paths: Sequence[str]) -> list[Row]:
     return [row for path in paths for row in read_rows(Path(path))]
 
 
-def data_hashes(config: MixtureConfig) -> dict[str, str]:
+def data_hashes(recipe: Recipe) -> dict[str, str]:
     """Return the SHA-256 of each data file (folders: of their files' hashes)."""
     hashes = {}
-    for name in (*config.train, *config.validation, *filter(None, [config.templates])):
+    given = recipe.data or recipe.text
+    assert given is not None  # a recipe has tasks or text
+    templates = recipe.data.templates if recipe.data else None
+    for name in (*given.train, *given.validation, *filter(None, [templates])):
         path = Path(name)
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
         hashes[path.name] = "+".join(sha256_of_file(file) for file in files)

@@ -29,15 +29,14 @@ def gradients(
     Where the LM is sharded, returns when no other process computes any more.
     """
     processes = processes or Processes()
-    producer = skill.producer
-    assert producer is not None
-    trained = list(producer.parameters())
+    assert skill.trained is not None
+    trained = list(skill.trained.parameters())
     answers = sum(len(e.answer_ids) for e in examples)
 
     def one(rows: list[int]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         part = [examples[i] for i in rows]
-        prompt = skill.prompt([e.text for e in part])
-        loss = answer_losses(skill.lm, prompt, part, recompute=config.recompute).sum() / answers
+        losses = losses_of(skill, part, recompute=config.recompute)
+        loss = losses.sum() / answers
         return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
 
     packs = split(skill, examples, config.micro_tokens, streams.count * processes.count)
@@ -49,6 +48,14 @@ def gradients(
     return float(sum(loss for loss, _ in parts))
 
 
+def losses_of(skill: Skill, examples: Sequence[Example], *, recompute: bool = False) -> Tensor:
+    """Return the losses of a skill's last passes, see `answer_losses`."""
+    texts = [e.text for e in examples]
+    prompt = skill.prompt(texts)
+    embedded = skill.embedded(texts, [e.read_ids for e in examples], recompute=recompute)
+    return answer_losses(skill.lm, prompt, examples, embedded, recompute=recompute)
+
+
 def split(skill: Skill, examples: Sequence[Example], most: int, multiple: int) -> list[list[int]]:
     """Split a step's rows into packs of at most `most` positions (a longer row is one alone).
 
@@ -56,8 +63,7 @@ def split(skill: Skill, examples: Sequence[Example], most: int, multiple: int) -
     rows of similar length share a batch. In both cases there are `multiple` or more, so that
     nobody is without work, unless there are fewer rows.
     """
-    prompt = skill.producer.length if skill.producer else 0
-    lengths = [prompt + e.tokens for e in examples]
+    lengths = [skill.prompt_length + e.tokens for e in examples]
     if skill.lm.blocks is None:
         return length_grouped(lengths, most, -(-len(examples) // multiple))
     return balanced(lengths, most, multiple)

@@ -13,7 +13,8 @@ from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
 from shoulders.evaluation.evaluate import evaluate
 from shoulders.skills.skill import BATCH_ROWS, BATCH_TOKENS, Skill
-from shoulders.training.objective import Example, answer_losses
+from shoulders.training.objective import Example
+from shoulders.training.step import losses_of
 
 
 def choose_rows(rows: Sequence[Row], per_task: int) -> list[Row]:
@@ -47,7 +48,7 @@ def validate(
     lengths = [e.tokens for e in examples]
     for batch in length_grouped(lengths, BATCH_TOKENS, BATCH_ROWS):
         part = [examples[i] for i in batch]
-        losses = answer_losses(skill.lm, skill.prompt([e.text for e in part]), part)
+        losses = losses_of(skill, part)
         per_row = losses.split([len(e.answer_ids) for e in part])
         for example, values in zip(part, per_row, strict=True):
             sums.setdefault(example.task, []).append(float(values.mean()))

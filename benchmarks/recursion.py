@@ -1,0 +1,220 @@
+"""What recursion gains, against controls of equal compute and placebos.
+
+    .venv/bin/python benchmarks/recursion.py textual --skill runs/multitask_textual --split test
+    .venv/bin/python benchmarks/recursion.py neural --skill runs/multitask_neural --split test
+
+`textual`: over n samples of the first pass, the second pass beside the first pass's greedy answer,
+the majority of the samples (self-consistency) and the likeliest of them; and quality against mean
+passes through the gate. `neural`: the trained recursion beside its own last pass alone, and with
+the Connector's output replaced by zeros, by another row's, by noise of its size: a gain that
+survives these placebos is not the recursion's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from shoulders.data.rows import Row, read_rows
+from shoulders.data.templates import Templates
+from shoulders.encoders.load import load_encoder
+from shoulders.errors import ShouldersError
+from shoulders.evaluation.evaluate import EVALUATION_DECODING, evaluate
+from shoulders.evaluation.metrics import (
+    bootstrap_interval,
+    exact_match,
+    macro_average,
+    normalize,
+)
+from shoulders.files import write_json
+from shoulders.lm.decode import Completion
+from shoulders.lm.load import load_lm
+from shoulders.recursion.candidates import Candidate, Chooser, chosen, merged, shown
+from shoulders.skills.artefact import load_skill, read_artefact
+from shoulders.skills.gate import confidence, direct
+from shoulders.skills.parts import Earlier
+from shoulders.skills.reader import first_line
+from shoulders.skills.skill import Skill
+from shoulders.training.monitor import quiet_progress
+from shoulders.training.run import machine
+
+ROOT = Path(__file__).parents[1]
+CHOOSERS: tuple[Chooser, ...] = ("majority", "likeliest")
+PLACEBOS = ("zeros", "another row's", "noise")
+
+
+def main() -> None:
+    """Measure one skill on one split."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("form", choices=("textual", "neural"))
+    parser.add_argument("--skill", type=Path, required=True)
+    parser.add_argument("--split", default="validation", choices=("validation", "test"))
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/multitask")
+    parser.add_argument("--n", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--limit", type=int, help="rows, for a trial")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    artefact = read_artefact(options.skill)
+    lm = load_lm(artefact.lm.name, dtype=artefact.lm_dtype)  # type: ignore[arg-type]
+    skill, templates = load_skill(options.skill, lm, functools.cache(load_encoder))
+    rows = read_rows(options.data / f"{options.split}.jsonl")[: options.limit]
+    measure = textual if options.form == "textual" else neural
+    results = measure(skill, rows, templates, options)
+    write_json(
+        options.out,
+        {
+            "benchmark": f"recursion {options.form}",
+            "split": options.split,
+            "n": len(rows),
+            "results": results,
+            "trained_parameters": skill.trained_parameters,
+            "provenance": artefact.provenance,
+            "machine": machine(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    print(json.dumps([{k: v for k, v in r.items() if k != "answers"} for r in results], indent=1))
+
+
+def textual(
+    skill: Skill, rows: Sequence[Row], templates: Templates, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return exact match of every chooser over 1, 4, ... of the same samples, and of the gate."""
+    assert skill.proposals is not None  # or the skill is not textual
+    config, console = skill.proposals.config, Console(stderr=True)
+    texts = [templates.render(row, 0) for row in rows]
+    first = direct(skill)
+    with quiet_progress(console, "first pass, greedy", len(rows)) as advance:
+        greedy = [c[0] for c in first.generate(texts, EVALUATION_DECODING, on_rows=advance)]
+    with quiet_progress(console, f"{max(options.n)} samples", len(rows)) as advance:
+        samples = first.generate(texts, config.decoding(max(options.n)), on_rows=advance)
+    results = [scored("first pass, greedy", rows, [c.text for c in greedy], passes=1)]
+    seconds: list[str] = []
+    for n in options.n:
+        # Sample k of a row is the same, however many are drawn.
+        candidates = [proposed(several[:n]) for several in samples]
+        for chooser in CHOOSERS:
+            said = [chosen(own, chooser).text if own else "" for own in candidates]
+            results.append(scored(chooser, rows, said, n=n, passes=1))
+        room = skill.input_room(EVALUATION_DECODING.max_new_tokens)
+        read = [
+            shown(t, own, config, skill.count_tokens, room).text
+            for t, own in zip(texts, candidates, strict=True)
+        ]
+        with quiet_progress(console, f"second pass over {n}", len(rows)) as advance:
+            answers = skill.last.generate(read, EVALUATION_DECODING, on_rows=advance)
+        seconds = [several[0].text for several in answers]
+        results.append(scored("second pass", rows, seconds, n=n, passes=2))
+    return results + gated(skill, rows, greedy, seconds, options)
+
+
+def proposed(samples: Sequence[Completion]) -> list[Candidate]:
+    """Return the candidates of a few samples: none, where they all say nothing."""
+    try:
+        return merged(samples)
+    except ShouldersError:
+        return []
+
+
+def neural(
+    skill: Skill, rows: Sequence[Row], templates: Templates, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return exact match of the recursion, of its last pass alone, and of the placebos."""
+    console = Console(stderr=True)
+    found: list[dict[str, Any]] = []
+    said: dict[str, list[str]] = {}
+    contenders = {"recursion": skill, "last pass alone": direct(skill)}
+    contenders |= {f"placebo: {name}": replaced(skill, name) for name in PLACEBOS}
+    for name, own in contenders.items():
+        with quiet_progress(console, name, len(rows)) as advance:
+            result = evaluate(own, rows, templates, on_rows=advance)
+        said[name] = [p.prediction for p in result.predictions]
+        passes = 1 if name == "last pass alone" else len(skill.config.passes)
+        found.append(scored(name, rows, said[name], passes=passes))
+    texts = [templates.render(row, 0) for row in rows]
+    first = [c[0] for c in direct(skill).generate(texts, EVALUATION_DECODING)]
+    return found + gated(skill, rows, first, said["recursion"], options)
+
+
+def gated(
+    skill: Skill,
+    rows: Sequence[Row],
+    first: Sequence[Completion],
+    recursed: Sequence[str],
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Return quality against mean passes: the gate's answers at several thresholds."""
+    gate = read_artefact(options.skill).gate
+    if gate is None:
+        return []
+    sure = [gate.probability(confidence(c)) for c in first]
+    passes = len(skill.config.passes)
+    results = []
+    for least in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        said = [
+            second if p < least else c.text
+            for c, second, p in zip(first, recursed, sure, strict=True)
+        ]
+        share = sum(p < least for p in sure) / len(sure)
+        mean = 1 + (passes - 1) * share
+        results.append(scored("gate", rows, said, recurse_below=least, passes=mean))
+    return results
+
+
+class Replaced(nn.Module):
+    """A link whose contribution is replaced: what it adds to the embeddings, or writes for them."""
+
+    def __init__(self, link: Any, how: str) -> None:
+        super().__init__()
+        self.link, self.how, self.taps = link, how, link.taps
+        self.layers = link.layers
+
+    def forward(self, states: Tensor, embeddings: Tensor, memory: Any = None) -> Tensor:
+        """Return embeddings with zeros, another row's, or noise in place of the contribution."""
+        out = self.link(states, embeddings, memory)
+        base = embeddings if getattr(self.link, "skip", True) else torch.zeros_like(out)
+        added = out - base
+        if self.how == "zeros":
+            added = torch.zeros_like(added)
+        elif self.how == "noise":
+            random = torch.Generator().manual_seed(0)
+            noise = torch.randn(added.shape, generator=random).to(added)
+            added = noise * added.std(-1, keepdim=True)
+        else:  # the row before, in the same batch
+            added = added.roll(1, 0)
+        return base + added
+
+
+def replaced(skill: Skill, how: str) -> Skill:
+    """Return a skill whose links are placebos."""
+    earlier = tuple(Earlier(e.producer, Replaced(e.link, how)) for e in skill.parts.earlier)
+    return Skill(skill.lm, skill.config, skill.parts._replace(earlier=earlier))
+
+
+def scored(name: str, rows: Sequence[Row], said: Sequence[str], **facts: Any) -> dict[str, Any]:
+    """Return macro exact match over tasks, with its bootstrap interval."""
+    by_task: dict[str, list[float]] = {}
+    for row, text in zip(rows, said, strict=True):
+        right = exact_match(first_line(text), row.targets, normalize)
+        by_task.setdefault(row.task, []).append(float(right))
+    return {
+        "method": name,
+        **facts,
+        "exact_match": macro_average(by_task),
+        "ci95": list(bootstrap_interval(by_task)),
+        "tasks": {task: 100 * sum(v) / len(v) for task, v in sorted(by_task.items())},
+    }
+
+
+if __name__ == "__main__":
+    main()

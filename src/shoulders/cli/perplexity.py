@@ -1,0 +1,57 @@
+"""`shoulders eval SKILL_DIR|base --data FILE.txt`: how well running text is predicted."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from shoulders.cli.common import emit_json, open_skill, stderr, stdout
+from shoulders.errors import ShouldersError
+
+
+def evaluate_text(
+    name: str,
+    data: Path,
+    *,
+    chunk: int,
+    limit: int | None,
+    json: Path | None,
+    lm: str | None,
+    dtype: str | None,
+    quantize: str | None,
+    device_map: str | None,
+) -> None:
+    """Measure perplexity on a text file, in chunks of so many tokens; `limit` counts chunks."""
+    from shoulders.training.monitor import quiet_progress
+    from shoulders.training.run import machine
+    from shoulders.training.running_text import RunningText, perplexity
+
+    skill, _ = open_skill(
+        name, lm=lm, dtype=dtype, templates=None, quantize=quantize, device_map=device_map
+    )
+    if skill.proposals is not None:
+        raise ShouldersError(f"{name}: answers inputs by proposing text; it predicts no text")
+    text = RunningText(skill.lm, [str(data)], chunk)
+    examples = text.examples(limit)
+    with quiet_progress(stderr(), "reading", len(examples)) as advance:
+        found = perplexity(skill, examples, on_rows=advance)
+    emit_json(
+        json,
+        {
+            "skill": name,
+            "data": str(data),
+            "n": len(examples),
+            "chunk": chunk,
+            "metrics": {"perplexity": found.value, "loss": found.loss},
+            "tokens": found.tokens,
+            "trained_parameters": skill.trained_parameters,
+            "lm": {"name": skill.lm.name, "fingerprint": skill.lm.fingerprint},
+            "dtype": skill.lm.precision,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+        },
+    )
+    stdout().print(
+        f"{name} on {data.name}: perplexity [bold]{found.value:.3f}[/] over {found.tokens:,} "
+        f"tokens in chunks of {chunk}"
+    )

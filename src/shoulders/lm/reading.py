@@ -1,0 +1,176 @@
+"""What one pass has read: keys/values of rows, one way through fused layers, one through any LM.
+
+A reading takes embeddings and gives hidden states; it knows neither token ids nor logits, so that
+the passes of a recursion (`shoulders.recursion`) read with it as generation does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shoulders.lm.cache import Cache
+from shoulders.lm.combine import combine_embedded
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.fused import Blocks
+from shoulders.lm.prompt import Prompt
+
+FIRST_ROOM = 64  # positions beyond the input that a cache begins with
+
+
+class Reading(Protocol):
+    """Rows that are being read, and may grow.
+
+    Attributes:
+        lengths: `[b]` int64, positions that each row takes so far: prompt and tokens.
+        states: `[t, d]` hidden states of the tokens read last, rows end to end; `[k, t, d]` where
+            `k` layers were asked for (`taps`, see `FrozenLM.hidden`).
+    """
+
+    lengths: Tensor
+    states: Tensor
+
+    def repeat(self, n: int) -> None:
+        """Make every row `n` rows that share what was read."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Let all rows leave but these (int64 indices)."""
+        ...
+
+    def append(self, embeddings: Tensor) -> None:
+        """Read one more position per row, `[b, d]`."""
+        ...
+
+
+@torch.no_grad()
+def begun(
+    lm: FrozenLM,
+    prompt: Prompt,
+    embedded: Tensor,
+    counts: Sequence[int],
+    room: int,
+    taps: Sequence[int] = (),
+) -> Reading:
+    """Read `b` rows of `[prompt ; embeddings]`, with room for so many further positions each.
+
+    Args:
+        lm: the frozen LM.
+        prompt: one per row.
+        embedded: `[t, d]`, the rows' embeddings end to end.
+        counts: how many each row has.
+        room: further positions that each may grow by.
+        taps: layers whose states are wanted instead of the last ones; see `FrozenLM.hidden`.
+    """
+    longest = max(counts) + int(prompt.lengths().max()) + room
+    in_window = lm.sliding_window is None or longest <= lm.sliding_window
+    if lm.blocks is not None and in_window:
+        return BlocksReading(lm, lm.blocks, prompt, embedded, counts, room, taps)
+    return ModelReading(lm, prompt, embedded, counts, taps)
+
+
+class BlocksReading:
+    """Fused layers and a cache of fixed size: nothing is copied when rows grow or leave."""
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        blocks: Blocks,
+        prompt: Prompt,
+        embedded: Tensor,
+        counts: Sequence[int],
+        room: int,
+        taps: Sequence[int],
+    ) -> None:
+        self._blocks, self._taps = blocks, taps
+        longest = max(counts) + int(prompt.lengths().max())
+        # Most answers are short: room for a long one is made when it is needed.
+        first_room = longest + min(room, FIRST_ROOM)
+        self._cache = Cache.of(prompt, blocks.cache_shape, first_room, lm.dtype)
+        vectors: list[Tensor] = []
+        if prompt.shared and prompt.vectors.shape[1]:
+            # Read once what all rows begin with.
+            first = self._cache.only_first()
+            blocks.read(prompt.vectors[0].to(lm.dtype), [prompt.vectors.shape[1]], first)
+            self._cache.copy_first(first)
+        elif prompt.vectors.shape[1]:
+            both = zip(prompt.vectors, prompt.vector_mask, strict=True)
+            vectors = [own[mask].to(lm.dtype) for own, mask in both]
+        pieces: list[Tensor] = list(embedded.to(lm.dtype).split(list(counts)))
+        if vectors:
+            own = [len(v) for v in vectors]
+            pieces = [piece for pair in zip(vectors, pieces, strict=True) for piece in pair]
+            total = [n + p for n, p in zip(counts, own, strict=True)]
+            states = blocks.read(torch.cat(pieces), total, self._cache, taps)
+            ends = torch.tensor(total).cumsum(0)
+            lengths = torch.tensor(counts)
+            # The states of the tokens alone, without those of the prompt before them.
+            shift = (ends - lengths - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+            self.states = states[..., torch.arange(len(shift)) + shift, :]
+        else:
+            self.states = blocks.read(torch.cat(pieces), list(counts), self._cache, taps)
+        self.lengths = self._cache.lengths.clone()
+
+    def repeat(self, n: int) -> None:
+        """See `Reading`."""
+        self._cache.repeat(n)
+        self.lengths = self.lengths.repeat_interleave(n)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Reading`."""
+        self._cache.keep(rows)
+        self.lengths = self.lengths[rows]
+
+    @torch.no_grad()
+    def append(self, embeddings: Tensor) -> None:
+        """See `Reading`."""
+        if int(self._cache.lengths.max()) == self._cache.values.shape[3]:
+            self._cache.grow()
+        ones = [1] * len(embeddings)
+        self.states = self._blocks.read(embeddings, ones, self._cache, self._taps)
+        self.lengths = self.lengths + 1
+
+
+class ModelReading:
+    """The Hugging Face model with its own kind of cache: any architecture, any device."""
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        prompt: Prompt,
+        embedded: Tensor,
+        counts: Sequence[int],
+        taps: Sequence[int],
+    ) -> None:
+        self._lm, self._taps = lm, taps
+        batch = combine_embedded(lm, prompt, embedded, counts, pad="left", keep_cache=True)
+        assert batch.cache is not None  # keep_cache
+        self._cache, self._mask = batch.cache, batch.mask
+        self.lengths = batch.lengths
+        states = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache, taps)
+        width = states.shape[-2]
+        self.states = torch.cat([states[..., i, width - n :, :] for i, n in enumerate(counts)], -2)
+
+    def repeat(self, n: int) -> None:
+        """See `Reading`."""
+        self._cache.batch_repeat_interleave(n)
+        self._mask = self._mask.repeat_interleave(n, 0)
+        self.lengths = self.lengths.repeat_interleave(n)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Reading`."""
+        self._cache.batch_select_indices(rows)
+        self._mask, self.lengths = self._mask[rows], self.lengths[rows]
+
+    @torch.no_grad()
+    def append(self, embeddings: Tensor) -> None:
+        """See `Reading`."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(embeddings), 1)], 1)
+        states = self._lm.hidden(
+            embeddings[:, None], self._mask, self.lengths[:, None], self._cache, self._taps
+        )
+        self.states = states[..., 0, :]
+        self.lengths = self.lengths + 1

@@ -1,0 +1,1 @@
+"""One frozen LM in memory, many skills served at once."""

@@ -1,0 +1,137 @@
+"""From requests to the engine and back: one job per prompt, its events in an asyncio queue."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+
+from shoulders.errors import ShouldersError
+from shoulders.lm.decode import Completion, DecodingConfig, Delta
+from shoulders.serving.engine import Engine
+from shoulders.serving.job import Event, Job
+from shoulders.serving.skillset import Served
+
+POLL = 0.5  # seconds between two looks whether the client is still there
+
+
+class Disconnected(ShouldersError):  # noqa: N818
+    """Nobody waits for the answer any more."""
+
+
+class TimedOutError(ShouldersError):
+    """The request's time was over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of choice `index`; `completion` is set when it has ended."""
+
+    index: int
+    text: str
+    completion: Completion | None
+
+
+class Answering:
+    """The jobs of one request.
+
+    Args:
+        engine: answers them.
+        served: the skill.
+        inputs: one text, or row of token ids with the text they stand for, per job.
+        decoding: how to answer.
+        timeout: seconds after which the request is dropped, or None.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        served: Served,
+        inputs: Sequence[tuple[str, list[int] | None]],
+        decoding: DecodingConfig,
+        timeout: float | None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.started = time.monotonic()
+        self.first: float | None = None
+        deadline = None if timeout is None else self.started + timeout
+        self._timeout, self._n = timeout, decoding.n
+        self._expected = len(inputs) * decoding.n
+        self.jobs: list[Job] = []
+        try:
+            for number, (text, ids) in enumerate(inputs):
+                job = Job(served.name, served.answers, text, decoding, self._teller(number),
+                          deadline, ids)  # fmt: skip
+                engine.submit(job)
+                self.jobs.append(job)
+        except ShouldersError:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Let the engine drop what is still running."""
+        for job in self.jobs:
+            job.cancelled.set()
+
+    async def pieces(self, request: Request) -> AsyncIterator[Piece]:
+        """Yield pieces of all choices as they come.
+
+        Raises:
+            Disconnected: the client has gone.
+            TimedOutError: the deadline has passed.
+            ShouldersError: what the engine could not do.
+        """
+        ended = 0
+        try:
+            while ended < self._expected:
+                try:
+                    number, event = await asyncio.wait_for(self._events.get(), POLL)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        raise Disconnected("the client has gone") from None
+                    continue
+                if isinstance(event, Exception):
+                    if self._timeout and time.monotonic() > self.started + self._timeout:
+                        raise TimedOutError(f"not answered within {self._timeout:g} s")
+                    raise event
+                self.first = self.first or time.monotonic()
+                ended += event.completion is not None
+                yield Piece(number * self._n + event.sample, event.text, event.completion)
+        finally:
+            self.cancel()
+
+    async def completions(self, request: Request) -> list[Completion]:
+        """Return all choices, each finished; raises as `pieces` does."""
+        found: dict[int, Completion] = {}
+        async for piece in self.pieces(request):
+            if piece.completion is not None:
+                found[piece.index] = piece.completion
+        return [found[i] for i in range(self._expected)]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the inputs."""
+        return sum(job.prompt_tokens for job in self.jobs)
+
+    @property
+    def details(self) -> list[dict[str, Any]]:
+        """What each job has found or proposed on the way."""
+        return [job.details for job in self.jobs]
+
+    def _teller(self, number: int) -> Any:
+        def tell(event: Event) -> None:
+            if isinstance(event, Delta | Exception) and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+
+        return tell
+
+
+def new_seed() -> int:
+    """Return a seed for a request that names none."""
+    return secrets.randbits(63)

@@ -1,0 +1,350 @@
+"""The HTTP server: OpenAI's completions and chat, skills by name, metrics, health."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+
+from shoulders import __version__
+from shoulders.errors import ArtefactError, ShouldersError
+from shoulders.lm.decode import Completion, DecodingConfig
+from shoulders.serving import replies
+from shoulders.serving.answers import Answering, Disconnected, TimedOutError, new_seed
+from shoulders.serving.engine import Engine, QueueFullError
+from shoulders.serving.metrics import Metrics
+from shoulders.serving.schema import (
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    LoadRequest,
+    UnloadRequest,
+)
+from shoulders.serving.skillset import Served, SkillSet, UnknownSkillError
+
+LOG = logging.getLogger("shoulders.serving")
+MAX_BODY = 1 << 20  # bytes of a request
+RETRY_AFTER = "2"  # seconds, where the queue is full
+STATUS: list[tuple[type[Exception], int, str]] = [
+    (QueueFullError, 429, "rate_limit_exceeded"),
+    (UnknownSkillError, 404, "model_not_found"),
+    (TimedOutError, 504, "timeout"),
+    (Disconnected, 499, "client_closed_request"),
+    (ShouldersError, 400, "invalid_request_error"),
+]
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the endpoints work with.
+
+    Attributes:
+        skills: what is served.
+        engine: answers.
+        metrics: counts.
+        api_key: every request but health's needs it; None needs none.
+    """
+
+    skills: SkillSet
+    engine: Engine
+    metrics: Metrics
+    api_key: str | None = None
+
+
+def create_app(server: Server) -> FastAPI:
+    """Return the application; nothing is global, several may run in one process."""
+    app = FastAPI(title="shoulders", version=__version__, docs_url="/docs", redoc_url=None)
+
+    def authorised(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        wanted = server.api_key
+        if wanted is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
+            raise HTTPException(401, "a valid API key is needed: Authorization: Bearer KEY")
+
+    guarded = [Depends(authorised)]
+    _handle_errors(app)
+    _watch_requests(app)
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        """Tell that the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    def ready() -> dict[str, Any]:
+        """Tell that skills are loaded and the engine takes requests."""
+        return {"status": "ready", "models": len(server.skills.names())}
+
+    @app.get("/metrics", dependencies=guarded)
+    def metrics() -> Response:
+        """Return Prometheus metrics."""
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models", dependencies=guarded)
+    def models() -> dict[str, Any]:
+        """List the LM and its skills."""
+        return {"object": "list", "data": [_model(server, one) for one in server.skills.every()]}
+
+    @app.get("/v1/models/{name:path}", dependencies=guarded)
+    def model(name: str) -> dict[str, Any]:
+        """Describe one of them."""
+        return _model(server, server.skills.get(name))
+
+    @app.post("/v1/completions", dependencies=guarded, response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Any:
+        """Answer prompts: a skill's inputs, or plain text for the LM itself."""
+        served = server.skills.get(body.model)
+        top = body.logprobs or 0
+        # OpenAI's 0 asks for the chosen tokens' own: noted beside one alternative.
+        decoding = body.decoding(body.max_tokens, max(1, top) if body.logprobs is not None else 0,
+                                 new_seed())  # fmt: skip
+        inputs: list[tuple[str, list[int] | None]] = [(text, None) for text in body.prompts]
+        form = Form("cmpl", replies.completion_reply, body.logprobs is not None)
+        return await _answer(server, request, body, served, inputs, decoding, form)
+
+    @app.post("/v1/chat/completions", dependencies=guarded, response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Any:
+        """Answer a conversation: through the LM's chat template, or a skill's own format."""
+        served = server.skills.get(body.model)
+        top = max(1, body.top_logprobs or 0) if body.logprobs else 0
+        decoding = body.decoding(body.most, top, new_seed())
+        inputs = [_conversation(server, served, body)]
+        form = Form("chatcmpl", replies.chat_reply, bool(body.logprobs))
+        return await _answer(server, request, body, served, inputs, decoding, form)
+
+    @app.post("/v1/load_adapter", dependencies=guarded)
+    def load_adapter(body: LoadRequest) -> dict[str, Any]:
+        """Serve a further skill of the server's skill folder."""
+        _managed(server)
+        return _model(server, server.skills.load_inside(body.name, body.path))
+
+    @app.post("/v1/unload_adapter", dependencies=guarded)
+    def unload_adapter(body: UnloadRequest) -> dict[str, str]:
+        """Stop serving a skill."""
+        _managed(server)
+        server.engine.forget(server.skills.unload(body.name).skill)
+        return {"status": "unloaded", "name": body.name}
+
+    return app
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How an endpoint words its answers."""
+
+    kind: str
+    reply: Callable[..., dict[str, Any]]
+    logprobs: bool
+
+
+async def _answer(
+    server: Server,
+    request: Request,
+    body: Common,
+    served: Served,
+    inputs: Sequence[tuple[str, list[int] | None]],
+    decoding: DecodingConfig,
+    form: Form,
+) -> Any:
+    answering = Answering(server.engine, served, inputs, decoding, body.timeout)
+    frame = replies.frame_of(form.kind, request.state.id, served.name)
+    if body.stream:
+        events = _stream(server, request, body, served, answering, frame, form)
+        return StreamingResponse(events, media_type="text/event-stream")
+    found = await answering.completions(request)
+    _count(server, served, answering, found)
+    reply = form.reply(server.skills.lm, frame, found, logprobs=form.logprobs)
+    reply["usage"] = replies.usage(answering.prompt_tokens, found)
+    if body.details:
+        reply["details"] = answering.details
+    return JSONResponse(reply)
+
+
+async def _stream(
+    server: Server,
+    request: Request,
+    body: Common,
+    served: Served,
+    answering: Answering,
+    frame: dict[str, Any],
+    form: Form,
+) -> AsyncIterator[str]:
+    """Yield server-sent events; an error after the first byte is an event of its own."""
+    chat = form.kind == "chatcmpl"
+    kind = {"object": "chat.completion.chunk" if chat else "text_completion"}
+    found: list[Completion] = []
+    begun: set[int] = set()
+    try:
+        async for piece in answering.pieces(request):
+            finish = piece.completion.finish if piece.completion else None
+            choice: dict[str, Any] = {"index": piece.index, "finish_reason": finish}
+            if chat:
+                role = {} if piece.index in begun else {"role": "assistant"}
+                begun.add(piece.index)
+                choice["delta"] = {**role, "content": piece.text}
+            else:
+                choice["text"] = piece.text
+            if piece.completion is not None:
+                found.append(piece.completion)
+                if form.logprobs:
+                    of = replies.chat_logprobs if chat else replies.completion_logprobs
+                    choice["logprobs"] = of(server.skills.lm, piece.completion)
+            yield replies.event({**frame, **kind, "choices": [choice]})
+    except Disconnected:
+        return
+    except Exception as error:
+        status, name = _status(error)
+        message = str(error) if status < 500 or status == 504 else "internal error"
+        yield replies.event(replies.error_body(message, name, status))
+        return
+    _count(server, served, answering, found)
+    if body.details:
+        yield replies.event({**frame, **kind, "choices": [], "details": answering.details})
+    if body.stream_options is not None and body.stream_options.include_usage:
+        total = replies.usage(answering.prompt_tokens, found)
+        yield replies.event({**frame, **kind, "choices": [], "usage": total})
+    yield "data: [DONE]\n\n"
+
+
+def _conversation(
+    server: Server, served: Served, body: ChatRequest
+) -> tuple[str, list[int] | None]:
+    """Return a conversation as an input; the LM itself reads it in its own template, once.
+
+    A skill reads one input: the messages' texts, in order. With one message, exactly that.
+    """
+    text = "\n".join(message.text for message in body.messages)
+    lm = server.skills.lm
+    if served.folder is not None:
+        return text, None
+    if not lm.tokenizer.chat_template:
+        raise ShouldersError(f"{served.name} has no chat template; use /v1/completions")
+    turns = [{"role": m.role, "content": m.text} for m in body.messages]
+    marks = [f"\x00{i}\x00" for i in range(len(turns))]
+    framed = lm.tokenizer.apply_chat_template(
+        [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    # The frame's special tokens are special; what users write never is.
+    ids: list[int] = []
+    for mark, turn in zip(marks, turns, strict=True):
+        before, _, framed = framed.partition(mark)
+        ids += lm.tokenize([before], markup=True)[0] if before else []
+        ids += lm.tokenize([turn["content"]])[0] if turn["content"] else []
+    ids += lm.tokenize([framed], markup=True)[0] if framed else []
+    return text, ids
+
+
+def _count(
+    server: Server, served: Served, answering: Answering, found: Sequence[Completion]
+) -> None:
+    metrics, now = server.metrics, time.monotonic()
+    metrics.prompt_tokens.labels(served.name).inc(answering.prompt_tokens)
+    metrics.new_tokens.labels(served.name).inc(sum(len(c.token_ids) for c in found))
+    metrics.seconds.labels(served.name).observe(now - answering.started)
+    if answering.first is not None:
+        metrics.first_token.labels(served.name).observe(answering.first - answering.started)
+    metrics.requests.labels(served.name, "200").inc()
+
+
+def _model(server: Server, served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "shoulders",
+        "root": server.skills.names()[0],
+        "trained_parameters": served.skill.trained_parameters,
+    }
+
+
+def _managed(server: Server) -> None:
+    if server.skills.root is None or server.api_key is None:
+        raise HTTPException(
+            403, "skill management is off: start with --skill-root DIR and --api-key-file FILE"
+        )
+
+
+def _status(error: Exception) -> tuple[int, str]:
+    return next(
+        ((code, name) for kind, code, name in STATUS if isinstance(error, kind)),
+        (500, "internal_error"),
+    )
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """Word every error as OpenAI's clients read it, without paths or traces."""
+
+    def reply(code: int, name: str, message: str) -> JSONResponse:
+        headers = {"Retry-After": RETRY_AFTER} if code == 429 else None
+        return JSONResponse(replies.error_body(message, name, code), code, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        return reply(422, "invalid_request_error", f"{where}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return reply(error.status_code, "invalid_request_error", str(error.detail))
+
+    @app.exception_handler(ArtefactError)
+    async def damaged(_: Request, error: ArtefactError) -> JSONResponse:
+        LOG.warning("skill refused: %s", error)
+        return reply(400, "invalid_request_error", "the skill cannot be served: it is damaged, "
+                     "missing, or bound to another LM; the server's log says which")  # fmt: skip
+
+    @app.exception_handler(ShouldersError)
+    async def known(_: Request, error: ShouldersError) -> JSONResponse:
+        code, name = _status(error)
+        return reply(code, name, str(error))
+
+    @app.exception_handler(ValidationError)
+    async def unfit(_: Request, error: ValidationError) -> JSONResponse:
+        return reply(400, "invalid_request_error", error.errors()[0]["msg"])
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> JSONResponse:
+        LOG.exception("internal error", exc_info=error)
+        return reply(500, "internal_error", "internal error; the server's log says more")
+
+
+def _watch_requests(app: FastAPI) -> None:
+    """Give every request an id, cap its size, and log it as one line of JSON."""
+
+    @app.middleware("http")
+    async def watch(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        request.state.id = uuid.uuid4().hex
+        started = time.monotonic()
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            body = replies.error_body(f"a request may be {MAX_BODY} bytes", "too_large", 413)
+            return JSONResponse(body, 413)
+        response = await call_next(request)
+        response.headers["X-Request-Id"] = request.state.id
+        LOG.info(
+            json.dumps(
+                {
+                    "request": request.state.id,
+                    "method": request.method,
+                    "path": request.url.path,
+                    "status": response.status_code,
+                    "seconds": round(time.monotonic() - started, 4),
+                }
+            )
+        )
+        return response

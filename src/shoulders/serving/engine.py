@@ -1,0 +1,227 @@
+"""The engine: jobs in, pieces of text out; preparation beside decoding, workers side by side."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from shoulders.errors import ShouldersError
+from shoulders.lm.cache import Cache
+from shoulders.lm.combine import check_window
+from shoulders.lm.decode import Completion
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.prompt import Prompt
+from shoulders.lm.streams import MOST
+from shoulders.recursion.chain import Hop
+from shoulders.serving.job import Ask, Job, Plan, plan
+from shoulders.serving.worker import Entry, Worker
+from shoulders.skills.parts import written
+from shoulders.skills.skill import Skill
+
+
+class QueueFullError(ShouldersError):
+    """There are as many jobs as the engine takes at once; ask again later."""
+
+
+class EngineConfig(BaseModel):
+    """How much the engine does at once.
+
+    Attributes:
+        workers: threads that decode, each on its share of the processor; None: one for each of
+            the processor's, four at most.
+        max_rows: rows that one worker decodes together.
+        max_queue: jobs that run or wait; one more is refused.
+        cache_bytes: most memory for keys/values, of all workers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: int | None = Field(default=None, ge=1)
+    max_rows: int = Field(default=64, ge=1)
+    max_queue: int = Field(default=256, ge=1)
+    cache_bytes: int = Field(default=2 << 30, ge=1 << 20)
+
+
+class Engine:
+    """Answers jobs of any skills of one frozen LM, mixed in one batch.
+
+    Args:
+        lm: a Llama-style LM on a CPU (its layers fused, see `shoulders.lm.fused`).
+        config: how much at once.
+
+    Raises:
+        ShouldersError: the LM's layers are not fused.
+    """
+
+    def __init__(self, lm: FrozenLM, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        if lm.blocks is None:
+            raise ShouldersError(
+                f"{lm.name}: the local engine serves Llama-style LMs on CPUs; use --engine vllm"
+            )
+        self.lm, self._most = lm, config.max_queue
+        threads = torch.get_num_threads()
+        count = config.workers or min(threads, MOST)
+        self._workers = [
+            Worker(
+                lm,
+                i,
+                threads=max(1, threads // count),
+                cache_bytes=config.cache_bytes // count,
+                max_rows=config.max_rows,
+            )
+            for i in range(count)
+        ]
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._prefixes: dict[int, tuple[Skill, Prompt]] = {}
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._jobs = 0
+        for worker in self._workers:
+            worker.start()
+
+    # -- facts ---------------------------------------------------------------------------
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that run or wait."""
+        return self._jobs
+
+    @property
+    def running(self) -> int:
+        """Rows that are being decoded."""
+        return sum(worker.running for worker in self._workers)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens since the start."""
+        return sum(worker.tokens for worker in self._workers)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps since the start; `tokens / steps` is the mean fill of a batch."""
+        return sum(worker.steps for worker in self._workers)
+
+    # -- jobs ----------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Take a job; its events come from other threads, the last is a completion or an error.
+
+        Raises:
+            QueueFullError: there are as many jobs as the engine takes.
+        """
+        with self._lock:
+            if self._jobs >= self._most:
+                raise QueueFullError(f"{self._jobs} requests are waiting; try again later")
+            self._jobs += 1
+        self._preparing.submit(self._begin, job)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish what is running, then stop; tell whether all was finished in time."""
+        with self._idle:
+            finished = self._idle.wait_for(lambda: self._jobs == 0, timeout)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+        return finished
+
+    def forget(self, skill: Skill) -> None:
+        """Let go of what is kept for a skill that is no longer served."""
+        kept = {k: v for k, v in self._prefixes.items() if v[0].parts is not skill.parts}
+        self._prefixes = kept
+
+    def _begin(self, job: Job) -> None:
+        self._continue(job, plan(job), None)
+
+    def _continue(self, job: Job, stages: Plan, answers: list[list[Completion]] | None) -> None:
+        """Take a job to its next stage, or to its end."""
+        try:
+            if job.over:
+                raise ShouldersError("cancelled")
+            asks = stages.send(answers)  # type: ignore[arg-type]
+            entries = self._entries(job, asks, stages)
+        except StopIteration:
+            self._end()
+            return
+        except Exception as error:  # whoever waits for the job must hear of it
+            self._end()
+            job.on_event(error)
+            return
+        for entry in entries:
+            min(self._workers, key=lambda worker: worker.load).give(entry)
+
+    def _entries(self, job: Job, asks: Sequence[Ask], stages: Plan) -> list[Entry]:
+        """Prepare asks; when the last of them is answered the job goes on."""
+        answers: dict[int, list[Completion]] = {}
+        failed = threading.Event()
+        lock = threading.Lock()
+
+        def done(number: int, result: list[Completion] | Exception) -> None:
+            with lock:
+                if failed.is_set():
+                    return
+                if isinstance(result, Exception):
+                    failed.set()
+                else:
+                    answers[number] = result
+                    if len(answers) < len(asks):
+                        return
+            if isinstance(result, Exception):
+                self._end()
+                job.on_event(result)
+                return
+            every = [answers[i] for i in range(len(asks))]
+            self._preparing.submit(self._continue, job, stages, every)
+
+        entries = []
+        for number, ask in enumerate(asks):
+            skill = ask.skill
+            ids = ask.ids or skill.input_ids([ask.text])[0]
+            check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
+            hops = [
+                Hop(self._prompt(skill, i, ask.text), earlier.link)
+                for i, earlier in enumerate(skill.parts.earlier)
+            ]
+            prompt = self._prompt(skill, -1, ask.text)
+            if ask.shown:
+                job.prompt_tokens += len(ids)
+            entries.append(Entry(job, ask, ids, prompt, hops, functools.partial(done, number)))
+        return entries
+
+    def _prompt(self, skill: Skill, number: int, text: str) -> Prompt:
+        """Return a pass's prompt for a text; one that never changes is read once."""
+        producer = skill.parts.producer if number < 0 else skill.parts.earlier[number].producer
+        key = id(producer)
+        if producer is not None and key in self._prefixes:
+            return self._prefixes[key][1]
+        with torch.no_grad():
+            prompt = written(producer, [text], self.lm)
+            if prompt.shared:
+                prompt = as_prefix(self.lm, prompt)
+                self._prefixes[key] = (skill, prompt)
+        return prompt
+
+    def _end(self) -> None:
+        with self._idle:
+            self._jobs -= 1
+            self._idle.notify_all()
+
+
+@torch.no_grad()
+def as_prefix(lm: FrozenLM, prompt: Prompt) -> Prompt:
+    """Return the keys/values that an LM computes of a prompt of one row, as a prefix."""
+    assert lm.blocks is not None  # see `Engine`
+    length = int(prompt.lengths()[0])
+    cache = Cache.of(prompt, lm.blocks.cache_shape, max(1, length), lm.dtype)
+    vectors = prompt.vectors[0, prompt.vector_mask[0]]
+    if len(vectors):
+        lm.blocks.read(vectors.to(lm.dtype), [len(vectors)], cache)
+    # [layers, 2, 1, room, heads, e] -> [1, layers, 2, heads, room, e]
+    values = cache.values[:, :, 0, :length].transpose(2, 3)[None]
+    return Prompt.of_keys_values(values.clone())

@@ -1,0 +1,143 @@
+"""The skills that are served, by name: on one frozen LM, added and removed while it runs."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shoulders.encoders.load import load_encoder
+from shoulders.errors import ArtefactError, ShouldersError
+from shoulders.lm.frozen import FrozenLM
+from shoulders.reader.contexts import Contexts
+from shoulders.reader.engines.opening import open_passages
+from shoulders.skills.artefact import FILE, load_skill, read_artefact
+from shoulders.skills.config import SkillConfig, TextFormat
+from shoulders.skills.reader import Reader
+from shoulders.skills.reader_artefact import FILE as READER_FILE
+from shoulders.skills.reader_artefact import open_reranker, read_reader
+from shoulders.skills.skill import Skill
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
+
+
+class Served(NamedTuple):
+    """A skill by its name; `folder` is None for the LM itself."""
+
+    name: str
+    answers: Skill | Reader
+    folder: Path | None
+    created: int
+
+    @property
+    def skill(self) -> Skill:
+        """The skill, of a reader too."""
+        return self.answers.skill if isinstance(self.answers, Reader) else self.answers
+
+
+class UnknownSkillError(ShouldersError):
+    """No skill is served under that name."""
+
+
+class SkillSet:
+    """Skills around one LM; the LM's own name stands for none.
+
+    Args:
+        lm: what all of them share.
+        index: what readers search; None serves no readers.
+        root: the only folder from which skills may be loaded by request; None allows none.
+    """
+
+    def __init__(self, lm: FrozenLM, *, index: str | None = None, root: Path | None = None) -> None:
+        self.lm, self.root = lm, root
+        self._index = index
+        self._encoder = functools.cache(load_encoder)
+        self._lock = threading.Lock()
+        plain = SkillConfig(format=TextFormat(separator="", answer_prefix=""))
+        # A folder's path is nobody's business but the server's.
+        name = Path(lm.name).name if Path(lm.name).exists() else lm.name
+        self._served = {name: Served(name, Skill(lm, plain), None, 0)}
+
+    def names(self) -> list[str]:
+        """Return every name, the LM's first."""
+        return list(self._served)
+
+    def every(self) -> list[Served]:
+        """Return everything that is served, the LM first."""
+        return list(self._served.values())
+
+    def get(self, name: str) -> Served:
+        """Return what is served under a name; raises `UnknownSkillError`."""
+        found = self._served.get(name)
+        if found is None:
+            raise UnknownSkillError(
+                f"model '{name[:100]}' is not served; there are {', '.join(self.names())}"
+            )
+        return found
+
+    def load(self, name: str, folder: Path) -> Served:
+        """Load a skill folder under a name.
+
+        Raises:
+            ShouldersError: the name is taken, or none.
+            ArtefactError: the folder is damaged, or bound to another LM.
+        """
+        if not _NAME.fullmatch(name):
+            raise ShouldersError(
+                f"'{name[:100]}' is no name for a skill: use letters, digits and . _ - /"
+            )
+        with self._lock:
+            if name in self._served:
+                raise ShouldersError(f"a skill named '{name}' is served already")
+            artefact = read_artefact(folder)
+            skill, _ = load_skill(folder, self.lm, self._encoder)
+            answers: Skill | Reader = skill
+            if (folder / READER_FILE).is_file():
+                answers = self._reader(folder, skill)
+            made = str(artefact.provenance.get("created", ""))
+            served = Served(name, answers, folder, _timestamp(made))
+            self._served = {**self._served, name: served}
+        return served
+
+    def load_inside(self, name: str, path: str) -> Served:
+        """Load a folder inside `root`, given relative to it; raises as `load` does."""
+        if self.root is None:
+            raise ShouldersError("loading skills by request is off: start with --skill-root")
+        folder = (self.root / path).resolve()
+        if not folder.is_relative_to(self.root.resolve()) or not (folder / FILE).is_file():
+            raise ArtefactError(f"'{path[:200]}' is no skill inside the server's skill folder")
+        return self.load(name, folder)
+
+    def unload(self, name: str) -> Served:
+        """Stop serving a skill; what is being answered is finished. The LM itself stays."""
+        with self._lock:
+            found = self.get(name)
+            if found.folder is None:
+                raise ShouldersError("the LM itself cannot be unloaded")
+            self._served = {k: v for k, v in self._served.items() if k != name}
+        return found
+
+    def _reader(self, folder: Path, skill: Skill) -> Reader:
+        if self._index is None:
+            raise ShouldersError(f"{folder.name} is a reader: start with --index")
+        artefact: Any = read_reader(folder)
+        passages = open_passages(self._index)
+        retriever = passages.retriever(artefact.search.retriever)
+        contexts = Contexts(retriever, passages, open_reranker(folder), artefact.search.k)
+        return Reader(skill, contexts, artefact.reading)
+
+
+def skill_folders(folder: Path) -> dict[str, Path]:
+    """Return the skills in a folder of skill folders, by name."""
+    return {f.parent.name: f.parent for f in sorted(folder.glob(f"*/{FILE}"))}
+
+
+def _timestamp(created: str) -> int:
+    from datetime import datetime
+
+    try:
+        return int(datetime.fromisoformat(created).timestamp())
+    except ValueError:
+        return 0

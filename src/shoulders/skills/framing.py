@@ -1,0 +1,100 @@
+"""Texts into tokens: what stands before and after an input, and how an answer begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from shoulders.errors import LMError, WindowError
+from shoulders.lm.decode import Delta
+from shoulders.lm.frozen import FrozenLM
+from shoulders.skills.config import TextFormat
+
+
+class Framing:
+    """A text format on one LM.
+
+    Args:
+        lm: whose tokens are written.
+        form: the format.
+        prompt_length: window positions that a skill's prompt takes.
+    """
+
+    def __init__(self, lm: FrozenLM, form: TextFormat, prompt_length: int) -> None:
+        self._lm, self._form, self._prompt_length = lm, form, prompt_length
+
+    def input_ids(self, texts: Sequence[str], answer_room: int = 1) -> list[list[int]]:
+        """Return each text's token ids with the separator, as they stand before the answer.
+
+        Raises `WindowError`, naming the row, for a text that with the prompt and
+        `answer_room` positions does not fit, unless the format says what to keep of it.
+        """
+        head, tail = self._frame()
+        limit = self.input_room(answer_room)
+        rows = []
+        for i, ids in enumerate(self._lm.tokenize(texts)):
+            if len(ids) > limit and self._form.keep is None:
+                raise WindowError(
+                    f"row {i + 1} ('{texts[i][:40]}...'): {len(ids)} tokens, {max(limit, 0)} fit "
+                    f"(window {self._lm.max_positions}, prompt {self._prompt_length}, "
+                    f"answer {answer_room}); "
+                    "shorten it, or allow truncation with keep: start or keep: end"
+                )
+            if limit < 1:
+                raise WindowError(f"no room for any input: the window has {self._lm.max_positions}")
+            cut = ids[:limit] if self._form.keep == "start" else ids[-limit:]
+            if not cut + tail:
+                raise WindowError(f"row {i + 1}: its input has no tokens")
+            rows.append(head + cut + tail)
+        return rows
+
+    def input_room(self, answer_room: int = 1) -> int:
+        """Return how many tokens of input fit beside prompt, separator and so long an answer."""
+        head, tail = self._frame()
+        taken = self._prompt_length + len(head) + len(tail) + answer_room
+        room = self._lm.max_positions - taken
+        return min(room, self._form.max_input_tokens or room)
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Return each answer's token ids, with the LM's end token."""
+        ids = self._lm.tokenize([self._form.answer_prefix + a for a in answers])
+        return [[*row, self._lm.end_ids[0]] for row in ids]
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Return the tokens before and after every input."""
+        lm, form = self._lm, self._form
+        if not form.chat:
+            tail = lm.tokenize([form.separator], markup=True)[0] if form.separator else []
+            return [], tail
+        if not lm.tokenizer.chat_template:
+            raise LMError(f"{lm.name} has no chat template; set format.chat to false")
+        mark = "\x00"  # stands where the input goes; no template contains it
+        turn = [{"role": "user", "content": mark}]
+        framed = lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        head, _, tail = framed.partition(mark)
+        before, after = lm.tokenize([head, tail], markup=True)
+        return before, after
+
+
+class Unprefixed:
+    """Takes the answer prefix, which is not part of an answer, off streamed pieces of text."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._held: dict[tuple[int, int], str] = {}
+        self._begun: set[tuple[int, int]] = set()
+
+    def __call__(self, delta: Delta) -> Delta | None:
+        """Return a piece without the prefix; None while it may still become one."""
+        key, text = (delta.row, delta.sample), delta.text
+        if key not in self._begun:
+            text = self._held.pop(key, "") + text
+            short = delta.completion is None and len(text) < len(self._prefix)
+            if short and self._prefix.startswith(text):
+                self._held[key] = text
+                return None
+            self._begun.add(key)
+            text = text.removeprefix(self._prefix)
+        if delta.completion is not None:
+            delta.completion.text = delta.completion.text.removeprefix(self._prefix)
+        return replace(delta, text=text)

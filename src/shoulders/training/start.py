@@ -1,0 +1,101 @@
+"""Where trained parts begin: at those of other skills, trained before or by the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shoulders.errors import RecipeError
+from shoulders.lm.frozen import FrozenLM
+from shoulders.skills.artefact import FILE, TENSORS, read_artefact
+from shoulders.skills.skill import Skill
+from shoulders.training.recipe import Recipe, read_recipe
+
+FOLDER = "parts"  # of an output folder: what its own recipes train
+Run = Callable[[Recipe, Path], object]
+
+
+def trained_parts(
+    start: Mapping[str, str], out: Path, run: Run, console: Console | None
+) -> dict[str, Path]:
+    """Return the skill folder of every part that starts elsewhere, after training what is a recipe.
+
+    A recipe is trained into `out/parts/NAME`; several parts may come from the same one.
+
+    Args:
+        start: part (`passes.0.link`) to skill folder or recipe.
+        out: the run's folder.
+        run: trains a recipe into a folder, or goes on with it.
+        console: says what is trained.
+    """
+    folders: dict[str, Path] = {}
+    for part, name in start.items():
+        source = Path(name)
+        if source.suffix not in (".yaml", ".yml"):
+            folders[part] = source
+            continue
+        folder = out / FOLDER / source.stem
+        if not (folder / FILE).is_file():
+            if console is not None:
+                console.print(f"{part} starts from {source.name}: training it first")
+            run(read_recipe(source), folder)
+        folders[part] = folder
+    return folders
+
+
+def begin_at(skill: Skill, parts: Mapping[str, Path], lm: FrozenLM) -> None:
+    """Load trained parts of other skills into those of a new one.
+
+    Raises:
+        RecipeError: no such part, another skill of it, another shape.
+        ArtefactError: the folder is damaged.
+    """
+    for part, folder in parts.items():
+        artefact = read_artefact(folder)
+        if artefact.lm.fingerprint != lm.fingerprint:
+            raise RecipeError(
+                f"start.{part}: {folder} was trained on '{artefact.lm.name}' "
+                f"({artefact.lm.fingerprint}), not on '{lm.name}' ({lm.fingerprint})"
+            )
+        found = part_of(folder, part.rpartition(".")[2])
+        own: dict[str, Tensor] = {}
+        for network in skill.networks():
+            state = network.state_dict()
+            own |= {n: v for n, v in state.items() if n.startswith(f"{part}.")}
+            if len(skill.config.passes) == 1 and part == "passes.0.prompt":
+                own = {f"{part}.{n}": v for n, v in state.items()}
+        if not own:
+            raise RecipeError(f"start.{part}: the skill has no such part")
+        wanted = {n.removeprefix(f"{part}."): v for n, v in own.items()}
+        shapes = {n: tuple(v.shape) for n, v in wanted.items()}
+        theirs = {n: tuple(v.shape) for n, v in found.items()}
+        if shapes != theirs:
+            name = next(n for n in {**shapes, **theirs} if shapes.get(n) != theirs.get(n))
+            raise RecipeError(
+                f"start.{part}: {folder} holds another kind of part: its '{name}' is "
+                f"{theirs.get(name, 'missing')}, here it is {shapes.get(name, 'missing')}"
+            )
+        with torch.no_grad():
+            for name, value in wanted.items():  # views of the networks' own tensors
+                value.copy_(found[name])
+
+
+def part_of(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Return the tensors of a saved skill's only `prompt` or `link`, without its name.
+
+    Raises `RecipeError` where there is none, or more than one.
+    """
+    tensors = load_file(folder / TENSORS)
+    passes = read_artefact(folder).skill.passes
+    if kind == "prompt" and len(passes) == 1:
+        return tensors
+    having = {n.split(".")[1] for n in tensors if n.startswith("passes.") and f".{kind}." in n}
+    if len(having) != 1:
+        raise RecipeError(f"{folder}: has {len(having)} parts of the kind '{kind}', not one")
+    prefix = f"passes.{having.pop()}.{kind}."
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}

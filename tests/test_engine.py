@@ -1,0 +1,278 @@
+"""The engine: skills of every kind in one batch answer as they do alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoulders.encoders.load import load_encoder
+from shoulders.errors import ShouldersError
+from shoulders.lm.decode import Completion, DecodingConfig, Delta
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.load import load_lm
+from shoulders.serving import worker as worker_module
+from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
+from shoulders.serving.job import Event, Job
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.skill import Skill
+from tiny_models import save_tiny_encoder, save_tiny_lm
+
+TEXTS = [
+    "the capital of france",
+    "two",
+    "write the number three as a word please",
+    "answer the question with a short answer please and write it as a word or a number " * 3,
+]
+LINK = {"heads": 2, "skip": False}
+PROPOSE = {"n": 3, "temperature": 1.5, "max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> FrozenLM:
+    found: FrozenLM = load_lm(str(save_tiny_lm(folder / "lm")), dtype="float32")
+    return found
+
+
+@pytest.fixture(scope="module")
+def skills(folder: Path, lm: FrozenLM) -> dict[str, Skill]:
+    encoder = str(save_tiny_encoder(folder / "encoder"))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SHOULDERS_CACHE", str(folder / "cache"))
+    generator = {"encoder": encoder, "width": 16, "heads": 2, "layers": 1}
+    idpt = {"kind": "idpt", "length": 3, "generator": generator}
+    idpt_kv = {"kind": "idpt_kv", "length": 2, "generator": generator}
+    static = {"kind": "static", "length": 4}
+    chains: dict[str, list[dict[str, Any]]] = {
+        "base": [{}],
+        "static": [{"prompt": static}],
+        "idpt": [{"prompt": idpt}],
+        "static_kv": [{"prompt": {"kind": "static_kv", "length": 3}}],
+        "idpt_kv": [{"prompt": idpt_kv}],
+        "neural": [{"prompt": static, "link": LINK}, {"prompt": idpt_kv}],
+        "three passes": [{"link": LINK}, {"link": "same"}, {"prompt": static}],
+        "textual": [{"prompt": static, "propose": PROPOSE}, {"prompt": idpt}],
+        "rounds": [
+            {"prompt": static, "propose": {**PROPOSE, "rounds": 2, "subset": 2}},
+            {"prompt": idpt},
+        ],
+        "majority": [{"propose": {**PROPOSE, "chooser": "majority"}}, {}],
+    }
+    random = torch.Generator().manual_seed(0)
+    found = {}
+    for name, passes in chains.items():
+        config = SkillConfig.model_validate({"passes": passes})
+        found[name] = skill = Skill.create(lm, config, load_encoder, random)
+        for network in skill.networks():
+            network.train(False)
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=random)
+    yield found
+    patch.undo()
+
+
+@pytest.fixture
+def engine(lm: FrozenLM) -> Iterator[Engine]:
+    engine = Engine(lm, EngineConfig(workers=2, max_rows=8))
+    yield engine
+    engine.close(30)
+
+
+class Answers:
+    """Collects the events of one job."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.over = threading.Event()
+        self.wanted = 1
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Exception) or len(self.completions) == self.wanted:
+            self.over.set()
+
+    @property
+    def completions(self) -> list[Completion]:
+        ended = [e for e in self.events if isinstance(e, Delta) and e.completion]
+        return [e.completion for e in sorted(ended, key=lambda e: e.sample) if e.completion]
+
+    @property
+    def error(self) -> Exception | None:
+        return next((e for e in self.events if isinstance(e, Exception)), None)
+
+    def text(self, sample: int = 0) -> str:
+        mine = [e for e in self.events if isinstance(e, Delta) and e.sample == sample]
+        return "".join(e.text for e in mine)
+
+
+def ask(engine: Engine, skill: Skill, text: str, **decoding: Any) -> tuple[Job, Answers]:
+    answers = Answers()
+    answers.wanted = decoding.get("n", 1)
+    job = Job("s", skill, text, DecodingConfig(**decoding), answers)
+    engine.submit(job)
+    return job, answers
+
+
+def test_every_kind_under_load_answers_as_alone(
+    engine: Engine, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy, token for token; inputs are read in pieces, rows join and leave at all times."""
+    monkeypatch.setattr(worker_module, "PIECE", 16)
+    given = []
+    for i, text in enumerate(TEXTS * 2):
+        for name, skill in skills.items():
+            length = 3 + (5 * i + len(name)) % 9
+            given.append((name, text, length, ask(engine, skill, text, max_new_tokens=length)))
+    for name, text, length, (job, answers) in given:
+        assert answers.over.wait(60), name
+        assert answers.error is None, (name, answers.error)
+        decoding = DecodingConfig(max_new_tokens=length)
+        (alone,) = skills[name].generate([text], decoding)[0]
+        assert answers.completions[0].text == alone.text, name
+        assert answers.completions[0].token_ids == alone.token_ids, name
+        assert answers.text() == alone.text, "its pieces are the whole"
+        assert job.prompt_tokens > 0 or name == "majority"
+    assert engine.jobs == 0
+    assert engine.running == 0
+    assert engine.tokens > engine.steps, "no two rows ever shared a step"
+
+
+@pytest.mark.parametrize("name", ["static", "idpt_kv", "neural", "three passes", "textual"])
+def test_samples_share_what_was_read(engine: Engine, skills: dict[str, Skill], name: str) -> None:
+    decoding = {"n": 3, "temperature": 1.3, "seed": 5, "max_new_tokens": 8}
+    others = [ask(engine, skills["idpt"], text, max_new_tokens=9) for text in TEXTS]
+    _, answers = ask(engine, skills[name], TEXTS[0], **decoding)
+    assert answers.over.wait(30)
+    assert answers.error is None
+    (alone,) = skills[name].generate([TEXTS[0]], DecodingConfig(**decoding))
+    assert [c.token_ids for c in answers.completions] == [c.token_ids for c in alone]
+    for sample, completion in enumerate(alone):
+        assert answers.text(sample) == completion.text
+    assert all(other.over.wait(30) for _, other in others)
+
+
+def test_alternatives_to_every_token(engine: Engine, skills: dict[str, Skill]) -> None:
+    _, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=4, top_logprobs=2)
+    assert answers.over.wait(30)
+    (found,) = answers.completions
+    assert len(found.top) == len(found.logprobs) == len(found.token_ids)
+    assert sum(found.logprobs) == pytest.approx(found.logprob)
+    for token, logprob, top in zip(found.token_ids, found.logprobs, found.top, strict=True):
+        assert top[0] == (token, pytest.approx(logprob)), "greedy takes the likeliest"
+        assert top[0][1] >= top[1][1]
+
+
+def test_stop_strings_and_lengths_differ_by_row(engine: Engine, skills: dict[str, Skill]) -> None:
+    skill = skills["static"]
+    (whole,) = skill.generate([TEXTS[0]], DecodingConfig(max_new_tokens=12))[0]
+    stop = whole.text[3:5]
+    both = [
+        ask(engine, skill, TEXTS[0], max_new_tokens=12, stop=(stop,)),
+        ask(engine, skill, TEXTS[0], max_new_tokens=12),
+        ask(engine, skill, TEXTS[0], max_new_tokens=12, min_new_tokens=12),
+    ]
+    assert all(answers.over.wait(30) for _, answers in both)
+    texts = [answers.completions[0].text for _, answers in both]
+    assert texts[0] == whole.text[: whole.text.find(stop)]
+    assert texts[1] == whole.text
+    assert len(both[2][1].completions[0].token_ids) == 12
+
+
+def test_a_cancelled_job_leaves_the_others_alone(engine: Engine, skills: dict[str, Skill]) -> None:
+    job, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=90, min_new_tokens=90)
+    _, other = ask(engine, skills["static"], TEXTS[1], max_new_tokens=20, min_new_tokens=20)
+    job.cancelled.set()
+    assert answers.over.wait(30)
+    assert isinstance(answers.error, ShouldersError)
+    assert other.over.wait(30)
+    (alone,) = skills["static"].generate(
+        [TEXTS[1]], DecodingConfig(max_new_tokens=20, min_new_tokens=20)
+    )[0]
+    assert other.completions[0].token_ids == alone.token_ids
+
+
+def test_a_deadline_ends_a_job(engine: Engine, skills: dict[str, Skill]) -> None:
+    answers = Answers()
+    job = Job("s", skills["base"], TEXTS[0], DecodingConfig(), answers, time.monotonic() - 1)
+    engine.submit(job)
+    assert answers.over.wait(30)
+    assert "cancelled" in str(answers.error)
+    assert engine.close(10)
+
+
+def test_a_full_queue_refuses(lm: FrozenLM, skills: dict[str, Skill]) -> None:
+    engine = Engine(lm, EngineConfig(workers=1, max_queue=2))
+    first = [ask(engine, skills["base"], text, max_new_tokens=30) for text in TEXTS[:2]]
+    with pytest.raises(QueueFullError, match="2 requests"):
+        ask(engine, skills["base"], TEXTS[0])
+    assert all(answers.over.wait(30) for _, answers in first)
+    deadline = time.monotonic() + 10
+    while engine.jobs and time.monotonic() < deadline:
+        time.sleep(0.01)
+    _, again = ask(engine, skills["base"], TEXTS[0], max_new_tokens=2)
+    assert again.over.wait(30)
+    assert engine.close(10)
+
+
+def test_what_cannot_be_read_is_said_and_harms_nobody(
+    engine: Engine, skills: dict[str, Skill]
+) -> None:
+    _, good = ask(engine, skills["static"], TEXTS[0], max_new_tokens=5)
+    _, bad = ask(engine, skills["static"], "word " * 500, max_new_tokens=5)
+    assert good.over.wait(30)
+    assert bad.over.wait(30)
+    assert good.error is None
+    assert "tokens" in str(bad.error)
+
+
+def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Skill]) -> None:
+    """With room for two rows or so, the others wait; one that never fits is refused."""
+    engine = Engine(lm, EngineConfig(workers=1, cache_bytes=1 << 20))
+    (worker,) = engine._workers
+    worker._bytes = worker._pool(-1).position_bytes * 64 * 2
+    several = [ask(engine, skills["base"], text, max_new_tokens=12) for text in TEXTS[:3] * 3]
+    most = 0
+    while not all(answers.over.is_set() for _, answers in several):
+        most = max(most, worker.running)
+        time.sleep(0.001)
+    assert all(answers.error is None for _, answers in several)
+    assert most <= 2
+    _, never = ask(engine, skills["base"], TEXTS[0], max_new_tokens=120)
+    assert never.over.wait(30)
+    assert "memory" in str(never.error)
+    assert worker._pool(-1).room == 0, "memory is let go when nobody is there"
+    assert engine.close(10)
+
+
+def test_a_defect_in_a_step_is_told_to_whoever_waits(
+    engine: Engine, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_module, "choose", broken)
+        _, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=5)
+        assert answers.over.wait(30)
+        assert "out of luck" in str(answers.error)
+    _, after = ask(engine, skills["static"], TEXTS[0], max_new_tokens=5)
+    assert after.over.wait(30)
+    assert after.error is None
+
+
+def test_other_lms_are_refused(folder: Path, lm: FrozenLM) -> None:
+    other = load_lm(lm.name, dtype="float32")
+    other.blocks = None
+    with pytest.raises(ShouldersError, match="Llama-style LMs on CPUs"):
+        Engine(other)
