@@ -454,3 +454,24 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, options: list[str], me
     )
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_two_thousand_generated_requests(server: Started) -> None:
+    """Whatever the description allows, and what it does not: no 5xx, no hang, and it still answers.
+
+    504 is an answer: generated requests ask for deadlines of microseconds.
+    """
+    command = [
+        str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json",
+        "--header", f"Authorization: Bearer {KEY}", "--phases", "fuzzing",
+        "--max-examples", "220", "--checks", "not_a_server_error", "--request-timeout", "60",
+        "--seed", "1", "--no-color", "--suppress-health-check", "all",
+    ]  # fmt: skip
+    before = server.text().count('"request"')
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    lines = [json.loads(ln) for ln in server.text().splitlines() if ln.startswith('{"request"')]
+    codes = {line["status"] for line in lines[before:]}
+    assert not {c for c in codes if c >= 500} - {504}, done.stdout[-3000:]
+    assert len(lines) - before >= 2000
+    assert done.returncode == 0 or 504 in codes, done.stdout[-3000:]
+    assert server.get("/ready")["status"] == "ready"
