@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/recursion_cost.py
 
-Untrained networks (cost does not depend on values), the embedded LM, rows of the 24-task suite; runs
-by turns in one process, medians. The Connector starts at nothing, so that both generate the same.
+Untrained networks (cost does not depend on values), the embedded LM, rows of the 24-task suite;
+runs by turns in one process, medians. The Connector starts at nothing: both generate the same.
 """
 
 from __future__ import annotations

@@ -319,6 +319,13 @@ def test_malformed_and_huge_bodies(server: Started) -> None:
     assert (code, "1048576 bytes" in message) == (413, True)
 
 
+def test_a_body_of_unknown_length_is_refused(server: Started) -> None:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+        assert b" 411 " in connection.recv(100)
+
+
 def test_an_error_in_a_stream_is_an_event(server: Started) -> None:
     body = {"model": "static", "prompt": "word " * 400, "stream": True}
     text = server.get("/v1/completions", body=body)

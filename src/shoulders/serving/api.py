@@ -330,8 +330,11 @@ def _watch_requests(app: FastAPI) -> None:
     ) -> Response:
         request.state.id = uuid.uuid4().hex
         started = time.monotonic()
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > MAX_BODY:
+        length = request.headers.get("content-length")
+        if length is None and "transfer-encoding" in request.headers:
+            body = replies.error_body("send a Content-Length", "length_required", 411)
+            return JSONResponse(body, 411)
+        if length is not None and (not length.isdigit() or int(length) > MAX_BODY):
             body = replies.error_body(f"a request may be {MAX_BODY} bytes", "too_large", 413)
             return JSONResponse(body, 413)
         response = await call_next(request)
