@@ -22,10 +22,13 @@ from rich.console import Console
 
 from shoulders.cli.common import BASE
 from shoulders.cli.readers import ZERO_SHOT, open_reader
+from shoulders.evaluation.metrics import exact_match, normalize_squad
 from shoulders.evaluation.report_card import report_card
 from shoulders.files import write_json
+from shoulders.reader.answers import has_answer
+from shoulders.reader.calibration import Reliability, plot_reliability, reliability
 from shoulders.reader.questions import Question, read_questions
-from shoulders.skills.reader import Reader
+from shoulders.skills.reader import Answer, Reader
 from shoulders.training.monitor import quiet_progress
 from shoulders.training.run import machine
 
@@ -94,6 +97,10 @@ def main() -> None:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+    drawn = next((r["reliability"] for r in results if r.get("reliability")), None)
+    if drawn:
+        curves = {name: Reliability.model_validate(curve) for name, curve in drawn.items()}
+        plot_reliability(curves, options.out.with_name(f"{options.out.stem}_reliability.png"))
     print(_markdown(results))
 
 
@@ -127,9 +134,25 @@ def _scored(
             card = report_card(reader, questions, on_search=advance, on_read=advance)
         trained = reader.skill.trained_parameters
         values = {"reader": name, "window": window, "trained_parameters": trained}
-        write_json(file, {**values, **card.as_dict()})
+        curves = believable(questions, card.answers) if reader.config.confidence else {}
+        kept = {key: curve.model_dump() for key, curve in curves.items()}
+        write_json(file, {**values, **card.as_dict(), "reliability": kept})
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return result
+
+
+def believable(questions: list[Question], answers: list[Answer]) -> dict[str, Reliability]:
+    """Return how far a reader's probabilities can be believed: its re-ranker's, and its answers'."""
+    curves = {}
+    found = [(p, s, q) for q, a in zip(questions, answers, strict=True)
+             for p, s in zip(a.ranked.passages, a.ranked.scores, strict=True)]  # fmt: skip
+    if all(0 <= score <= 1 for _, score, _ in found):
+        holds = [has_answer(passage.text, q.answers) for passage, _, q in found]
+        curves["a passage holds the answer"] = reliability([s for _, s, _ in found], holds)
+    right = [exact_match(a.text, q.answers, normalize_squad) == 1
+             for q, a in zip(questions, answers, strict=True)]  # fmt: skip
+    curves["the answer is right"] = reliability([a.confidence or 0.0 for a in answers], right)
+    return curves
 
 
 def _markdown(results: list[dict[str, Any]]) -> str:
