@@ -142,7 +142,7 @@ def _scored(
 
 
 def believable(questions: list[Question], answers: list[Answer]) -> dict[str, Reliability]:
-    """Return how far a reader's probabilities can be believed: its re-ranker's, and its answers'."""
+    """Return how far a reader's probabilities hold: its re-ranker's, and its answers'."""
     curves = {}
     found = [(p, s, q) for q, a in zip(questions, answers, strict=True)
              for p, s in zip(a.ranked.passages, a.ranked.scores, strict=True)]  # fmt: skip

@@ -11,6 +11,10 @@ from shoulders.recursion.candidates import ProposeConfig
 from shoulders.recursion.connector import ConnectorConfig
 from shoulders.recursion.latent import LatentConfig
 
+# Rows that are computed together: enough to keep two cores or a GPU busy, small in memory.
+BATCH_TOKENS = 2048
+BATCH_ROWS = 64
+
 
 class TextFormat(BaseModel):
     """How a row becomes tokens: `input + separator`, then `answer_prefix + answer + end`.

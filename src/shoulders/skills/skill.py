@@ -14,19 +14,17 @@ from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, str
 from shoulders.lm.decoder import Source
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
-from shoulders.lm.score import Score, score, score_whole
+from shoulders.lm.score import Score
 from shoulders.lm.streams import Streams
 from shoulders.prompts.interface import Producer
 from shoulders.recursion.candidates import Candidate, chosen
 from shoulders.recursion.chain import FirstStates, Hop, Hops, embeddings
-from shoulders.skills.config import SkillConfig, TextFormat
+from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS, SkillConfig, TextFormat
 from shoulders.skills.framing import Framing, Unprefixed
 from shoulders.skills.parts import Parts, build_parts, encoders_of, written
 from shoulders.skills.proposals import Proposals, Proposed
+from shoulders.skills.scoring import scored
 
-# Rows that are computed together: enough to keep two cores or a GPU busy, small in memory.
-BATCH_TOKENS = 2048
-BATCH_ROWS = 64
 NO_PARTS = Parts((), None, None)
 
 
@@ -279,7 +277,6 @@ class Skill:
         unprefixed = Unprefixed(self.config.format.answer_prefix)
         return (found for delta in deltas if (found := unprefixed(delta)) is not None)
 
-    @torch.no_grad()
     def score(
         self,
         texts: Sequence[str],
@@ -288,47 +285,10 @@ class Skill:
         on_rows: Callable[[int], None] | None = None,
     ) -> list[list[Score]]:
         """Return the log-likelihood of each text's candidate answers, end token included."""
-        candidates = [self.answer_ids(several) for several in answers]
-        longest = max((len(c) for row in candidates for c in row), default=1)
         if self.proposals is not None:
-            read = [p.text for p in self.proposed(texts, longest)]
-            return self.last.score(read, answers, on_rows=on_rows)
-        ids = self.input_ids(texts, answer_room=longest)
-        results: list[list[Score]] = [[] for _ in texts]
-        width = max((len(row) for row in candidates), default=1)
-        lengths = [len(i) for i in ids]
-        for rows in length_grouped(lengths, BATCH_TOKENS, max(1, BATCH_ROWS // width)):
-            own = [texts[i] for i in rows]
-            asked, wanted = [ids[i] for i in rows], [candidates[i] for i in rows]
-            if self.parts.earlier:
-                scored = self._score_whole(own, asked, wanted)
-            else:
-                scored = score(self.lm, self.prompt(own), asked, wanted)
-            for row, several in zip(rows, scored, strict=True):
-                results[row] = several
-            if on_rows is not None:
-                on_rows(len(rows))
-        return results
-
-    def _score_whole(
-        self,
-        texts: Sequence[str],
-        ids: Sequence[list[int]],
-        candidates: Sequence[Sequence[list[int]]],
-    ) -> list[list[Score]]:
-        """Score as `score` does, each candidate with all passes over the whole row."""
-        owner = [row for row, several in enumerate(candidates) for _ in several]
-        flat = [own for several in candidates for own in several]
-        rows = [ids[row] for row in owner]
-        repeated = [texts[row] for row in owner]
-        read = [i + c[:-1] for i, c in zip(rows, flat, strict=True)]
-        embedded = self.embedded(repeated, read)
-        assert embedded is not None  # there are earlier passes
-        found = score_whole(self.lm, self.prompt(repeated), embedded, rows, flat)
-        results: list[list[Score]] = [[] for _ in texts]
-        for row, one in zip(owner, found, strict=True):
-            results[row].append(one)
-        return results
+            longest = max((len(c) for own in answers for c in self.answer_ids(own)), default=1)
+            texts = [found.text for found in self.proposed(texts, longest)]
+        return scored(self, texts, answers, on_rows)
 
     def stripped(self, completion: Completion) -> Completion:
         """Take the answer prefix, which is not part of the answer, off a completion's text."""

@@ -14,7 +14,8 @@ import torch
 from shoulders.data.batching import length_grouped
 from shoulders.errors import DataError
 from shoulders.lm.frozen import FrozenLM
-from shoulders.skills.skill import BATCH_ROWS, BATCH_TOKENS, Skill
+from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS
+from shoulders.skills.skill import Skill
 from shoulders.training.objective import Example
 from shoulders.training.step import losses_of
 

@@ -12,7 +12,8 @@ from shoulders.data.batching import length_grouped
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
 from shoulders.evaluation.evaluate import evaluate
-from shoulders.skills.skill import BATCH_ROWS, BATCH_TOKENS, Skill
+from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS
+from shoulders.skills.skill import Skill
 from shoulders.training.objective import Example
 from shoulders.training.step import losses_of
 
