@@ -287,9 +287,9 @@ def test_by_the_command_line(
         return int(stopped.value.code or 0), *capfd.readouterr()
 
     where, dumped = tmp_path / "lance", tmp_path / "answer.json"
-    code, out, err = shoulders("load", made[0], "--into", where)
+    code, out, err = shoulders("index", made[0], "--into", where)
     assert (code, out) == (0, f"1,500 passages in {where}\n"), err
-    assert shoulders("load", made[0], "--into", where)[0] == 2
+    assert shoulders("index", made[0], "--into", where)[0] == 2
     lm = save_tiny_lm(tmp_path / "lm")
     asked = shoulders(
         *("ask", "rare7?", "--index", where, "--lm", lm, "--window", 40, "--json", dumped)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoulders import __version__
-from shoulders.cli import ask, bench, demo, evaluate, generate, index, info, load, serve, train
+from shoulders.cli import ask, bench, demo, evaluate, generate, index, info, serve, train
 from shoulders.cli.common import quiet_imports
 from shoulders.errors import InterruptedTraining, ShouldersError
 
@@ -31,7 +31,6 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("index")(index.index)
-app.command("load")(load.load)
 app.command("info")(info.info)
 app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)

@@ -19,13 +19,20 @@ from shoulders.files import check_writable
 if TYPE_CHECKING:
     from shoulders.reader.index.build import Choices
     from shoulders.reader.index.manifest import Manifest
+    from shoulders.reader.index.plan import DenseChoice
 
 
 def index(
-    out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the index.")] = None,
     source: Annotated[
         Path | None,
         typer.Argument(help="DPR's .tsv, a BEIR or passage .jsonl, or a folder of documents."),
+    ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --out: LanceDB, by folder or URI (s3://, gs://, az://, db://)."
+        ),
     ] = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Also vectors of the passages, by a frozen encoder.")
@@ -71,7 +78,8 @@ def index(
     if pooling not in (None, "mean", "cls"):
         raise ShouldersError(f"--pooling {pooling}: use mean or cls")
     chosen = None
-    if dense or approximate or encoder or question_encoder:
+    # An index that is loaded elsewhere brings its own vectors.
+    if dense or encoder or question_encoder or (approximate and into is None):
         quiet_libraries()
         passage = encoder or "embedded"
         chosen = DenseChoice(
@@ -79,6 +87,13 @@ def index(
             passage=passage,
             pooling=pooling,  # type: ignore[arg-type]
         )
+    if into is not None:
+        if out or resume or add or delete or batch:
+            raise ShouldersError("--into stands for --out; it loads a SOURCE whole, from the start")
+        _load(source, into, chosen, approximate=approximate, words=words, json=json)
+        return
+    if out is None:
+        raise ShouldersError("where to? give --out DIR (or --into, for LanceDB)")
     sizes = Sizes(batch=batch, window=min(batch, 2048)) if batch else Sizes()
     choices = Choices(chosen, approximate, words, sizes)
     do = _chosen(source, out, choices, resume=resume, add=add, delete=delete or [])
@@ -93,6 +108,26 @@ def index(
     }
     emit_json(json, facts)
     show_index(out, facts)
+
+
+def _load(
+    source: Path | None,
+    into: str,
+    dense: DenseChoice | None,
+    *,
+    approximate: bool,
+    words: int | None,
+    json: Path | None,
+) -> None:
+    """Load passages into LanceDB, for collections beyond our own index (docs/scale.md)."""
+    from shoulders.reader.engines.loading import load
+
+    if source is None:
+        raise ShouldersError("which SOURCE? an index, a .tsv, a .jsonl or a folder of documents")
+    watch = Bars(stderr())
+    count = load(source, into, watch, dense=dense, approximate=approximate, words=words)
+    emit_json(json, {"index": into, "passages": count, "notes": watch.notes})
+    stdout().print(f"{count:,} passages in {into}", markup=False, highlight=False)
 
 
 def index_facts(manifest: Manifest) -> dict[str, Any]:
