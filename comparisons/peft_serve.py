@@ -2,7 +2,7 @@
 
     python comparisons/peft_serve.py --lm DIR --rows rows.jsonl --new-tokens 64 --length 10
 
-Rows are `{"ids": [...], "adapter": 0}`. Every adapter's rows are generated in one left-padded batch by
+Rows are `{"ids": [...], "adapter": 0}`. Every adapter's rows are one left-padded batch of
 `generate`, after `set_adapter`; half of the adapters are prompt tuning, half prefix tuning.
 """
 
