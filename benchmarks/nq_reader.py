@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
+    parser.add_argument("--bare-windows", type=int, nargs="+", default=[160],
+                        help="windows at which the bare LM reads, too")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/nq_reader.json")
     options = parser.parse_args()
 
@@ -57,7 +59,7 @@ def main() -> None:
     shots = read_questions(options.data / "train.jsonl")[:SHOTS]
     results = []
     for window in options.windows:
-        for name in ("zero-shot", "few-shot"):
+        for name in ("zero-shot", "few-shot") if window in options.bare_windows else ():
             results.append(
                 _scored(
                     options,
@@ -77,7 +79,7 @@ def main() -> None:
                         name if rerank else f"{name}-bm25-order",
                         window,
                         lambda window=window, folder=folder, rerank=rerank: open_reader(
-                            str(folder), index, window=window, rerank=rerank
+                            str(folder), str(index), window=window, rerank=rerank
                         ),
                         questions,
                     )
@@ -114,7 +116,7 @@ def _trained(seed: int, runs: Path) -> Path:
 
 def _bare(index: Path, window: int, shots: list[Question]) -> Reader:
     """Return the bare LM as a reader, in the recipe's precision, with worked examples or none."""
-    reader = open_reader(BASE, index, window=window, dtype="int8")
+    reader = open_reader(BASE, str(index), window=window, dtype="int8")
     worked = "".join(f"Question: {q.question}\nAnswer: {q.answers[0]}\n\n" for q in shots)
     question = ZERO_SHOT.replace("Question: ", worked + "Question: ")
     pack = reader.config.pack.model_copy(update={"question": question})
