@@ -21,16 +21,16 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from shoulders.errors import WindowError
+from shoulders.lm import states
 from shoulders.lm.cache import Cache
 from shoulders.lm.combine import combine
 from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, stream
 from shoulders.lm.frozen import FrozenLM
-from shoulders.lm.pack import can_pack, pack
+from shoulders.lm.pack import Packed, can_pack, pack
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import next_tokens, sample_stream
 from shoulders.lm.score import score
 from shoulders.skills.skill import Skill
-from shoulders.training import objective
 from shoulders.training.objective import Example, answer_losses
 
 TOLERANCE = 1e-4
@@ -153,10 +153,15 @@ def combined_logits(
     return spans
 
 
+def pack_ids(lm: FrozenLM, prompt: Prompt, rows: Sequence[Sequence[int]]) -> Packed:
+    """Pack rows of token ids."""
+    return pack(lm, prompt, lm.embed_rows(rows), [len(r) for r in rows])
+
+
 @torch.no_grad()
 def packed_logits(lm: FrozenLM, prompt: Prompt, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return each row's logits at its tokens, through `pack`."""
-    batch = pack(lm, prompt, lm.embed_rows(rows), [len(r) for r in rows])
+    batch = pack_ids(lm, prompt, rows)
     hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
     assert len(hidden) == 1
     spans = zip(batch.first_token, rows, strict=True)
@@ -342,9 +347,9 @@ def test_too_long_row_is_named(tiny_lm: Callable[[str], FrozenLM]) -> None:
     prompt = Prompt.stack(make_prompts(lm, [(0, 0), (2, 3), (0, 0)]))
     exact = make_rows([5, lm.max_positions - 5, 1])
     combine(lm, prompt, exact)
-    pack(lm, prompt, lm.embed_rows(exact), [len(r) for r in exact])
+    pack_ids(lm, prompt, exact)
     config = DecodingConfig(max_new_tokens=2)
-    for run in (combine, pack, lambda *a: generate(*a, config)):
+    for run in (combine, pack_ids, lambda *a: generate(*a, config)):
         with pytest.raises(WindowError, match=r"row 2 .*65 positions.*64"):
             run(lm, prompt, [exact[0], [*exact[1], 5], exact[2]])
         with pytest.raises(WindowError, match=r"row 3 .*no tokens"):
@@ -371,7 +376,7 @@ def test_pack_of_a_shared_prompt_equals_combine(exact_lm: FrozenLM, form: tuple[
     rows = make_rows([7, 1, 3, 5])
     shared = prompt.repeated(4)
     assert shared.shared
-    assert can_pack(lm, shared, rows)
+    assert can_pack(lm, shared, [len(r) for r in rows])
     packed, combined = packed_logits(lm, shared, rows), combined_logits(lm, shared, rows)
     for ids, found, full in zip(rows, packed, combined, strict=True):
         assert_close(found, full[-len(ids) :])
@@ -421,10 +426,10 @@ def test_can_pack_ends_at_the_sliding_window(tiny_lm: Callable[[str], FrozenLM])
     for one, ids, found in zip(prompts, inside, packed_logits(lm, prompt, inside), strict=True):
         with torch.no_grad():
             assert_close(found, naive_logits(lm, one, ids)[-len(ids) :])
-    assert can_pack(lm, Prompt.empty(2), make_rows([window, 3]))
-    assert not can_pack(lm, Prompt.empty(2), make_rows([window + 1, 3]))
+    assert can_pack(lm, Prompt.empty(2), [window, 3])
+    assert not can_pack(lm, Prompt.empty(2), [window + 1, 3])
     assert not can_pack(lm, prompt, [3, window - 3])
-    assert can_pack(tiny_lm("llama"), prompt, make_rows([50, 40]))
+    assert can_pack(tiny_lm("llama"), prompt, [50, 40])
 
 
 # -- objective ---------------------------------------------------------------------------
@@ -454,7 +459,7 @@ def test_answer_losses_equal_reference(
     prompt = Prompt.stack(prompts)
     packable = can_pack(lm, prompt, [e.tokens for e in examples])
     if path == "combine":
-        monkeypatch.setattr(objective, "can_pack", lambda *_: False)
+        monkeypatch.setattr(states, "can_pack", lambda *_: False)
     elif path == "pack":
         assert packable
     else:
@@ -471,7 +476,7 @@ def test_prompt_gradients_equal_reference(
     lm: FrozenLM, path: str, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "combine":
-        monkeypatch.setattr(objective, "can_pack", lambda *_: False)
+        monkeypatch.setattr(states, "can_pack", lambda *_: False)
     examples = examples_of(make_rows([3, 1, 4]), make_rows([2, 4, 1], seed=8))
     start = make_prompts(lm, [(2, 3)] * (1 if shared else 3))
     weights = torch.linspace(0.5, 2.0, 7)
@@ -839,5 +844,5 @@ def test_a_cache_that_grows_changes_no_token(
     prompt, rows = Prompt.stack(make_prompts(lm, [(0, 4), (3, 0)])), make_rows([5, 2])
     config = DecodingConfig(max_new_tokens=20, min_new_tokens=20)
     expected = [c.token_ids for (c,) in generate(lm, prompt, rows, config)]
-    monkeypatch.setattr("shoulders.lm.decoder.FIRST_ROOM", 1)
+    monkeypatch.setattr("shoulders.lm.reading.FIRST_ROOM", 1)
     assert [c.token_ids for (c,) in generate(lm, prompt, rows, config)] == expected
