@@ -31,13 +31,14 @@ from shoulders.errors import (
     ShouldersError,
     TrainingError,
 )
+from shoulders.lm import states
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 from shoulders.lm.prompt import Prompt
 from shoulders.prompts.build import producer_kinds
 from shoulders.skills.artefact import FILE, load_skill
 from shoulders.skills.skill import Skill
-from shoulders.training import checkpoint, fit, objective, run, step
+from shoulders.training import checkpoint, fit, run, step
 from shoulders.training.fit import example_at
 from shoulders.training.objective import Example, answer_losses
 from shoulders.training.optimizer import make_optimizer, rate_factor
@@ -177,7 +178,7 @@ def test_losses_are_those_of_the_plain_model_at_answer_tokens(
     form: str, packed: bool, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not packed:
-        monkeypatch.setattr(objective, "can_pack", lambda *_: False)
+        monkeypatch.setattr(states, "can_pack", lambda *_: False)
     prompt = _prompt(lm, form)
     with torch.no_grad():
         losses = answer_losses(lm, prompt, EXAMPLES)
@@ -192,7 +193,7 @@ def test_a_rows_losses_do_not_depend_on_its_batch(
     form: str, packed: bool, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not packed:
-        monkeypatch.setattr(objective, "can_pack", lambda *_: False)
+        monkeypatch.setattr(states, "can_pack", lambda *_: False)
     prompt = _prompt(lm, form)
     longer = replace(EXAMPLES[1], input_ids=list(range(20, 60)), answer_ids=[3, 4, 5, 6])
     other = [EXAMPLES[0], longer, EXAMPLES[2]]
