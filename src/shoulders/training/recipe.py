@@ -239,7 +239,8 @@ def explain(error: ValidationError, model: type[BaseModel], values: Any) -> str:
         return f"unknown key '{key}'{nearest(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"key '{key}' is missing"
-    return f"key '{key}': {first['msg']}"
+    said = str(first["msg"]).removeprefix("Value error, ")
+    return f"key '{key}': {said}" if key else said
 
 
 def _override(values: dict[str, Any], override: str) -> None:
