@@ -72,7 +72,7 @@ def test_generation_equals_a_loop_without_cache() -> None:
 
 
 def test_textual_rounds_and_choosers(lm: FrozenLM) -> None:
-    propose = {"n": 3, "temperature": 0.9, "max_new_tokens": 5, "rounds": 2, "subset": 2}
+    propose = {"n": 6, "temperature": 1.3, "max_new_tokens": 12, "rounds": 2, "subset": 3}
     skill = skill_of(lm, {"prompt": PREFIX, "propose": propose}, {"prompt": PREFIX})
     together = skill.proposed(TEXTS)
     assert all(found.candidates and "Candidates: " in found.text for found in together)
