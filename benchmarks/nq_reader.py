@@ -84,10 +84,7 @@ def main() -> None:
                         questions,
                     )
                 )
-    facts = {
-        name: json.loads((folder / "reader.json").read_text(encoding="utf-8"))["provenance"]
-        for name, folder in readers.items()
-    }
+    facts = {name: _facts(folder) for name, folder in readers.items()}
     write_json(
         options.out,
         {
@@ -104,6 +101,21 @@ def main() -> None:
         curves = {name: Reliability.model_validate(curve) for name, curve in drawn.items()}
         plot_reliability(curves, options.out.with_name(f"{options.out.stem}_reliability.png"))
     print(_markdown(results))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Return how a reader was trained; its data's files by name, wherever they lie here."""
+    text = (folder / "reader.json").read_text(encoding="utf-8")
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+    facts: dict[str, Any] = named(json.loads(text)["provenance"])
+    return facts
 
 
 def _trained(seed: int, runs: Path) -> Path:

@@ -177,7 +177,6 @@ class Replaced(nn.Module):
     def __init__(self, link: Any, how: str) -> None:
         super().__init__()
         self.link, self.how, self.taps = link, how, link.taps
-        self.layers = link.layers
 
     def forward(self, states: Tensor, embeddings: Tensor, memory: Any = None) -> Tensor:
         """Return embeddings with zeros, another row's, or noise in place of the contribution."""

@@ -177,10 +177,11 @@ def choose(lm: FrozenLM, logits: Tensor, running: Sequence[Running]) -> Tensor:
     for i, state in enumerate(running):
         ways.setdefault((state.config.temperature, state.config.top_p), []).append(i)
     chosen = torch.empty(len(running), dtype=torch.long, device=logits.device)
+    alike = len(ways) == 1  # then logits need no copy
     for (temperature, top_p), rows in ways.items():
         uniforms = [running[i].random.random() for i in rows] if temperature else []
         own = torch.tensor(rows, device=logits.device)
-        chosen[own] = next_tokens(logits[own], uniforms, temperature, top_p)
+        chosen[own] = next_tokens(logits if alike else logits[own], uniforms, temperature, top_p)
     every = torch.log_softmax(logits, -1)
     logprobs = every.gather(1, chosen[:, None])[:, 0].tolist()
     for i, (state, token) in enumerate(zip(running, chosen.tolist(), strict=True)):

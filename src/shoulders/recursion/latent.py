@@ -42,7 +42,6 @@ class LatentLink(nn.Module):
     def __init__(self, config: LatentConfig, lm: FrozenLM) -> None:
         super().__init__()
         self._config = config
-        self.layers = nn.ModuleList()  # no attention: a position's state says what it saw
         self.register_buffer("align", torch.zeros(lm.hidden_size, lm.hidden_size))
         self.register_buffer("scale", torch.ones(()))
         self.to(lm.device)

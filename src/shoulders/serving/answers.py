@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import Request
 
 from shoulders.errors import ShouldersError
-from shoulders.lm.decode import Completion, DecodingConfig, Delta
+from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.serving.engine import Engine
 from shoulders.serving.job import Event, Job
 from shoulders.serving.skillset import Served
@@ -126,7 +126,7 @@ class Answering:
 
     def _teller(self, number: int) -> Any:
         def tell(event: Event) -> None:
-            if isinstance(event, Delta | Exception) and not self._loop.is_closed():
+            if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
         return tell

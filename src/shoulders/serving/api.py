@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hmac
-import json
-import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import ValidationError
 
 from shoulders import __version__
-from shoulders.errors import ArtefactError, ShouldersError
+from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.serving import replies
-from shoulders.serving.answers import Answering, Disconnected, TimedOutError, new_seed
-from shoulders.serving.engine import Engine, QueueFullError
+from shoulders.serving.answers import Answering, Disconnected, new_seed
+from shoulders.serving.engine import Engine
+from shoulders.serving.guards import handle_errors, status_of, watch_requests
 from shoulders.serving.metrics import Metrics
 from shoulders.serving.schema import (
     ChatRequest,
@@ -30,18 +26,7 @@ from shoulders.serving.schema import (
     LoadRequest,
     UnloadRequest,
 )
-from shoulders.serving.skillset import Served, SkillSet, UnknownSkillError
-
-LOG = logging.getLogger("shoulders.serving")
-MAX_BODY = 1 << 20  # bytes of a request
-RETRY_AFTER = "2"  # seconds, where the queue is full
-STATUS: list[tuple[type[Exception], int, str]] = [
-    (QueueFullError, 429, "rate_limit_exceeded"),
-    (UnknownSkillError, 404, "model_not_found"),
-    (TimedOutError, 504, "timeout"),
-    (Disconnected, 499, "client_closed_request"),
-    (ShouldersError, 400, "invalid_request_error"),
-]
+from shoulders.serving.skillset import Served, SkillSet
 
 
 @dataclass(frozen=True)
@@ -72,8 +57,8 @@ def create_app(server: Server) -> FastAPI:
             raise HTTPException(401, "a valid API key is needed: Authorization: Bearer KEY")
 
     guarded = [Depends(authorised)]
-    _handle_errors(app)
-    _watch_requests(app)
+    handle_errors(app)
+    watch_requests(app)
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -203,7 +188,7 @@ async def _stream(
     except Disconnected:
         return
     except Exception as error:
-        status, name = _status(error)
+        status, name = status_of(error)
         message = str(error) if status < 500 or status == 504 else "internal error"
         yield replies.event(replies.error_body(message, name, status))
         return
@@ -274,80 +259,3 @@ def _managed(server: Server) -> None:
         raise HTTPException(
             403, "skill management is off: start with --skill-root DIR and --api-key-file FILE"
         )
-
-
-def _status(error: Exception) -> tuple[int, str]:
-    return next(
-        ((code, name) for kind, code, name in STATUS if isinstance(error, kind)),
-        (500, "internal_error"),
-    )
-
-
-def _handle_errors(app: FastAPI) -> None:
-    """Word every error as OpenAI's clients read it, without paths or traces."""
-
-    def reply(code: int, name: str, message: str) -> JSONResponse:
-        headers = {"Retry-After": RETRY_AFTER} if code == 429 else None
-        return JSONResponse(replies.error_body(message, name, code), code, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return reply(422, "invalid_request_error", f"{where}: {first['msg']}")
-
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return reply(error.status_code, "invalid_request_error", str(error.detail))
-
-    @app.exception_handler(ArtefactError)
-    async def damaged(_: Request, error: ArtefactError) -> JSONResponse:
-        LOG.warning("skill refused: %s", error)
-        return reply(400, "invalid_request_error", "the skill cannot be served: it is damaged, "
-                     "missing, or bound to another LM; the server's log says which")  # fmt: skip
-
-    @app.exception_handler(ShouldersError)
-    async def known(_: Request, error: ShouldersError) -> JSONResponse:
-        code, name = _status(error)
-        return reply(code, name, str(error))
-
-    @app.exception_handler(ValidationError)
-    async def unfit(_: Request, error: ValidationError) -> JSONResponse:
-        return reply(400, "invalid_request_error", error.errors()[0]["msg"])
-
-    @app.exception_handler(Exception)
-    async def unknown(_: Request, error: Exception) -> JSONResponse:
-        LOG.exception("internal error", exc_info=error)
-        return reply(500, "internal_error", "internal error; the server's log says more")
-
-
-def _watch_requests(app: FastAPI) -> None:
-    """Give every request an id, cap its size, and log it as one line of JSON."""
-
-    @app.middleware("http")
-    async def watch(
-        request: Request, call_next: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        request.state.id = uuid.uuid4().hex
-        started = time.monotonic()
-        length = request.headers.get("content-length")
-        if length is None and "transfer-encoding" in request.headers:
-            body = replies.error_body("send a Content-Length", "length_required", 411)
-            return JSONResponse(body, 411)
-        if length is not None and (not length.isdigit() or int(length) > MAX_BODY):
-            body = replies.error_body(f"a request may be {MAX_BODY} bytes", "too_large", 413)
-            return JSONResponse(body, 413)
-        response = await call_next(request)
-        response.headers["X-Request-Id"] = request.state.id
-        LOG.info(
-            json.dumps(
-                {
-                    "request": request.state.id,
-                    "method": request.method,
-                    "path": request.url.path,
-                    "status": response.status_code,
-                    "seconds": round(time.monotonic() - started, 4),
-                }
-            )
-        )
-        return response

@@ -56,7 +56,7 @@ class Job:
         deadline: `time.monotonic()` after which it is dropped, or None.
         ids: the text's tokens where they are not what the skill makes of it (a conversation in
             the LM's own template).
-        tokens: what it has read and written, for usage counts.
+        prompt_tokens: of its inputs, for usage counts.
         details: what was found or proposed on the way, for those who look inside.
     """
 
@@ -68,10 +68,7 @@ class Job:
     deadline: float | None = None
     ids: list[int] | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
-    submitted: float = field(default_factory=time.monotonic)
-    first_token: float | None = None
     prompt_tokens: int = 0
-    completion_tokens: int = 0
     details: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -53,14 +53,9 @@ class Gated:
     """
 
     def __init__(self, skill: Skill, gate: Platt, recurse_below: float) -> None:
-        self.skill, self.lm = skill, skill.lm
+        self.skill = skill
         self._direct, self._gate, self._least = direct(skill), gate, recurse_below
         self.answered = self.recursed = 0
-
-    @property
-    def trained_parameters(self) -> int:
-        """Number of trained parameters of all passes."""
-        return self.skill.trained_parameters
 
     def generate(
         self,

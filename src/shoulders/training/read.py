@@ -20,7 +20,7 @@ from rich.console import Console
 from shoulders.data.mixture import MixtureConfig
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
-from shoulders.files import atomic_path, remove_partial, write_json
+from shoulders.files import atomic_path, remove_partial
 from shoulders.lm.load import load_lm
 from shoulders.reader.answers import has_answer
 from shoulders.reader.contexts import Contexts, Ranked
@@ -39,6 +39,7 @@ from shoulders.training.reader_recipe import ReaderRecipe
 from shoulders.training.recipe import Recipe
 from shoulders.training.rerank import trained_reranker
 from shoulders.training.run import machine, run_recipe
+from shoulders.training.start import same_recipe
 from shoulders.training.textual import run_textual
 
 INDEX = "index"
@@ -61,7 +62,7 @@ def run_reader_recipe(
     if out.exists() and any(out.iterdir()) and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
     started = time.monotonic()
-    same_recipe(recipe, out)
+    same_recipe(recipe, out / RECIPE)
     train, validation = questions_of(recipe)
     with opened_index(recipe, out / INDEX, watch) as index:
         search = recipe.reader.search
@@ -95,16 +96,6 @@ def run_reader_recipe(
     similarity = recipe.reader.reranker.similarity if recipe.reader.reranker else None
     save_reader(out, search, reading, similarity, provenance)
     return Reader(skill, contexts, reading)
-
-
-def same_recipe(recipe: ReaderRecipe, out: Path) -> None:
-    """Note the recipe in `out`; raises `TrainingError` where another one has begun there."""
-    file, values = out / RECIPE, recipe.model_dump(mode="json")
-    if file.is_file():
-        if json.loads(file.read_text(encoding="utf-8")) != values:
-            raise TrainingError(f"{out}: was begun with another recipe; choose another --out")
-        return
-    write_json(file, values)
 
 
 def questions_of(recipe: ReaderRecipe) -> tuple[list[Question], list[Question]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shoulders.errors import RecipeError
+from shoulders.errors import RecipeError, TrainingError
+from shoulders.files import write_json
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import FILE, TENSORS, read_artefact
 from shoulders.skills.skill import Skill
@@ -46,6 +49,15 @@ def trained_parts(
             run(read_recipe(source), folder)
         folders[part] = folder
     return folders
+
+
+def same_recipe(recipe: BaseModel, file: Path) -> None:
+    """Note a run's recipe in `file`; raises `TrainingError` where another one has begun there."""
+    values = recipe.model_dump(mode="json")
+    if not file.is_file():
+        write_json(file, values)
+    elif json.loads(file.read_text(encoding="utf-8")) != values:
+        raise TrainingError(f"{file.parent}: was begun with another recipe; choose another --out")
 
 
 def begin_at(skill: Skill, parts: Mapping[str, Path], lm: FrozenLM) -> None:

@@ -34,7 +34,7 @@ from shoulders.training.monitor import quiet_progress
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import CrossFitConfig, Recipe
 from shoulders.training.run import load_data, machine, run_recipe, unseen_rows
-from shoulders.training.start import trained_parts
+from shoulders.training.start import same_recipe, trained_parts
 from shoulders.training.validation import choose_rows
 
 FIRST = "passes.0.prompt"
@@ -61,7 +61,7 @@ def run_textual(
     if Processes.started().count > 1:
         raise TrainingError("cross_fit trains several skills after one another: start one process")
     console = console or Console(quiet=True)
-    _same_recipe(recipe, out)
+    same_recipe(recipe, out / RECIPE)
     _clean(out)
 
     def run(other: Recipe, folder: Path) -> Skill:
@@ -262,16 +262,6 @@ def _moved(name: str, by: int) -> str:
     """Return a tensor's or part's name with the number of its pass moved."""
     passes, number, rest = name.split(".", 2)
     return f"{passes}.{int(number) + by}.{rest}"
-
-
-def _same_recipe(recipe: Recipe, out: Path) -> None:
-    """Note the recipe in `out`; raises `TrainingError` where another one has begun there."""
-    file, values = out / RECIPE, recipe.model_dump(mode="json")
-    if file.is_file():
-        if json.loads(file.read_text(encoding="utf-8")) != values:
-            raise TrainingError(f"{out}: was begun with another recipe; choose another --out")
-        return
-    write_json(file, values)
 
 
 def _clean(out: Path) -> None:
