@@ -1,10 +1,13 @@
 """Against the sceptic: the frozen reader beside fine-tuned ones, on the same contexts.
 
-    .venv/bin/python benchmarks/nq_rivals.py --reader runs/nq/reader-seed0 --index runs/nq/index
+    .venv/bin/python benchmarks/nq_rivals.py --readers runs/nq/reader-seed0 runs/nq/reader-480 \
+        --index runs/nq/index --examples 480
 
-Packs the test questions' contexts as the frozen reader does, has comparisons/reader_rivals.py
-train the same LM (LoRA through PEFT; fully fine-tuned) on the contexts that the frozen reader was
-trained on, as many examples of them, and scores all answers alike. Finished runs are kept.
+Packs the test questions' contexts as the first frozen reader does, has comparisons/reader_rivals.py
+train the same LM (LoRA through PEFT; fully fine-tuned) on the contexts that it was trained on, and
+scores all answers alike. `--examples` says how many the rivals may see: a second frozen reader
+trained on as many (`shoulders train ... --set training.steps=60`) stands beside them. Finished
+runs are kept.
 """
 
 from __future__ import annotations
@@ -28,20 +31,21 @@ from shoulders.evaluation.metrics import (
     token_f1,
 )
 from shoulders.files import write_json, write_text
-from shoulders.reader.questions import read_questions
+from shoulders.reader.contexts import Ranked
+from shoulders.reader.questions import Question, read_questions
 from shoulders.skills.reader import Reader, first_line
 from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 # Learning rates from PEFT's and transformers' own examples of this size of task.
-RATES = {"lora": 5e-4, "full": 2e-5}
+RATES = {"lora": 5e-4, "full": 1e-4}
 
 
 def main() -> None:
     """Run what is not there yet, score everything, and collect."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/nq")
-    parser.add_argument("--reader", type=Path, required=True)
+    parser.add_argument("--readers", type=Path, nargs="+", required=True)
     parser.add_argument("--index", required=True)
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--variants", nargs="+", default=["lora", "full"], choices=sorted(RATES))
@@ -51,30 +55,18 @@ def main() -> None:
     options = parser.parse_args()
 
     questions = read_questions(options.data / f"{options.split}.jsonl")
-    reader = open_reader(str(options.reader), options.index)
     answers = [q.answers for q in questions]
-    facts = json.loads((options.reader / "skill.json").read_text(encoding="utf-8"))
-    training = facts["provenance"]["recipe"]["training"]
-    examples = options.examples or training["steps"] * training["rows_per_step"]
-
+    reader = open_reader(str(options.readers[0]), options.index)
     ranked = reader.contexts.ranked(questions)
     packed = [p.text for p in reader.packed(questions, ranked)]
-    started = time.perf_counter()
-    said = [a.text for a in reader.answer(questions, ranked)]
     results = [
-        {
-            "reader": "frozen",
-            "trained_parameters": reader.skill.trained_parameters,
-            "examples": training["steps"] * training["rows_per_step"],
-            "training_seconds": facts["provenance"]["training_seconds"],
-            "answer_seconds": time.perf_counter() - started,
-            "precision": reader.skill.lm.precision,
-            **scored(said, answers),
-        }
+        frozen(folder, open_reader(str(folder), options.index), questions, ranked)
+        for folder in options.readers
     ]
+    examples = options.examples or results[0]["examples"]
     test = options.runs / f"{options.split}.jsonl"
     write_rows(test, reader, packed, answers)
-    rows = read_rows(options.reader / "contexts" / "train.jsonl")
+    rows = read_rows(options.readers[0] / "contexts" / "train.jsonl")
     train = options.runs / "train.jsonl"
     write_rows(train, reader, [r.input for r in rows], [r.targets for r in rows])
     del reader
@@ -113,6 +105,26 @@ def main() -> None:
             f"| {r['training_seconds']:.0f} | {len(questions) / r['answer_seconds']:.1f} "
             f"| {r['exact_match']:.1f} [{low:.1f}, {high:.1f}] | {r['f1']:.1f} |"
         )
+
+
+def frozen(
+    folder: Path, reader: Reader, questions: list[Question], ranked: list[Ranked]
+) -> dict[str, Any]:
+    """Return one frozen reader's scores, and what it took."""
+    facts = json.loads((folder / "skill.json").read_text(encoding="utf-8"))["provenance"]
+    training = facts["recipe"]["training"]
+    started = time.perf_counter()
+    said = [a.text for a in reader.answer(questions, ranked)]
+    return {
+        "reader": "frozen",
+        "trained_parameters": reader.skill.trained_parameters,
+        "examples": training["steps"] * training["rows_per_step"],
+        "lr": training["optimizer"]["lr"],
+        "training_seconds": facts["training_seconds"],
+        "answer_seconds": time.perf_counter() - started,
+        "precision": reader.skill.lm.precision,
+        **scored(said, [q.answers for q in questions]),
+    }
 
 
 def run_rival(variant: str, examples: int, train: Path, test: Path, file: Path) -> None:

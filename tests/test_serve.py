@@ -471,7 +471,7 @@ def test_two_thousand_generated_requests(server: Started) -> None:
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{server.url}/openapi.json",
         "--header", f"Authorization: Bearer {KEY}", "--phases", "fuzzing",
-        "--max-examples", "450", "--checks", "not_a_server_error", "--request-timeout", "60",
+        "--max-examples", "600", "--checks", "not_a_server_error", "--request-timeout", "60",
         "--seed", "1", "--no-color", "--suppress-health-check", "all",
     ]  # fmt: skip
     before = server.text().count('"request"')
