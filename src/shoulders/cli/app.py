@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoulders import __version__
-from shoulders.cli import ask, bench, demo, evaluate, generate, index, info, serve, train
+from shoulders.cli import ask, bench, compare, demo, evaluate, generate, index, info, serve, train
 from shoulders.cli.common import quiet_imports
 from shoulders.errors import InterruptedTraining, ShouldersError
 
@@ -34,6 +34,7 @@ app.command("index")(index.index)
 app.command("info")(info.info)
 app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)
+app.command("compare")(compare.compare)
 app.add_typer(bench.app, name="bench")
 
 

@@ -214,8 +214,8 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with lm, skill, data and training")
-    for override in overrides:
-        _override(values, override)
+    for one in overrides:
+        override(values, one)
     return values
 
 
@@ -243,10 +243,14 @@ def explain(error: ValidationError, model: type[BaseModel], values: Any) -> str:
     return f"key '{key}': {said}" if key else said
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(values: dict[str, Any], given: str) -> None:
+    """Set a dotted key of nested mappings, `key=value` with YAML's values, in place.
+
+    Raises `RecipeError` for what is no such key or value.
+    """
+    key, equals, text = given.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {override}: expected key=value, such as training.steps=100")
+        raise RecipeError(f"--set {given}: expected key=value, such as training.steps=100")
     at: Any = values
     *parents, last = key.split(".")
     for part in parents:
@@ -255,16 +259,16 @@ def _override(values: dict[str, Any], override: str) -> None:
         elif isinstance(at, dict):
             at = at.setdefault(part, {})
         if not isinstance(at, dict | list):
-            raise RecipeError(f"--set {override}: '{part}' holds no further keys")
+            raise RecipeError(f"--set {given}: '{part}' holds no further keys")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: '{text}' is not a YAML value") from error
+        raise RecipeError(f"--set {given}: '{text}' is not a YAML value") from error
     if isinstance(value, str):
         value = _number(value)
     if isinstance(at, list):
         if not last.isdigit() or int(last) >= len(at):
-            raise RecipeError(f"--set {override}: '{last}' is not a place in that list")
+            raise RecipeError(f"--set {given}: '{last}' is not a place in that list")
         at[int(last)] = value
     else:
         at[last] = value

@@ -1,0 +1,96 @@
+"""`shoulders compare PLAN.yaml|--data FILE.jsonl`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from shoulders.cli.common import emit_json, quiet_libraries, stderr, stdout
+from shoulders.errors import ShouldersError
+
+
+def compare(
+    plan: Annotated[
+        Path | None, typer.Argument(help="A plan, see recipes/compare_multitask.yaml.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Instead of a plan: your rows, split for you.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=1, help="With --data: how long it may take. Default: 10.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for runs and report.")] = Path("runs/compare"),
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: those of the plan.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a key of the plan, such as seeds=[0,1]. Repeatable."),
+    ] = None,
+    lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on: finished runs are kept.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write every figure here.")] = None,
+) -> None:
+    """Is the frozen LM enough? Compare frozen methods with fine-tuning on your own rows.
+
+    Trains and measures every method on the same rows, order and seeds, and writes a report
+    (report.html, report.md, compare.json) with a verdict in words. Safe to stop: --resume.
+    """
+    from shoulders.comparison.plan import Plan, plan_of_rows, read_plan
+    from shoulders.comparison.report import write_report
+    from shoulders.comparison.run import run_comparison
+    from shoulders.training.recipe import override
+
+    if (plan is None) == (data is None):
+        raise ShouldersError("give either a plan (YAML) or --data FILE.jsonl")
+    if minutes is not None and data is None:
+        raise ShouldersError("--minutes goes with --data; in a plan it is budget.minutes")
+    chosen = [name.strip() for name in methods.split(",")] if methods else None
+    given = [*(overrides or ())]
+    if chosen:
+        given.append(f"methods=[{', '.join(chosen)}]")
+    if lm:
+        given.append(f"lm.name={lm}")
+    parsed: Plan
+    if plan is not None:
+        parsed = read_plan(plan, given)
+    else:
+        assert data is not None
+        settings: dict[str, Any] = {
+            "budget": {"minutes": minutes or 10},
+            "lm": {"dtype": "int8" if lm is None else "auto"},
+        }
+        for one in given:
+            override(settings, one)
+        parsed = plan_of_rows(data, out, **settings)
+    quiet_libraries()
+    result = run_comparison(parsed, out, resume=resume, console=stderr())
+    said = write_report(result, out)
+    emit_json(json, {**result, "verdict": said})
+    stdout().print(_table(out))
+    for sentence in said:
+        stdout().print(f"- {sentence}", highlight=False)
+    stdout().print(f"report: [bold]{out / 'report.html'}[/]")
+
+
+def _table(out: Path) -> Table:
+    from json import loads
+
+    found = loads((out / "compare.json").read_text(encoding="utf-8"))
+    table = Table("method", "exact match, 95%", "to the best", "trained", "training", "an answer")
+    for line in found["lines"]:
+        low, high = line["ci95"]
+        table.add_row(
+            line["method"],
+            f"{line['exact_match']:.1f} [{low:.1f}, {high:.1f}]",
+            found["difference_to_best"].get(line["method"], "best").removesuffix(" points"),
+            f"{line['trained_parameters']:,}",
+            f"{line['training_seconds']:.0f} s",
+            f"{line['latency_ms']:.0f} ms",
+        )
+    return table

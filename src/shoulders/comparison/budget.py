@@ -1,0 +1,63 @@
+"""From minutes to examples: what a step of every method takes on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from shoulders.comparison.frozen import Frozen
+from shoulders.comparison.ledger import Ledger
+from shoulders.comparison.methods import Method
+from shoulders.comparison.plan import BudgetConfig, Plan
+from shoulders.comparison.tuned import Tuned
+from shoulders.training.monitor import quiet_progress
+
+LEAST_STEPS = 10
+RESERVE = 0.25  # of the minutes, for what is not a training step of a known length
+
+
+def with_examples(
+    plan: Plan,
+    methods: Sequence[Method],
+    frozen: Frozen,
+    tuned: Tuned,
+    ledger: Ledger,
+    started: float,
+    console: Console,
+) -> Plan:
+    """Return the plan with its budget in examples: as given, or what its minutes allow.
+
+    A step of every method is timed; all methods get the same number of them.
+    """
+    minutes = plan.budget.minutes
+    if minutes is None:
+        return plan
+    row = ledger.find(stage="budget", method="all")
+    if row is None:
+        steps_cost, besides = 0.0, 0.0
+        share = 1.0 + plan.search.trials * plan.search.share / len(plan.seeds)
+        with quiet_progress(console, "timing a step of each method", len(methods)) as advance:
+            for method in methods:
+                if method.family == "frozen":
+                    steps_cost += frozen.step_seconds(method) * share
+                else:
+                    seconds, fixed = tuned.step_seconds(method)
+                    steps_cost += seconds * share
+                    besides += fixed
+                advance(1)
+        bare_runs = ledger.every(stage="run")
+        asking = max((r["answer_seconds"] for r in bare_runs), default=0.0) * len(methods)
+        spent = time.monotonic() - started
+        left = (minutes * 60 * (1 - RESERVE) - spent) / len(plan.seeds) - besides - asking
+        steps = int(left / steps_cost)
+        if steps < LEAST_STEPS:
+            console.print(
+                f"[yellow]{minutes:g} minutes allow {max(steps, 0)} steps of every method; taking "
+                f"{LEAST_STEPS}, which takes longer. Fewer methods would help."
+            )
+        steps = max(steps, LEAST_STEPS)
+        row = {"stage": "budget", "method": "all", "examples": steps * plan.rows_per_step}
+        row = ledger.add({**row, "seconds_for_a_step_of_all": steps_cost})
+    return plan.model_copy(update={"budget": BudgetConfig(examples=row["examples"])})

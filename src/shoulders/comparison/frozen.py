@@ -1,0 +1,188 @@
+"""Training and asking the frozen methods of a comparison, all around one LM in memory."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from shoulders.comparison.methods import Method
+from shoulders.comparison.plan import Plan
+from shoulders.data.mixture import Mixture
+from shoulders.data.rows import Row
+from shoulders.data.templates import Templates
+from shoulders.encoders.frozen import FrozenEncoder
+from shoulders.encoders.load import load_encoder
+from shoulders.errors import TrainingError
+from shoulders.lm.frozen import FrozenLM
+from shoulders.skills.artefact import FILE, load_skill, read_artefact, save_skill
+from shoulders.skills.skill import Skill
+from shoulders.training.fit import fit
+from shoulders.training.recipe import Recipe, make_recipe
+from shoulders.training.run import machine
+from shoulders.training.start import begin_at
+from shoulders.training.textual import run_textual
+
+PROBE = 3  # steps: the fewest after which training checks that every tensor moves
+WARMUP = 0.05  # of the steps
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What every method is trained, selected and measured on.
+
+    Attributes:
+        train: drawn from in the mixture's order.
+        validation: rows that select; none of them is in `train`.
+        test: measured once.
+        templates: how rows become text.
+    """
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    templates: Templates
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What training has come to: seconds, and the best loss on validation rows (nats)."""
+
+    seconds: float
+    loss: float
+    curve: list[tuple[int, float]]
+
+
+class Frozen:
+    """The frozen methods around one LM.
+
+    Args:
+        lm: stays what it is.
+        plan: what is compared.
+        rows: on which rows.
+        console: for progress.
+    """
+
+    def __init__(self, lm: FrozenLM, plan: Plan, rows: Rows, console: Console) -> None:
+        self.lm, self.plan, self.rows, self._console = lm, plan, rows, console
+        self._encoder: Callable[[str], FrozenEncoder] = functools.cache(load_encoder)
+
+    def recipe(self, method: Method, steps: int, seed: int, factor: float) -> Recipe:
+        """Return what `shoulders train` would be told; `factor` multiplies all rates."""
+        rates = method.optimizer
+        optimizer = {
+            **rates,
+            "lr": rates["lr"] * factor,
+            "lr_for": {part: lr * factor for part, lr in rates.get("lr_for", {}).items()},
+        }
+        values: dict[str, Any] = {
+            "lm": self.plan.lm.model_dump(),
+            "skill": {"passes": list(method.passes)},
+            "data": self.plan.data.model_dump(),
+            "training": {
+                "steps": steps,
+                "rows_per_step": self.plan.rows_per_step,
+                "optimizer": optimizer,
+                "warmup_steps": max(1, round(WARMUP * steps)),
+                "validate_every": max(1, -(-steps // 4)),
+                "validation_rows": self.plan.validation_rows,
+                "save_every": max(1, -(-steps // 4)),
+                "seed": seed,
+            },
+        }
+        if method.proposes:
+            folds = {"folds": 2, "steps": max(PROBE, steps // 3)}
+            rows = min(steps * self.plan.rows_per_step, len(self.rows.train))
+            values["cross_fit"] = {**folds, "rows": rows}
+        return make_recipe(values, method.name)
+
+    def train(
+        self,
+        method: Method,
+        folder: Path,
+        *,
+        steps: int,
+        seed: int,
+        factor: float,
+        start: dict[str, Path],
+    ) -> Trained:
+        """Train a method into `folder`, or go on with what a stopped run left there.
+
+        Args:
+            method: which.
+            folder: holds its skill at the end.
+            steps: of the optimizer.
+            seed: of values and order.
+            factor: multiplies its rates.
+            start: skills that its parts begin at.
+
+        Raises:
+            TrainingError: training diverged, or see `fit`.
+        """
+        recipe = self.recipe(method, steps, seed, factor)
+        if method.proposes:
+            from_them = {part: str(path) for part, path in start.items()}
+            recipe = recipe.model_copy(update={"start": from_them})
+            if not (folder / FILE).is_file():
+                run_textual(recipe, folder, resume=True, console=self._console)
+            return _found(folder)
+        skill = self._create(method, seed)
+        begin_at(skill, start, self.lm)
+        assert recipe.data is not None  # a comparison is on rows
+        mixture = Mixture(self.rows.train, self.rows.templates, recipe.data, seed)
+        progress = fit(
+            skill, mixture, self.rows.validation, self.rows.templates, recipe, folder,
+            bound={"lm": self.lm.fingerprint}, resume=True, console=self._console,
+        )  # fmt: skip
+        facts = {
+            "steps": progress.step,
+            "training_seconds": round(progress.seconds, 1),
+            "validations": progress.validations,
+            "recipe": recipe.model_dump(mode="json"),
+            "machine": machine(),
+        }
+        if not (folder / FILE).is_file():
+            save_skill(skill, folder, self.rows.templates, facts)
+        return _found(folder)
+
+    def skill(self, folder: Path) -> Skill:
+        """Return a trained skill."""
+        return load_skill(folder, self.lm, self._encoder)[0]
+
+    def step_seconds(self, method: Method) -> float:
+        """Return what one step takes here, from a few that are thrown away."""
+        recipe = self.recipe(method, PROBE, 0, 1.0)
+        skill = self._create(method, 0)
+        if skill.proposals is not None:  # its second pass reads longer inputs, its folds train too
+            skill = skill.last
+        assert recipe.data is not None
+        mixture = Mixture(self.rows.train, self.rows.templates, recipe.data, 0)
+        plain = recipe.model_copy(update={"cross_fit": None})
+        with tempfile.TemporaryDirectory() as folder:
+            quiet = Console(quiet=True)
+            templates = self.rows.templates
+            progress = fit(skill, mixture, [], templates, plain, Path(folder), console=quiet)
+        return progress.seconds / PROBE
+
+    def _create(self, method: Method, seed: int) -> Skill:
+        random = torch.Generator().manual_seed(seed)
+        config = self.recipe(method, 1, seed, 1.0).skill
+        return Skill.create(self.lm, config, self._encoder, random)
+
+
+def _found(folder: Path) -> Trained:
+    """Return what training noted in a skill's folder, and in those of its parts inside it."""
+    facts = read_artefact(folder).provenance
+    inside = [read_artefact(f.parent).provenance for f in folder.glob(f"*/**/{FILE}")]
+    seconds = sum(float(f.get("training_seconds", 0.0)) for f in (facts, *inside))
+    validations = facts.get("second_pass", facts).get("validations", [])
+    if not validations:
+        raise TrainingError(f"{folder}: was never validated; give data.validation rows")
+    curve = [(int(v["step"]), float(v["loss"])) for v in validations]
+    return Trained(seconds, min(loss for _, loss in curve), curve)

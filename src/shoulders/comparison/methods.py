@@ -1,0 +1,138 @@
+"""The methods of a comparison: what each trains, and at which rates it begins its search."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from shoulders.comparison.plan import BARE, TUNED, Plan
+from shoulders.encoders.frozen import FrozenEncoder
+from shoulders.encoders.load import load_encoder
+from shoulders.lm.frozen import FrozenLM
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.skill import Skill
+
+Family = Literal["bare", "frozen", "tuned"]
+GENERATOR = {"width": 384, "layers": 2, "heads": 6}
+SMALL = {"width": 24, "layers": 1, "heads": 2}
+CONNECTOR = {"kind": "connector", "layers": 2, "width": 384, "heads": 6}
+PROPOSE = {"n": 8, "temperature": 0.8, "max_new_tokens": 24}
+# Where every search begins: the settings of recipes/, and PEFT's own examples.
+PREFIX_RATES: dict[str, Any] = {"lr": 3e-2}
+WRITTEN_RATES: dict[str, Any] = {"lr": 1e-2, "lr_for": {"generator": 5e-4, "project": 1e-4}}
+LORA_RATE, FULL_RATE = 5e-4, 1e-4
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make the LM do a job.
+
+    Attributes:
+        name: as in the plan.
+        family: the LM alone, networks around the frozen LM, or a tuned copy of it.
+        passes: of a frozen method, as in a recipe.
+        optimizer: its rates before the search.
+        start: parts that begin at those of another method's skill of the same seed.
+        rank: of LoRA; None tunes every weight.
+    """
+
+    name: str
+    family: Family
+    passes: Sequence[dict[str, Any]] = ()
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, str] = field(default_factory=dict)
+    rank: int | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether it learns from rows at all."""
+        return self.family != "bare"
+
+    @property
+    def proposes(self) -> bool:
+        """Whether text stands between its passes, so that it needs cross-fitting."""
+        return any(one.get("propose") for one in self.passes)
+
+
+def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
+    """Return the methods of a plan in its order; matched ones are given their size here.
+
+    `static_kv_matched` is as long, and `lora_matched` of the rank, that comes nearest to the
+    trained parameters of `idpt_kv`.
+    """
+    encoder = functools.cache(load_encoder)
+    return [_method(name, plan, lm, encoder) for name in plan.methods]
+
+
+def _method(name: str, plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> Method:
+    if name in BARE:
+        return Method(name, "bare")
+    if name in plan.own:
+        own = plan.own[name]
+        return Method(name, "frozen", own.passes, own.optimizer.model_dump())
+    if name in TUNED:
+        if name == "full":
+            return Method(name, "tuned", optimizer={"lr": FULL_RATE})
+        matched = name == "lora_matched"
+        rank = _matching_rank(plan, lm, encoder) if matched else int(name.removeprefix("lora_r"))
+        return Method(name, "tuned", optimizer={"lr": LORA_RATE}, rank=rank)
+    written = prompt("idpt_kv", plan, generator=GENERATOR)
+    static = prompt("static_kv", plan)
+    if name == "textual":
+        both = [{"prompt": written, "propose": PROPOSE}, {"prompt": written}]
+        gentle = {"lr": 3e-3, "lr_for": {"generator": 3e-4, "project": 5e-5}}
+        parts = ("passes.0.prompt", "passes.1.prompt")
+        return Method(name, "frozen", both, gentle, dict.fromkeys(parts, "idpt_kv"))
+    if name == "neural":
+        linked = {**PREFIX_RATES, "lr_for": {"passes.0.link": 5e-4}}
+        return Method(name, "frozen", [{"link": CONNECTOR}, {"prompt": static}], linked)
+    if name == "static_kv_matched":
+        long = prompt("static_kv", plan, length=_matching_length(plan, lm, encoder))
+        return Method(name, "frozen", [{"prompt": long}], PREFIX_RATES)
+    if name == "idpt_kv_small":
+        small = prompt("idpt_kv", plan, generator=SMALL)
+        return Method(name, "frozen", [{"prompt": small}], WRITTEN_RATES)
+    rates: dict[str, dict[str, Any]] = {
+        "static": {"lr": 0.3},
+        "static_kv": PREFIX_RATES,
+        "idpt": {"lr": 1.0, "lr_for": {"generator": 1.5e-3, "project": 1.5e-3}},
+        "idpt_kv": WRITTEN_RATES,
+    }[name]
+    more = {"generator": GENERATOR} if name.startswith("idpt") else {}
+    return Method(name, "frozen", [{"prompt": prompt(name, plan, **more)}], rates)
+
+
+def prompt(kind: str, plan: Plan, **settings: Any) -> dict[str, Any]:
+    """Return a producer's settings as in a recipe."""
+    init = {"source": "text", "text": plan.start}
+    return {"kind": kind, "length": plan.length, "init": init, **settings}
+
+
+def parameters(
+    passes: Sequence[dict[str, Any]], lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]
+) -> int:
+    """Return how many parameters a frozen method trains."""
+    config = SkillConfig.model_validate({"passes": list(passes)})
+    return Skill.create(lm, config, encoder).trained_parameters
+
+
+def _matching_length(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
+    """Return how long a static prefix must be to have as many parameters as `idpt_kv`."""
+    wanted = parameters([{"prompt": prompt("idpt_kv", plan, generator=GENERATOR)}], lm, encoder)
+    here = parameters([{"prompt": prompt("static_kv", plan)}], lm, encoder)
+    return max(plan.length, round(wanted * plan.length / here))
+
+
+def _matching_rank(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
+    """Return the rank at which LoRA on all layers' products trains as many as `idpt_kv`."""
+    wanted = parameters([{"prompt": prompt("idpt_kv", plan, generator=GENERATOR)}], lm, encoder)
+    with torch.device("meta"):  # shapes only: here the LM itself may be quantised or fused
+        plain = type(lm.model)(lm.model.config)
+    tied = plain.get_output_embeddings()
+    shapes = [m.weight.shape for m in plain.modules() if isinstance(m, nn.Linear) and m is not tied]
+    return max(1, round(wanted / sum(sum(shape) for shape in shapes)))

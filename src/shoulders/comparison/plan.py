@@ -1,0 +1,239 @@
+"""The plan of a comparison: which LM, rows, methods, budget and effort; read from YAML."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shoulders.data.mixture import MixtureConfig
+from shoulders.data.rows import Row, read_rows
+from shoulders.errors import DataError, RecipeError, nearest
+from shoulders.files import write_text
+from shoulders.training.recipe import (
+    LMConfig,
+    OptimizerConfig,
+    explain,
+    located,
+    read_values,
+)
+
+LEAST_ROWS = 10  # distinct rows: fewer cannot be split into three
+SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
+BARE = ("zero_shot", "few_shot")
+FROZEN = ("static", "static_kv", "idpt", "idpt_kv", "static_kv_matched", "idpt_kv_small",
+          "textual", "neural")  # fmt: skip
+TUNED = ("lora_r4", "lora_r16", "lora_r64", "lora_matched", "full")
+DEFAULT = (*BARE, "static", "static_kv", "idpt", "idpt_kv", "lora_r16", "full")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BudgetConfig(_Part):
+    """What every method gets: the same number of training examples.
+
+    Attributes:
+        examples: that number, counted with repetition; or
+        minutes: for everything, so that the number follows from what a step of each method takes
+            on this machine.
+    """
+
+    examples: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.examples is None) == (self.minutes is None):
+            raise ValueError("give either examples or minutes")
+        return self
+
+
+class SearchConfig(_Part):
+    """Tuning effort, equal for all methods: learning rates tried on validation rows.
+
+    Attributes:
+        trials: runs per trained method; 0 takes each method's default rates.
+        share: of the budget's examples that a trial trains on.
+        widest: rates are multiplied by 1/widest to widest (log-uniform; the first trial by 1).
+    """
+
+    trials: int = Field(default=0, ge=0)
+    share: float = Field(default=0.25, gt=0, le=1)
+    widest: float = Field(default=4.0, gt=1)
+
+
+class ForgettingConfig(_Part):
+    """What tuned LMs are examined on for forgetting.
+
+    Attributes:
+        text: UTF-8 files whose perplexity is measured; without any, what the LM itself writes.
+        chunk: tokens that are read at once.
+        chunks: how many, spread over the files.
+        rows: rows of other tasks, for zero-shot scores before and after.
+    """
+
+    text: list[str] = []
+    chunk: int = Field(default=128, ge=2)
+    chunks: int = Field(default=64, ge=1)
+    rows: list[str] = []
+
+
+class OwnMethod(_Part):
+    """A method of the user's own: passes as in a recipe, and their learning rates."""
+
+    passes: list[dict[str, Any]] = Field(min_length=1)
+    optimizer: OptimizerConfig
+
+
+class Plan(_Part):
+    """A comparison.
+
+    Attributes:
+        lm: the LM, frozen or tuned.
+        data: rows to train and to select on.
+        test: files that everything is measured on, once, at the end.
+        test_rows: of every task, at most; chosen by a hash of their content.
+        validation_rows: of every task that selects, likewise.
+        methods: by name; see `shoulders.comparison.methods`.
+        own: further methods.
+        budget: training examples, or minutes.
+        rows_per_step: examples in an optimizer step.
+        length: positions of a prompt.
+        start: text whose embeddings prompts begin as.
+        shots: worked examples of few-shot.
+        max_new_tokens: longest answer.
+        seeds: every method is trained with each.
+        search: tuning effort.
+        forgetting: what else is measured of tuned LMs.
+    """
+
+    lm: LMConfig = LMConfig()
+    data: MixtureConfig
+    test: list[str] = Field(min_length=1)
+    test_rows: int | None = Field(default=None, ge=1)
+    validation_rows: int = Field(default=8, ge=1)
+    methods: tuple[str, ...] = Field(default=DEFAULT, min_length=1)
+    own: dict[str, OwnMethod] = {}
+    budget: BudgetConfig
+    rows_per_step: int = Field(default=8, ge=1)
+    length: int = Field(default=10, ge=1)
+    start: str = "Read the instruction and give only the short answer."
+    shots: int = Field(default=4, ge=1)
+    max_new_tokens: int = Field(default=32, ge=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    search: SearchConfig = SearchConfig()
+    forgetting: ForgettingConfig = ForgettingConfig()
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        known = (*BARE, *FROZEN, *TUNED, *self.own)
+        for name in self.methods:
+            if name not in known:
+                raise ValueError(f"methods: no method '{name}'{nearest(name, known)}")
+        if len(set(self.methods)) < len(self.methods) or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("methods and seeds: each may stand there once")
+        if taken := [name for name in self.own if name in (*BARE, *FROZEN, *TUNED)]:
+            raise ValueError(f"own.{taken[0]}: that is the name of a method that is there already")
+        if not self.data.validation:
+            raise ValueError("data.validation: needed, to select on; never the test rows")
+        if both := sorted(set(self.test) & {*self.data.train, *self.data.validation}):
+            raise ValueError(f"test: '{both[0]}' is trained or selected on as well")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a whole run; the budget must be in examples."""
+        assert self.budget.examples is not None
+        return max(1, self.budget.examples // self.rows_per_step)
+
+
+def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read a plan; files that it names lie beside it, or where they say.
+
+    Raises:
+        RecipeError: names the file and the key.
+    """
+    values = read_values(path, overrides)
+    plan = make_plan(values, str(path))
+
+    def found(names: Sequence[str]) -> list[str]:
+        return [located(name, path.parent) for name in names]
+
+    data = plan.data.model_copy(
+        update={
+            "train": found(plan.data.train),
+            "validation": found(plan.data.validation),
+            "templates": found([plan.data.templates])[0] if plan.data.templates else None,
+        }
+    )
+    other = {"text": found(plan.forgetting.text), "rows": found(plan.forgetting.rows)}
+    forgetting = plan.forgetting.model_copy(update=other)
+    return plan.model_copy(
+        update={"data": data, "test": found(plan.test), "forgetting": forgetting}
+    )
+
+
+def make_plan(values: dict[str, Any], where: str = "plan") -> Plan:
+    """Validate a plan given as nested mappings; raises `RecipeError` naming `where`."""
+    try:
+        return Plan.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {explain(error, Plan, values)}") from error
+
+
+def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
+    """Return a plan for a file of rows, split by input into `out/data`.
+
+    Rows with the same task and input stay together, so that nothing of the test is trained on.
+    Every task is split alike, by a hash of its inputs: the same file gives the same split.
+
+    Raises:
+        DataError: the file, or too few different rows.
+    """
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in read_rows(file):
+        groups.setdefault(row.task, {}).setdefault(row.input, []).append(row)
+    inputs = sum(len(own) for own in groups.values())
+    if inputs < LEAST_ROWS:
+        raise DataError(f"{file}: {inputs} different inputs; a comparison needs {LEAST_ROWS}")
+    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    for task in sorted(groups):
+        order = sorted(groups[task], key=functools.partial(_hash, task))
+        first = round(len(order) * SPLITS["train"]) or 1
+        second = first + max(1, round(len(order) * SPLITS["validation"]))
+        parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
+        for name, texts in parts.items():
+            splits[name] += [row for text in texts for row in groups[task][text]]
+    if not splits["test"]:
+        raise DataError(f"{file}: its tasks have too few rows to test on; three each at least")
+    for name, rows in splits.items():
+        write_text(out / "data" / f"{name}.jsonl", "".join(_line(row) for row in rows))
+    return make_plan(
+        {
+            "data": {
+                "train": [str(out / "data/train.jsonl")],
+                "validation": [str(out / "data/validation.jsonl")],
+                "temperature": 3,
+            },
+            "test": [str(out / "data/test.jsonl")],
+            **settings,
+        }
+    )
+
+
+def _hash(task: str, text: str) -> str:
+    return hashlib.sha256(f"{task}\n{text}".encode()).hexdigest()
+
+
+def _line(row: Row) -> str:
+    value: dict[str, Any] = {"task": row.task, "input": row.input, "targets": list(row.targets)}
+    if row.options:
+        value["options"] = list(row.options)
+    return json.dumps(value, ensure_ascii=False) + "\n"

@@ -1,0 +1,174 @@
+"""What `shoulders compare` does, from top to bottom: load, plan, search, train, measure, report."""
+
+from __future__ import annotations
+
+import functools
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shoulders.comparison.bare import bare
+from shoulders.comparison.budget import with_examples
+from shoulders.comparison.forgetting import examined, text_of
+from shoulders.comparison.frozen import Frozen, Rows, Trained
+from shoulders.comparison.ledger import Ledger
+from shoulders.comparison.measure import interference, latency, measured, once
+from shoulders.comparison.methods import Method, methods_of
+from shoulders.comparison.plan import Plan
+from shoulders.comparison.search import best_factor
+from shoulders.comparison.tuned import Tuned
+from shoulders.errors import DataError, ShouldersError, TrainingError
+from shoulders.lm.decode import DecodingConfig
+from shoulders.lm.load import load_lm
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.skill import Skill
+from shoulders.training.run import load_data, machine, read_all, unseen_rows
+from shoulders.training.validation import choose_rows
+
+
+def run_comparison(
+    plan: Plan, out: Path, *, resume: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Train and measure everything that a plan names, and return every figure.
+
+    Finished runs are kept in `out` and not repeated; a run that was stopped goes on (frozen
+    methods from their last checkpoint, rivals from their start).
+
+    Raises:
+        TrainingError: `out` holds another comparison, or this one without `resume`.
+        DataError, LMError, ShouldersError: what cannot be read, or failed.
+    """
+    started = time.monotonic()
+    console = console or Console(quiet=True)
+    ledger = Ledger(out)
+    ledger.begin(plan.model_dump(mode="json"), resume=resume)
+
+    # 1. One LM in memory, and the rows that every method is trained, selected and measured on.
+    lm = load_lm(**plan.lm.model_dump())
+    before = lm.digest()
+    rows = rows_of(plan)
+    methods = methods_of(plan, lm)
+    frozen, tuned = Frozen(lm, plan, rows, console), Tuned(lm, plan, rows, console)
+    decoding = DecodingConfig(max_new_tokens=plan.max_new_tokens)
+    texts = [rows.templates.render(row, 0) for row in rows.test]
+
+    # 2. The LM alone, without and with worked examples; what it is before anything is tuned.
+    for method in methods:
+        if method.family == "bare" and not ledger.find(stage="run", method=method.name):
+            alone, asked = bare(method, lm, plan, rows)
+            measured(alone, method, 0, ledger, asked, rows, decoding, console, {})
+    text = text_of(lm, plan.forgetting, out)
+    others = read_all(plan.forgetting.rows)
+    once(ledger, "forgetting", "frozen", 0, lambda: examined(lm, plan.forgetting, text, others))
+
+    # 3. How many examples: as given, or what the minutes allow on this machine.
+    trained = [m for m in methods if m.trained]
+    if trained:
+        plan = with_examples(plan, trained, frozen, tuned, ledger, started, console)
+
+    # 4. The same tuning effort for each, on validation rows; then its runs, measured on test.
+    for method in trained:
+
+        def attempt(number: int, factor: float, m: Method = method) -> float:
+            folder = ledger.folder(m.name, number, "trials")
+            steps = max(1, round(plan.steps * plan.search.share))
+            settings: dict[str, Any] = {"steps": steps, "seed": 0, "factor": factor}
+            if m.family == "tuned":
+                return tuned.train(m, folder, keep=False, **settings).loss
+            return frozen.train(m, folder, start=starts(m, ledger, 0), **settings).loss
+
+        factor = best_factor(method, plan.search, ledger, attempt)
+        for seed in plan.seeds:
+            if ledger.find(stage="run", method=method.name, seed=seed):
+                continue
+            console.print(f"[bold]{method.name}[/], seed {seed}: {plan.steps} steps")
+            folder = ledger.folder(method.name, seed)
+            settings: dict[str, Any] = {"steps": plan.steps, "seed": seed, "factor": factor}
+            if method.family == "frozen":
+                done = frozen.train(method, folder, start=starts(method, ledger, seed), **settings)
+                skill = frozen.skill(folder)
+                sizes = {"trained_parameters": skill.trained_parameters}
+                measured(skill, method, seed, ledger, texts, rows, decoding, console,
+                         sizes | run_facts(plan, factor, done))  # fmt: skip
+                continue
+            done = tuned.train(method, folder, keep=True, **settings)
+            facts = {
+                "trained_parameters": tuned.trained_parameters(folder),
+                # Merged, a tuned LM is as fast as the LM itself in the plan's precision.
+                "latency_ms": latency(Skill.base(lm, SkillConfig()), texts),
+            }
+            with tuned.skill(folder) as skill:
+                examine = functools.partial(examined, skill.lm, plan.forgetting, text, others)
+                once(ledger, "forgetting", method.name, seed, examine)
+                measured(skill, method, seed, ledger, texts, rows, decoding, console,
+                         facts | run_facts(plan, factor, done))  # fmt: skip
+
+    # 5. Nothing was forgotten, and no skill has changed another: measured, not only promised.
+    if lm.digest() != before:
+        raise TrainingError("the frozen LM changed during the comparison; its figures are void")
+    first = next((m for m in trained if m.family == "frozen"), None)
+    if first is not None:
+        once(ledger, "interference", first.name, plan.seeds[0],
+             lambda: interference(first, frozen, ledger, plan, rows, decoding))  # fmt: skip
+    return {
+        "benchmark": "compare",
+        "plan": plan.model_dump(mode="json"),
+        "methods": [
+            {"method": m.name, "family": m.family, "rank": m.rank, **_shape(m)} for m in methods
+        ],
+        "runs": ledger.every(stage="run"),
+        "trials": ledger.every(stage="trial"),
+        "forgetting": ledger.every(stage="forgetting"),
+        "interference": ledger.every(stage="interference"),
+        "rows": {
+            "train": len(rows.train),
+            "validation": len(rows.validation),
+            "test": len(rows.test),
+        },
+        "lm": {"name": lm.name, "parameters": lm.parameters, "fingerprint": lm.fingerprint},
+        "machine": machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def rows_of(plan: Plan) -> Rows:
+    """Return a plan's rows; raises `DataError` where training rows stand in the test as well."""
+    train, validation, templates = load_data(plan.data)
+    test = read_all(plan.test)
+    if plan.test_rows is not None:
+        test = choose_rows(test, plan.test_rows)
+    unseen = unseen_rows(test, train)
+    if len(unseen) < len(test) / 2:
+        raise DataError(f"{plan.test[0]}: most of its rows are trained on; give other test rows")
+    validation = choose_rows(unseen_rows(validation, train), plan.validation_rows)
+    if not validation:
+        raise DataError("data.validation: all of its rows are trained on; give others")
+    return Rows(train, validation, unseen, templates)
+
+
+def starts(method: Method, ledger: Ledger, seed: int) -> dict[str, Path]:
+    """Return the skills that a method's parts begin at; raises where they are not trained."""
+    found = {}
+    for part, name in method.start.items():
+        if not ledger.find(stage="run", method=name, seed=seed):
+            raise ShouldersError(f"{method.name} begins at {name}: list {name} before it")
+        found[part] = ledger.folder(name, seed)
+    return found
+
+
+def run_facts(plan: Plan, factor: float, done: Trained) -> dict[str, Any]:
+    """Return what a training run cost and came to."""
+    return {
+        "examples": plan.steps * plan.rows_per_step,
+        "rate_factor": factor,
+        "training_seconds": done.seconds,
+        "validation_loss": done.loss,
+        "curve": done.curve,
+    }
+
+
+def _shape(method: Method) -> dict[str, Any]:
+    return {"passes": list(method.passes), "begins_at": dict(method.start)}

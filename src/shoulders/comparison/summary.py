@@ -1,0 +1,116 @@
+"""From runs to one line per method, and to differences that can be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoulders.comparison.ledger import Ledger, mean
+from shoulders.evaluation.metrics import bootstrap_interval, paired_interval
+
+BYTES = 4  # of a trained parameter, as it is stored
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method over its seeds.
+
+    Attributes:
+        name, family: as in the plan.
+        exact_match: macro average over tasks, mean over seeds, in percent.
+        ci95: its bootstrap interval over test rows.
+        by_seed: of each seed.
+        tasks: of each task.
+        trained_parameters: outside the LM, or of it.
+        examples: that it learned from, those of what it begins at included.
+        training_seconds, latency_ms: means over seeds.
+        scores: of each test row from 0 to 1, the mean over seeds, by task.
+    """
+
+    name: str
+    family: str
+    exact_match: float
+    ci95: tuple[float, float]
+    by_seed: list[float]
+    tasks: dict[str, float]
+    trained_parameters: int
+    examples: int
+    training_seconds: float
+    latency_ms: float
+    scores: Mapping[str, Sequence[float]]
+    perplexity: float | None
+    zero_shot: float | None
+
+    @property
+    def bytes_per_task(self) -> int:
+        """What one more task takes on disk and in memory beside the LM."""
+        return BYTES * self.trained_parameters
+
+
+def lines(result: dict[str, Any], ledger: Ledger) -> list[Line]:
+    """Return a line for every method that has a finished run, in the plan's order."""
+    begun = {m["method"]: set(m["begins_at"].values()) for m in result["methods"]}
+    found = []
+    for name in (m["method"] for m in result["methods"]):
+        runs = [run for run in result["runs"] if run["method"] == name]
+        if not runs:
+            continue
+        scores = averaged([ledger.scores(name, run["seed"]) for run in runs])
+        before = [r for r in result["runs"] if r["method"] in begun[name] and r["seed"] == 0]
+        forgot = [f for f in result["forgetting"] if f["method"] == name]
+        zero = [f["zero_shot"] for f in forgot if "zero_shot" in f]
+        found.append(
+            Line(
+                name=name,
+                family=runs[0]["family"],
+                exact_match=mean([run["exact_match"] for run in runs]),
+                ci95=bootstrap_interval(scores),
+                by_seed=[run["exact_match"] for run in runs],
+                tasks={task: 100 * mean(values) for task, values in sorted(scores.items())},
+                trained_parameters=runs[0]["trained_parameters"],
+                examples=sum(run.get("examples", 0) for run in [runs[0], *before]),
+                training_seconds=mean([r.get("training_seconds", 0.0) for r in runs])
+                + sum(r.get("training_seconds", 0.0) for r in before),
+                latency_ms=mean([run["latency_ms"] for run in runs]),
+                scores=scores,
+                perplexity=mean([f["perplexity"] for f in forgot]) if forgot else None,
+                zero_shot=mean(zero) if zero else None,
+            )
+        )
+    return found
+
+
+def averaged(seeds: Sequence[Sequence[tuple[str, float]]]) -> dict[str, list[float]]:
+    """Return every row's mean over seeds, by task; rows stand in the same order in each."""
+    scores: dict[str, list[float]] = {}
+    for several in zip(*seeds, strict=True):
+        scores.setdefault(several[0][0], []).append(mean([score for _, score in several]))
+    return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much better one method is than another, in points, with its paired interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def sure(self) -> int:
+        """1: better outside the interval; -1: worse; 0: level."""
+        return (self.low > 0) - (self.high < 0)
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}] points"
+
+
+def difference(first: Line, second: Line) -> Difference:
+    """Return how much better `first` is on the same rows."""
+    return Difference(*paired_interval(first.scores, second.scores))
+
+
+def best(found: Sequence[Line]) -> Line | None:
+    """Return the method with the highest exact match; of equal ones the smaller."""
+    return max(found, key=lambda line: (line.exact_match, -line.trained_parameters), default=None)

@@ -1,0 +1,150 @@
+"""`python -m shoulders.comparison.tune DIR`: tune one copy of an LM, LoRA or wholly.
+
+Reads `settings.json`, `train.jsonl` (rows of tokens, in the order of training) and
+`validation.jsonl` of the folder; trains with transformers' Trainer (PEFT for LoRA) as their
+documentation shows it; writes `tuned.json` and, where asked, the merged weights. Started by
+`shoulders.comparison.tuned`; the memory it takes is given back when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from shoulders.files import atomic_directory, write_json
+
+
+def main() -> None:
+    """Train what the folder describes."""
+    begun = time.perf_counter()
+    folder = Path(sys.argv[1])
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(settings["lm"])
+    torch.manual_seed(settings["seed"])
+    model: Any = AutoModelForCausalLM.from_pretrained(settings["lm"], dtype=torch.float32)
+    if settings["rank"] is not None:
+        model = with_lora(model, settings["rank"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows, checked = read(folder / "train.jsonl"), read(folder / "validation.jsonl")
+    watch = Watch(model, tokenizer, checked, settings["validate_every"])
+    fitted(model, tokenizer, rows, settings, folder, watch)
+    if settings["weights"]:
+        if settings["rank"] is not None:
+            model = model.merge_and_unload()  # what its users do before they serve it
+        with atomic_directory(folder / settings["weights"]) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    total = time.perf_counter() - begun
+    write_json(
+        folder / "tuned.json",
+        {
+            "trained_parameters": trained,
+            "seconds": watch.seconds,
+            "besides_seconds": total - watch.seconds,
+            "validations": watch.validations,
+        },
+    )
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """Return the model with LoRA on every product of its layers; alpha is twice the rank."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def fitted(
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    settings: dict[str, Any],
+    folder: Path,
+    watch: Watch,
+) -> None:
+    """Train once over the rows, in their order."""
+    features = [
+        {
+            "input_ids": row["ids"] + row["answer_ids"],
+            "attention_mask": [1] * len(row["ids"] + row["answer_ids"]),
+            "labels": [-100] * len(row["ids"]) + row["answer_ids"],
+        }
+        for row in rows
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings["rows_per_step"],
+        num_train_epochs=1,
+        learning_rate=settings["lr"],
+        warmup_steps=settings["warmup_steps"],
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        seed=settings["seed"],
+    )
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    Trainer(model, arguments, collate, features, callbacks=[watch]).train()
+
+
+class Watch(TrainerCallback):
+    """Times the steps, tells of each, and measures the loss on validation rows now and then."""
+
+    def __init__(self, model: Any, tokenizer: Any, rows: list[dict[str, Any]], every: int) -> None:
+        self.seconds = 0.0
+        self.validations: list[tuple[int, float]] = []
+        self._model, self._tokenizer, self._rows, self._every = model, tokenizer, rows, every
+        self._began = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Note when a step begins."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, _arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Note when it has ended, its optimizer's too."""
+        self.seconds += time.perf_counter() - self._began
+        print(f"step {state.global_step}", flush=True)  # noqa: T201
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self.validations.append((state.global_step, self.loss()))
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Return nats per answer token, averaged over rows by task: as frozen methods select."""
+        self._model.eval()
+        device = next(self._model.parameters()).device
+        tasks: dict[str, list[float]] = {}
+        for row in self._rows:
+            ids = torch.tensor([row["ids"] + row["answer_ids"]], device=device)
+            labels = ids.clone()
+            labels[:, : len(row["ids"])] = -100
+            value = float(self._model(input_ids=ids, labels=labels).loss)
+            tasks.setdefault(row["task"], []).append(value)
+        self._model.train()
+        return sum(sum(v) / len(v) for v in tasks.values()) / len(tasks)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    main()

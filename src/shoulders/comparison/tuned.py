@@ -1,0 +1,146 @@
+"""Training and asking the rivals: copies of the LM tuned with LoRA (PEFT) or wholly.
+
+They learn from the same tokens in the same order as the frozen methods, in a process of their
+own (`shoulders.comparison.tune`), and are then asked through the same decoder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shoulders.comparison.frozen import WARMUP, Rows, Trained
+from shoulders.comparison.methods import Method
+from shoulders.comparison.plan import Plan
+from shoulders.data.mixture import Mixture
+from shoulders.errors import ShouldersError, TrainingError
+from shoulders.files import write_json, write_text
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.gguf import converted, embedded_gguf
+from shoulders.lm.load import EMBEDDED, load_lm
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.skill import Skill
+from shoulders.training.fit import example_at, example_of
+from shoulders.training.monitor import quiet_progress
+from shoulders.training.objective import Example
+
+WEIGHTS, RESULT = "weights", "tuned.json"
+PROBE = 2  # steps
+
+
+class Tuned:
+    """The rivals, as copies of one LM.
+
+    Args:
+        lm: what they are copies of; only its tokens are used.
+        plan: what is compared.
+        rows: on which rows.
+        console: for progress.
+    """
+
+    def __init__(self, lm: FrozenLM, plan: Plan, rows: Rows, console: Console) -> None:
+        self._plain = Skill.base(lm, SkillConfig())  # the text format of every skill, no prompt
+        self._plan, self._rows, self._console = plan, rows, console
+        name = plan.lm.name
+        self._lm = str(converted(embedded_gguf())) if name == EMBEDDED else name
+
+    def train(
+        self, method: Method, folder: Path, *, steps: int, seed: int, factor: float, keep: bool
+    ) -> Trained:
+        """Tune a copy into `folder`; `keep` also writes its weights, merged.
+
+        Raises:
+            ShouldersError: the process failed, with the last line of what it said.
+            TrainingError: its loss is not finite.
+        """
+        result = folder / RESULT
+        if not result.is_file() or (keep and not (folder / WEIGHTS).is_dir()):
+            self._run(method, folder, steps, seed, factor, keep=keep)
+        found = json.loads(result.read_text(encoding="utf-8"))
+        curve = [(int(step), float(loss)) for step, loss in found["validations"]]
+        if not all(loss < float("inf") for _, loss in curve):
+            raise TrainingError(f"{method.name}: the loss is no longer finite")
+        # Its last weights are what is kept: the Trainer's own way without a copy on the disk.
+        return Trained(found["seconds"], curve[-1][1], curve)
+
+    @contextmanager
+    def skill(self, folder: Path) -> Iterator[Skill]:
+        """Yield the tuned LM as a skill without a prompt; its weights leave the disk afterwards."""
+        lm = load_lm(str(folder / WEIGHTS), dtype="float32")
+        yield Skill.base(lm, SkillConfig())
+        del lm
+        shutil.rmtree(folder / WEIGHTS)
+
+    def step_seconds(self, method: Method) -> tuple[float, float]:
+        """Return what one step takes here, and what a run takes besides its steps."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._run(method, Path(folder), PROBE, 0, 1.0, keep=False)
+            found = json.loads((Path(folder) / RESULT).read_text(encoding="utf-8"))
+        return found["seconds"] / PROBE, found["besides_seconds"]
+
+    def trained_parameters(self, folder: Path) -> int:
+        """Return how many parameters a finished run has tuned."""
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return int(found["trained_parameters"])
+
+    def _run(
+        self, method: Method, folder: Path, steps: int, seed: int, factor: float, *, keep: bool
+    ) -> None:
+        assert self._plan.data is not None
+        mixture = Mixture(self._rows.train, self._rows.templates, self._plan.data, seed)
+        count = steps * self._plan.rows_per_step
+        examples = [example_at(self._plain, mixture, i, seed) for i in range(count)]
+        checked = [
+            example_of(self._plain, row, self._rows.templates.render(row, 0), 0)
+            for row in self._rows.validation
+        ]
+        write_text(folder / "train.jsonl", _lines(examples))
+        write_text(folder / "validation.jsonl", _lines(checked))
+        settings = {
+            "lm": self._lm,
+            "rank": method.rank,
+            "lr": method.optimizer["lr"] * factor,
+            "rows_per_step": self._plan.rows_per_step,
+            "warmup_steps": max(1, round(WARMUP * steps)),
+            "validate_every": max(1, -(-steps // 4)),
+            "seed": seed,
+            "weights": WEIGHTS if keep else None,
+        }
+        write_json(folder / "settings.json", settings)
+        command = [sys.executable, "-m", "shoulders.comparison.tune", str(folder)]
+        with quiet_progress(self._console, f"{method.name}, seed {seed}", steps) as advance:
+            watched(command, advance, method.name)
+
+
+def watched(command: Sequence[str], advance: Any, name: str) -> None:
+    """Run a process that prints a line for every step; raises with its last words if it fails."""
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith("step "):
+                    advance(1)
+        except BaseException:
+            process.terminate()
+            raise
+        if process.wait():
+            said.seek(0)
+            words = said.read().strip() or "nothing"
+            raise ShouldersError(f"{name} failed: {words.splitlines()[-1]}")
+
+
+def _lines(examples: Sequence[Example]) -> str:
+    rows = [{"task": e.task, "ids": e.input_ids, "answer_ids": e.answer_ids} for e in examples]
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,117 @@
+"""The verdict in words, written from the numbers alone; fine-tuning may win."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shoulders.comparison.summary import Difference, Line, best, difference
+
+FEW_ROWS = 100
+NOTICEABLE = 0.01  # share by which perplexity must rise to be called forgetting
+
+
+def verdict(lines: Sequence[Line], base_perplexity: float | None, digest_equal: bool) -> list[str]:
+    """Return sentences: a recommendation first, then what it rests on.
+
+    Args:
+        lines: every method.
+        base_perplexity: of the LM before anything was tuned.
+        digest_equal: whether the frozen LM is what it was, bit by bit.
+    """
+    family = {f: [x for x in lines if x.family == f] for f in ("bare", "frozen", "tuned")}
+    bare, frozen, tuned = (best(family[f]) for f in ("bare", "frozen", "tuned"))
+    said = []
+    if frozen and tuned:
+        gap = difference(frozen, tuned)
+        said += [_recommended(frozen, tuned, gap), _which(frozen, tuned, gap)]
+    elif winner := frozen or tuned:
+        said.append(f"Use {winner.name}: {_score(winner)} exact match, the best that was tried.")
+    if bare and (winner := best([*family["frozen"], *family["tuned"]])):
+        gain = difference(winner, bare)
+        if gain.sure <= 0:
+            said.insert(0, f"Train nothing yet: {bare.name} ({_score(bare)}) is level with the "
+                           f"best trained method, {winner.name} ({gain}).")  # fmt: skip
+        else:
+            said.append(f"Training pays: {winner.name} beats {bare.name} by {gain}.")
+    said += _more_parameters(lines)
+    said += _cheaper(family["frozen"], frozen)
+    said += _forgetting(family["tuned"], base_perplexity, digest_equal)
+    rows = sum(len(scores) for scores in lines[0].scores.values()) if lines else 0
+    if rows < FEW_ROWS:
+        said.append(f"Only {rows} rows were tested, so intervals are wide: more rows, surer words.")
+    return said
+
+
+def _recommended(frozen: Line, tuned: Line, gap: Difference) -> str:
+    if gap.sure < 0:
+        return (
+            f"Fine-tuning wins here: use {tuned.name}, if a copy of its weights per task and what "
+            f"it forgets can be afforded; of the frozen methods {frozen.name} comes nearest."
+        )
+    reason = "it beats" if gap.sure > 0 else "it is level with"
+    return f"Use {frozen.name} around the frozen LM: {reason} the best fine-tuning, {tuned.name}."
+
+
+def _which(frozen: Line, tuned: Line, gap: Difference) -> str:
+    word = {1: "better", 0: "level (the interval holds 0)", -1: "worse"}[gap.sure]
+    return (
+        f"{frozen.name} {_score(frozen)} against {tuned.name} {_score(tuned)}: {gap}, {word}; "
+        f"{frozen.trained_parameters:,} and {tuned.trained_parameters:,} trained parameters, "
+        f"{frozen.training_seconds:.0f} and {tuned.training_seconds:.0f} s of training, "
+        f"{frozen.latency_ms:.0f} and {tuned.latency_ms:.0f} ms an answer."
+    )
+
+
+def _more_parameters(lines: Sequence[Line]) -> list[str]:
+    """Is it the input that helps, or just more trained parameters?"""
+    by_name = {line.name: line for line in lines}
+    said = []
+    for one, other in (("idpt_kv", "static_kv_matched"), ("idpt_kv", "static_kv"),
+                       ("idpt", "static")):  # fmt: skip
+        if one in by_name and other in by_name:
+            a, b = by_name[one], by_name[other]
+            gap = difference(a, b)
+            word = {1: "helps", 0: "makes no sure difference", -1: "hurts"}[gap.sure]
+            said.append(
+                f"Depending on the input {word}: {one} against {other} {gap} "
+                f"({a.trained_parameters:,} and {b.trained_parameters:,} trained parameters)."
+            )
+    return said
+
+
+def _cheaper(frozen: Sequence[Line], first: Line | None) -> list[str]:
+    """A much smaller method that is level with the best frozen one."""
+    if first is None:
+        return []
+    small = [
+        x
+        for x in frozen
+        if x.trained_parameters * 5 <= first.trained_parameters and difference(first, x).sure == 0
+    ]
+    chosen = best(small)
+    if chosen is None:
+        return []
+    return [
+        f"{chosen.name} is level with {first.name} at {chosen.trained_parameters:,} trained "
+        f"parameters ({difference(first, chosen)}): enough where memory per task counts."
+    ]
+
+
+def _forgetting(tuned: Sequence[Line], base: float | None, digest_equal: bool) -> list[str]:
+    said = []
+    if digest_equal:
+        said.append("The frozen LM is bit by bit what it was: its methods forget nothing.")
+    for line in tuned:
+        if base is None or line.perplexity is None:
+            continue
+        change = line.perplexity / base - 1
+        if change > NOTICEABLE:
+            said.append(
+                f"{line.name} forgot: perplexity of other text {base:.2f} -> {line.perplexity:.2f} "
+                f"({change:+.0%})."
+            )
+    return said
+
+
+def _score(line: Line) -> str:
+    return f"{line.exact_match:.1f} [{line.ci95[0]:.1f}, {line.ci95[1]:.1f}]"

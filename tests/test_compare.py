@@ -1,0 +1,381 @@
+"""`shoulders compare`: plans, splits, search, statistics, verdict, and whole runs on a tiny LM."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import save_lm
+from shoulders.cli.app import main
+from shoulders.comparison.figures import pareto
+from shoulders.comparison.ledger import Ledger
+from shoulders.comparison.methods import Method, methods_of, parameters
+from shoulders.comparison.plan import Plan, SearchConfig, make_plan, plan_of_rows, read_plan
+from shoulders.comparison.report import write_report
+from shoulders.comparison.run import run_comparison
+from shoulders.comparison.search import best_factor
+from shoulders.comparison.summary import Line, averaged
+from shoulders.comparison.verdict import verdict
+from shoulders.data.mixture import Mixture
+from shoulders.data.rows import read_rows
+from shoulders.encoders.load import load_encoder
+from shoulders.errors import DataError, RecipeError, ShouldersError, TrainingError
+from shoulders.evaluation.metrics import paired_interval
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.load import load_lm
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.skill import Skill
+from shoulders.training.fit import example_at, example_of
+from shoulders.training.run import load_data
+from shoulders.training.validation import validate
+
+
+def rows_file(folder: Path, tasks: int = 2, each: int = 20) -> Path:
+    """Write rows of a few tasks; every third input has a second row."""
+    lines = []
+    for t in range(tasks):
+        for i in range(each):
+            for target in ["one", "two"][: 1 + (i % 3 == 0)]:
+                row = {"task": f"t{t}", "input": f"{t} {i}", "targets": [target]}
+                lines.append(json.dumps(row))
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+# -- plans -----------------------------------------------------------------------------------
+
+
+def test_own_rows_are_split_by_input_and_the_same_every_time(tmp_path: Path) -> None:
+    file = rows_file(tmp_path)
+    plan = plan_of_rows(file, tmp_path / "a", budget={"examples": 8})
+    plan_of_rows(file, tmp_path / "b", budget={"examples": 8})
+    inputs = {}
+    total = 0
+    for split in ("train", "validation", "test"):
+        own = tmp_path / "a/data" / f"{split}.jsonl"
+        assert own.read_bytes() == (tmp_path / "b/data" / f"{split}.jsonl").read_bytes()
+        rows = read_rows(own)
+        inputs[split] = {(r.task, r.input) for r in rows}
+        total += len(rows)
+        assert {r.task for r in rows} == {"t0", "t1"}
+    assert total == len(read_rows(file))
+    assert not inputs["train"] & inputs["test"]
+    assert not inputs["train"] & inputs["validation"]
+    assert not inputs["validation"] & inputs["test"]
+    assert (len(inputs["train"]), len(inputs["validation"]), len(inputs["test"])) == (28, 4, 8)
+    assert plan.test == [str(tmp_path / "a/data/test.jsonl")]
+
+
+def test_too_few_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl: 9 different inputs"):
+        plan_of_rows(rows_file(tmp_path, 1, 9), tmp_path / "out", budget={"examples": 8})
+    with pytest.raises(DataError, match="too few rows to test on"):
+        plan_of_rows(rows_file(tmp_path, 6, 2), tmp_path / "out", budget={"examples": 8})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": ["idpt_vk"]}, "no method 'idpt_vk'.*idpt_kv"),
+        ({"methods": ["static", "static"]}, "each may stand there once"),
+        ({"budget": {}}, "either examples or minutes"),
+        ({"budget": {"examples": 3, "minutes": 1}}, "either examples or minutes"),
+        ({"test": ["train.jsonl"]}, "'train.jsonl' is trained or selected on"),
+        ({"data": {"train": ["train.jsonl"]}}, "data.validation: needed"),
+        ({"seed": 3}, "unknown key 'seed'"),
+        ({"own": {"full": {"passes": [{}], "optimizer": {"lr": 1.0}}}}, "a method that is there"),
+    ],
+)
+def test_bad_plans_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:
+    data = {"train": ["train.jsonl"], "validation": ["v.jsonl"]}
+    values = {"data": data, "test": ["test.jsonl"], "budget": {"examples": 8}, **changes}
+    with pytest.raises(RecipeError, match=said):
+        make_plan(values, "plan.yaml")
+
+
+def test_files_of_a_plan_lie_beside_it(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        rows_file(tmp_path).rename(tmp_path / f"{name}.jsonl")
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "data: {train: [train.jsonl], validation: [validation.jsonl]}\ntest: [test.jsonl]\n"
+        "budget: {examples: 8}\n",
+        encoding="utf-8",
+    )
+    plan = read_plan(file, ["seeds=[0, 1]"])
+    assert plan.test == [str(tmp_path / "test.jsonl")]
+    assert plan.data.train == [str(tmp_path / "train.jsonl")]
+    assert plan.seeds == (0, 1)
+
+
+# -- statistics ------------------------------------------------------------------------------
+
+
+def test_a_paired_interval_equals_a_plain_loop() -> None:
+    random = np.random.default_rng(3)
+    a = {t: random.integers(0, 2, n).tolist() for t, n in (("x", 30), ("y", 11))}
+    b = {t: random.integers(0, 2, len(v)).tolist() for t, v in a.items()}
+    value, low, high = paired_interval(a, b, resamples=3000)
+    assert value == pytest.approx(100 * np.mean([np.mean(a[t]) - np.mean(b[t]) for t in a]))
+    own = np.random.default_rng(99)
+    drawn = []
+    for _ in range(3000):
+        tasks = []
+        for t in a:
+            picks = own.integers(0, len(a[t]), len(a[t]))
+            tasks.append(np.mean([a[t][i] - b[t][i] for i in picks]))
+        drawn.append(100 * np.mean(tasks))
+    assert (low, high) == pytest.approx(
+        np.quantile(drawn, [0.025, 0.975]), abs=2.0
+    )  # means come in steps of 1.7
+    assert paired_interval(a, a) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="same rows"):
+        paired_interval(a, {"x": b["x"], "y": b["y"][1:]})
+
+
+def test_pareto_keeps_what_nothing_cheaper_equals() -> None:
+    points = [(3.0, 5.0), (1.0, 2.0), (2.0, 1.0), (3.0, 6.0), (4.0, 6.0)]
+    assert pareto(points) == [(1.0, 2.0), (3.0, 6.0)]
+
+
+def line(name: str, family: str, right: int, of: int = 400, **facts: Any) -> Line:
+    scores = {"a": [1.0] * right + [0.0] * (of - right)}
+    defaults: dict[str, Any] = {
+        "exact_match": 100 * right / of, "ci95": (0.0, 100.0), "by_seed": [100 * right / of],
+        "tasks": {}, "trained_parameters": 1000, "examples": 8, "training_seconds": 1.0,
+        "latency_ms": 1.0, "perplexity": None, "zero_shot": None,
+    }  # fmt: skip
+    return Line(name=name, family=family, scores=scores, **(defaults | facts))
+
+
+def test_the_verdict_follows_the_numbers() -> None:
+    base = line("zero_shot", "bare", 4)
+    wins = verdict(
+        [base, line("idpt_kv", "frozen", 200), line("full", "tuned", 100)], None, digest_equal=True
+    )
+    assert wins[0].startswith("Use idpt_kv around the frozen LM: it beats")
+    loses = verdict(
+        [base, line("idpt_kv", "frozen", 100), line("full", "tuned", 200, perplexity=30.0)],
+        20.0,
+        digest_equal=True,
+    )
+    assert loses[0].startswith("Fine-tuning wins here: use full")
+    assert any("full forgot" in said and "+50%" in said for said in loses)
+    level = verdict(
+        [base, line("idpt_kv", "frozen", 200), line("full", "tuned", 200)], None, digest_equal=True
+    )
+    assert "level with the best fine-tuning" in level[0]
+    nothing = verdict([line("few_shot", "bare", 200), line("idpt_kv", "frozen", 200)], None,
+                      digest_equal=True)  # fmt: skip
+    assert nothing[0].startswith("Train nothing yet: few_shot")
+    few = verdict([line("static", "frozen", 20, of=40)], None, digest_equal=False)
+    assert any("Only 40 rows" in said for said in few)
+    assert not any("Only" in said for said in wins)
+    large = line("idpt_kv", "frozen", 201, trained_parameters=9000)
+    cheap = verdict(
+        [base, large, line("static", "frozen", 200)],
+        None,
+        digest_equal=True,
+    )  # fmt: skip
+    assert any("static is level with idpt_kv" in said for said in cheap)
+
+
+def test_seeds_are_averaged_row_by_row() -> None:
+    first = [("a", 1.0), ("b", 0.0), ("a", 0.0)]
+    second = [("a", 0.0), ("b", 0.0), ("a", 0.0)]
+    assert averaged([first, second]) == {"a": [0.5, 0.0], "b": [0.0]}
+
+
+# -- search ----------------------------------------------------------------------------------
+
+
+def test_the_search_takes_the_best_factor_and_is_not_repeated(tmp_path: Path) -> None:
+    method, calls = Method("m", "frozen"), []
+
+    def attempt(number: int, factor: float) -> float:
+        calls.append((number, factor))
+        if number == 1:
+            raise TrainingError("diverged")
+        return abs(np.log(factor) - 0.4)
+
+    config = SearchConfig(trials=5)
+    found = best_factor(method, config, Ledger(tmp_path), attempt)
+    assert [n for n, _ in calls] == [0, 1, 2, 3, 4]
+    assert calls[0][1] == 1.0
+    good = [f for n, f in calls if n != 1]
+    assert found == min(good, key=lambda f: abs(np.log(f) - 0.4))
+    assert all(1 / config.widest <= f <= config.widest for _, f in calls)
+    again = best_factor(method, config, Ledger(tmp_path), lambda *_: pytest.fail("repeated"))
+    assert again == found
+    assert best_factor(method, SearchConfig(), Ledger(tmp_path), attempt) == 1.0
+
+
+def test_a_search_of_nothing_but_divergence_says_so(tmp_path: Path) -> None:
+    def attempt(number: int, factor: float) -> float:
+        raise TrainingError("diverged")
+
+    with pytest.raises(ShouldersError, match="m: every trial"):
+        best_factor(Method("m", "frozen"), SearchConfig(trials=2), Ledger(tmp_path), attempt)
+
+
+def test_a_damaged_ledger_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "runs.jsonl").write_text('{"stage": "run"}\n{"stage\n', encoding="utf-8")
+    with pytest.raises(ShouldersError, match=r"runs\.jsonl:2"):
+        Ledger(tmp_path)
+
+
+# -- whole runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tiny_lm: Callable[[str], FrozenLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_lm(tiny_lm("llama"), tmp_path_factory.mktemp("lm"))
+
+
+def plan_for(folder: Path, lm: Path, **settings: Any) -> Plan:
+    values: dict[str, Any] = {
+        "lm": {"name": str(lm), "dtype": "float32"},
+        "budget": {"examples": 16},
+        "rows_per_step": 4,
+        "length": 3,
+        "shots": 2,
+        "max_new_tokens": 3,
+        "methods": ["zero_shot", "few_shot", "static_kv", "lora_r4"],
+        "search": {"trials": 2, "share": 0.75},
+        "forgetting": {"chunk": 16, "chunks": 4},
+        **settings,
+    }
+    return plan_of_rows(rows_file(folder), folder / "out", **values)
+
+
+@pytest.mark.slow
+def test_a_whole_comparison_is_resumable_and_reported(tmp_path: Path, lm_folder: Path) -> None:
+    plan, out = plan_for(tmp_path, lm_folder), tmp_path / "out"
+    result = run_comparison(plan, out)
+    assert [r["method"] for r in result["runs"]] == [
+        "zero_shot",
+        "few_shot",
+        "static_kv",
+        "lora_r4",
+    ]
+    by_name = {r["method"]: r for r in result["runs"]}
+    assert by_name["static_kv"]["examples"] == by_name["lora_r4"]["examples"] == 16
+    assert len(result["trials"]) == 4
+    assert {f["method"] for f in result["forgetting"]} == {"frozen", "lora_r4"}
+    assert result["interference"][0]["changed"] == 0
+    assert result["interference"][0]["asked"] == len(read_rows(out / "data/test.jsonl"))
+    assert not list(out.glob("**/weights"))  # copies of the LM do not pile up
+    # What is finished is not done again; what is missing is, and comes out the same.
+    kept = (out / "runs.jsonl").read_text(encoding="utf-8")
+    with pytest.raises(TrainingError, match="add --resume"):
+        run_comparison(plan, out)
+    again = run_comparison(plan, out, resume=True)
+    assert again["runs"] == result["runs"]
+    assert (out / "runs.jsonl").read_text(encoding="utf-8") == kept
+    lines = [ln for ln in kept.splitlines() if '"method": "static_kv", "family"' not in ln]
+    assert len(lines) == len(kept.splitlines()) - 1
+    (out / "runs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    mended = {r["method"]: r for r in run_comparison(plan, out, resume=True)["runs"]}
+    for key in ("exact_match", "validation_loss", "rate_factor", "curve", "tasks"):
+        assert mended["static_kv"][key] == by_name["static_kv"][key]
+    other = plan.model_copy(update={"shots": 1})
+    with pytest.raises(TrainingError, match="another plan"):
+        run_comparison(other, out, resume=True)
+
+    said = write_report(result, out)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in by_name)
+    assert page.count("<svg") == 5
+    assert not re.search(r'(src|href)="http', page.replace("xlink:href", ""))  # needs nothing else
+    assert said[0] in (out / "report.md").read_text(encoding="utf-8")
+    written = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    assert [x["method"] for x in written["lines"]] == list(by_name)
+
+
+def test_minutes_become_the_same_examples_for_all(tmp_path: Path, lm_folder: Path) -> None:
+    plan = plan_for(
+        tmp_path, lm_folder, budget={"minutes": 0.05}, methods=["static", "static_kv"],
+        search={"trials": 0},
+    )  # fmt: skip
+    result = run_comparison(plan, tmp_path / "out")
+    examples = {r["examples"] for r in result["runs"]}
+    assert len(examples) == 1
+    assert examples.pop() >= 10 * plan.rows_per_step
+
+
+@pytest.mark.slow
+def test_rivals_lose_nats_as_frozen_methods_do(tmp_path: Path, lm_folder: Path) -> None:
+    """The loss that selects a rival's rates is the one that selects a frozen method's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shoulders.comparison.tune import Watch
+
+    plan = plan_for(tmp_path, lm_folder)
+    lm = load_lm(str(lm_folder), dtype="float32")
+    rows, validation, templates = load_data(plan.data)
+    skill = Skill.base(lm, SkillConfig())
+    examples = [example_of(skill, row, templates.render(row, 0), 0) for row in validation]
+    ours = validate(skill, validation, templates, examples, "loss")["loss"]
+    checked = [{"task": e.task, "ids": e.input_ids, "answer_ids": e.answer_ids} for e in examples]
+    model = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
+    watch = Watch(model, AutoTokenizer.from_pretrained(lm_folder), checked, 1)
+    assert watch.loss() == pytest.approx(ours, abs=1e-5)
+    # ... and they learn from the same tokens in the same order.
+    mixture = Mixture(rows, templates, plan.data, 0)
+    wanted = [example_at(skill, mixture, i, 0) for i in range(8)]
+    run_comparison(plan.model_copy(update={"methods": ("lora_r4",)}), tmp_path / "out")
+    file = tmp_path / "out/runs/lora_r4-seed0/train.jsonl"
+    given = [json.loads(ln) for ln in file.read_text(encoding="utf-8").splitlines()]
+    assert len(given) == 16
+    assert [g["ids"] + g["answer_ids"] for g in given[:8]] == [
+        e.input_ids + e.answer_ids for e in wanted
+    ]
+
+
+def test_matched_rivals_have_the_size_of_the_network(tmp_path: Path, lm_folder: Path) -> None:
+    import functools
+
+    names = ["idpt_kv", "static_kv_matched", "lora_matched"]
+    plan = plan_for(tmp_path, lm_folder, methods=names)
+    lm = load_lm(str(lm_folder), dtype="float32")
+    written, matched, lora = methods_of(plan, lm)
+    encoder = functools.cache(load_encoder)
+    wanted = parameters(written.passes, lm, encoder)
+    assert parameters(matched.passes, lm, encoder) == pytest.approx(wanted, rel=0.05)
+    from peft import LoraConfig, get_peft_model
+
+    assert lora.rank is not None
+    config = LoraConfig(r=lora.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = get_peft_model(load_lm(str(lm_folder), dtype="float32").model, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "either a plan"),
+        (["plan.yaml", "--data", "rows.jsonl"], "either a plan"),
+        (["plan.yaml", "--minutes", "3"], "goes with --data"),
+        (["missing.yaml"], "no such recipe file"),
+        (["--data", "missing.jsonl"], "no such file"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["shoulders", "compare", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
