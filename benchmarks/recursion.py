@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ from shoulders.evaluation.metrics import (
     macro_average,
     normalize,
 )
-from shoulders.files import write_json
+from shoulders.files import atomic_path, write_json
 from shoulders.lm.decode import Completion
 from shoulders.lm.load import load_lm
 from shoulders.recursion.candidates import Candidate, Chooser, chosen, merged, shown
@@ -78,12 +79,17 @@ def main() -> None:
             "n": len(rows),
             "results": results,
             "trained_parameters": skill.trained_parameters,
-            "provenance": artefact.provenance,
+            "provenance": without_paths(artefact.provenance),
             "machine": machine(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
-    print(json.dumps([{k: v for k, v in r.items() if k != "answers"} for r in results], indent=1))
+    plot(options.out.with_suffix(".png"), options.form, results)
+    print(f"{'method':28} {'n':>4} {'passes':>7} exact match, 95%")
+    for r in results:
+        low, high = r["ci95"]
+        print(f"{r['method']:28} {r.get('n', ''):>4} {r['passes']:7.2f} "
+              f"{r['exact_match']:.1f} [{low:.1f}, {high:.1f}]")  # fmt: skip
 
 
 def textual(
@@ -213,6 +219,45 @@ def scored(name: str, rows: Sequence[Row], said: Sequence[str], **facts: Any) ->
         "ci95": list(bootstrap_interval(by_task)),
         "tasks": {task: 100 * sum(v) / len(v) for task, v in sorted(by_task.items())},
     }
+
+
+def without_paths(value: Any) -> Any:
+    """Return facts with files by name, wherever they lie here."""
+    if isinstance(value, dict):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
+def plot(path: Path, form: str, results: Sequence[dict[str, Any]]) -> None:
+    """Draw quality against the samples of the first pass, and against mean passes (the gate)."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=form == "textual")
+    if form == "textual":
+        for method in ("second pass", *CHOOSERS):
+            own = [r for r in results if r["method"] == method]
+            left.plot([r["n"] for r in own], [r["exact_match"] for r in own], "o-", label=method)
+        first = results[0]
+        left.axhline(first["exact_match"], color="#888888", label=first["method"])
+        left.fill_between([1, max(r.get("n", 1) for r in results)], *first["ci95"], alpha=0.12)
+        left.set_xscale("log", base=2)
+        left.set_xlabel("samples of the first pass")
+        left.legend(fontsize=8)
+    else:
+        own = [r for r in results if r["method"] != "gate"]
+        errors = [[abs(r["exact_match"] - r["ci95"][side]) for r in own] for side in (0, 1)]
+        left.barh([r["method"] for r in own], [r["exact_match"] for r in own], xerr=errors)
+        left.invert_yaxis()
+        left.set_xlabel("exact match, %")
+    gate = [r for r in results if r["method"] == "gate"]
+    right.plot([r["passes"] for r in gate], [r["exact_match"] for r in gate], "o-")
+    for r in gate:
+        right.annotate(f"{r['recurse_below']:g}", (r["passes"], r["exact_match"]), fontsize=8)
+    right.set_xlabel("mean passes (gate: recurse below this probability)")
+    right.set_ylabel("exact match, %")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,7 +82,8 @@ def ask(
     if hidden:
         sys.stdout.write(answer.text)
     sys.stdout.write("\n")
-    sources = ", ".join(p.source or p.title or p.id for p in packed.used)
+    counts = Counter(p.source or p.title or p.id for p in packed.used)
+    sources = ", ".join(f"{name} ({n} passages)" if n > 1 else name for name, n in counts.items())
     stdout().print(f"[dim]rests on: {sources or 'nothing: no passage was found'}[/]")
     emit_json(json, as_json(question, answer))
 
