@@ -255,20 +255,34 @@ def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Skill]) -> None:
     assert engine.close(10)
 
 
-def test_a_defect_in_a_step_is_told_to_whoever_waits(
-    engine: Engine, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("place", "name"), [(worker_module, "choose"), (worker_module.Pool, "enter")]
+)
+def test_a_defect_is_told_to_whoever_waits(
+    engine: Engine, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch, place: Any, name: str
 ) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker_module, "choose", broken)
+        patch.setattr(place, name, broken)
         _, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=5)
         assert answers.over.wait(30)
         assert "out of luck" in str(answers.error)
     _, after = ask(engine, skills["static"], TEXTS[0], max_new_tokens=5)
     assert after.over.wait(30)
     assert after.error is None
+
+
+def test_what_links_remember_is_let_go(engine: Engine, skills: dict[str, Skill]) -> None:
+    """A neural skill that is no longer served must not stay in memory."""
+    _, answers = ask(engine, skills["neural"], TEXTS[0], max_new_tokens=5)
+    assert answers.over.wait(30)
+    assert answers.error is None
+    deadline = time.monotonic() + 10
+    while any(w._links or w._memories for w in engine._workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_other_lms_are_refused(folder: Path, lm: FrozenLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 
@@ -41,16 +42,16 @@ class Watcher(threading.Thread):
                 continue
             try:
                 self._skills.load(name, folder)
-                LOG.info('{"loaded": "%s"}', name)
-            except ShouldersError as error:
+                LOG.info(json.dumps({"loaded": name}))
+            except (ShouldersError, OSError) as error:  # it may vanish while it is read
                 self._refused.add(name)
-                LOG.warning("skill refused: %s", error)
+                LOG.warning(json.dumps({"refused": name, "why": str(error)}))
         self._refused &= there.keys()
         for served in self._skills.every():
             inside = served.folder is not None and served.folder.parent == root
             if inside and served.name not in there:
                 self._engine.forget(self._skills.unload(served.name).skill)
-                LOG.info('{"unloaded": "%s"}', served.name)
+                LOG.info(json.dumps({"unloaded": served.name}))
 
     def close(self) -> None:
         """Stop looking."""

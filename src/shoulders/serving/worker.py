@@ -163,10 +163,14 @@ class Worker(threading.Thread):
             self._inbox.popleft()
             room = entry.positions(self._lm.max_positions)
             prompts = [*(hop.prompt for hop in entry.hops), entry.prompt]
-            slots = [
-                self._pool(self._level(entry, i)).enter(prompt, room)
-                for i, prompt in enumerate(prompts)
-            ]
+            try:
+                slots = [
+                    self._pool(self._level(entry, i)).enter(prompt, room)
+                    for i, prompt in enumerate(prompts)
+                ]
+            except Exception as error:  # it is in neither the inbox nor the rows: tell it here
+                entry.done(error)
+                raise
             self._rows.append(_Row(entry, slots, list(entry.ids)))
 
     def _fits(self, entry: Entry) -> bool:
@@ -189,10 +193,12 @@ class Worker(threading.Thread):
         for i, slot in enumerate(row.slots):
             self._pool(self._level(row.entry, i)).leave(slot)
         self._rows.remove(row)
+        if not self._rows:  # what links remember, and links of skills no longer served
+            self._memories, self._links = {}, {}
 
     def _fail(self, error: Exception) -> None:
         entries = {id(row.entry): row.entry for row in self._rows}
-        self._rows, self._pools, self._memories = [], {}, {}
+        self._rows, self._pools, self._memories, self._links = [], {}, {}, {}
         for entry in entries.values():
             entry.done(error)
 
