@@ -237,14 +237,18 @@ class Engine:
             skill = ask.skill
             ids = ask.ids or skill.input_ids([ask.text])[0]
             check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
+            prompt = None
             here = self._remote is None or bool(skill.parts.earlier)
-            prompt = self._prompt(skill, -1, ask.text, read=here)
-            here = here or (self._remote is not None and not self._remote.takes(prompt))
+            if self._remote is not None and not here:
+                prompt = self._prompt(skill, -1, ask.text, read=False)
+                here = not self._remote.takes(prompt)
             if here and not self._workers:
                 raise ShouldersError(
                     f"{job.name}: the vLLM server cannot answer skills of this kind, and the local "
-                    f"engine has no fused layers for {self.lm.name}"
+                    "engine serves Llama-style LMs on CPUs alone"
                 )
+            if prompt is None:
+                prompt = self._prompt(skill, -1, ask.text, read=True)
             hops = [
                 Hop(self._prompt(skill, i, ask.text, read=True), earlier.link)
                 for i, earlier in enumerate(skill.parts.earlier)

@@ -91,6 +91,7 @@ class VllmEngine:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
         await self._upstream.close()
 
     # -- one entry -----------------------------------------------------------------------
