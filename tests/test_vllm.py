@@ -9,8 +9,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +24,11 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
 from fake_vllm import FakeVllm
+from shoulders.cli.app import app
+from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import ShouldersError, WindowError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
@@ -39,9 +48,10 @@ from shoulders.serving.upstream import (
     UpstreamSlowError,
 )
 from shoulders.serving.vllm_engine import VllmEngine
+from shoulders.skills.artefact import save_skill
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
-from tiny_models import save_tiny_encoder, save_tiny_lm
+from tiny_models import environment, save_tiny_encoder, save_tiny_lm
 
 TEXTS = [
     "the capital of france",
@@ -240,6 +250,12 @@ def test_stop_strings_end_the_text(engine: Engine, skills: dict[str, Skill]) -> 
     answers = ask(engine, skill, TEXTS[0], max_new_tokens=12, stop=(stop,))
     assert answers.text() == answers.completions[0].text == whole.text[: whole.text.find(stop)]
     assert answers.completions[0].finish == "stop"
+    # Of several samples one may go on at vLLM when it has ended here.
+    several = {"n": 3, "temperature": 1.0, "seed": 3, "max_new_tokens": 12, "stop": (stop, "a")}
+    answers = ask(engine, skill, TEXTS[0], **several)
+    (wanted,) = skill.generate([TEXTS[0]], DecodingConfig(**several))
+    assert [c.text for c in answers.completions] == [c.text for c in wanted]
+    assert len({len(c.token_ids) for c in wanted}) > 1
 
 
 def test_an_answer_ends_at_the_servers_window(
@@ -402,3 +418,71 @@ def test_its_key_is_brought(lm: FrozenLM, fake: FakeVllm) -> None:
     with pytest.raises(UpstreamError, match="--vllm-api-key-file"):
         connected(lm, fake)
     assert connected(lm, fake, api_key="a key").close(10)
+
+
+# -- the command -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "vllm"], "need each other"),
+        (["--vllm-url", "http://127.0.0.1:1"], "need each other"),
+        (["--engine", "vllm", "--vllm-url", "http://x", "--dtype", "int8"], "no int8"),
+    ],
+)
+def test_options_that_do_not_fit(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["serve", *options])
+    assert isinstance(result.exception, ShouldersError)
+    assert message in str(result.exception)
+
+
+def test_an_address_that_is_none(folder: Path, lm: FrozenLM) -> None:
+    asked = ["serve", "--lm", str(folder / "lm"), "--engine", "vllm", "--vllm-url", "host:80"]
+    result = CliRunner().invoke(app, asked)
+    assert "use http://HOST:PORT" in str(result.exception)
+
+
+@pytest.mark.slow  # starts a server
+def test_the_command_serves_through_vllm(
+    folder: Path, fake: FakeVllm, skills: dict[str, Skill]
+) -> None:
+    save_skill(skills["idpt"], folder / "saved", Templates(), {})
+    (folder / "key").write_text("a key")
+    fake.key = "a key"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "shoulders", "serve", "--port", str(port), "--engine", "vllm"]
+    command += ["--skills", f"one={folder / 'saved'}", "--vllm-url", fake.url]
+    command += ["--vllm-api-key-file", str(folder / "key")]
+    process = subprocess.Popen(
+        command, env=environment(folder / "cache"), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        said = ""
+        while "serving" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        assert "keys/values too" in said
+        body = {"model": "one", "prompt": TEXTS[0], "temperature": 0, "max_tokens": 6}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        for _ in range(100):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as reply:
+                    text = json.loads(reply.read())["choices"][0]["text"]
+                break
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        (alone,) = skills["idpt"].generate([TEXTS[0]], DecodingConfig(max_new_tokens=6))[0]
+        assert text == alone.text
+        assert "prompt_embeds" in fake.requests[-1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
