@@ -328,6 +328,19 @@ def test_a_deadline_closes_the_stream(
     assert fake.closed.wait(5)
 
 
+def test_whoever_waits_when_the_server_stops_is_told(
+    lm: FrozenLM, fake: FakeVllm, skills: dict[str, Skill]
+) -> None:
+    engine = connected(lm, fake)
+    fake.pause = 0.2
+    _, answers = begun(engine, skills["static"], TEXTS[0], max_new_tokens=100)
+    while not answers.events:
+        time.sleep(0.01)
+    assert not engine.close(0.1)
+    assert answers.over.wait(5)
+    assert "the server stops" in str(answers.error)
+
+
 @pytest.mark.parametrize(
     ("status", "kind"), [(400, UpstreamError), (500, UpstreamError), (503, UpstreamDownError)]
 )

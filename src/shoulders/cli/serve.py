@@ -144,6 +144,8 @@ def _vllm(lm: FrozenLM, url: str, key_file: Path | None) -> VllmEngine:
     from shoulders.serving.upstream import UpstreamConfig
     from shoulders.serving.vllm_engine import VllmEngine
 
+    # Its line for each request to vLLM would stand beside ours.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         config = UpstreamConfig(url=url, api_key=_key(key_file, "--vllm-api-key-file"))
     except ValidationError:

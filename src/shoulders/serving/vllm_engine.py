@@ -105,6 +105,9 @@ class VllmEngine:
                 if entry.job.over and not reading.done():
                     raise ShouldersError("cancelled")
             reading.result()
+        except asyncio.CancelledError:
+            entry.done(ShouldersError("the server stops"))
+            raise
         except Exception as error:
             entry.done(error)
         finally:
