@@ -16,8 +16,8 @@ import argparse
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 from shoulders.reader.questions import read_questions
+from shoulders.recursion.candidates import ProposeConfig
 from shoulders.serving.engine import Engine
 from shoulders.serving.job import Event, Job
 from shoulders.serving.upstream import UpstreamConfig
 from shoulders.serving.vllm_engine import VllmEngine
 from shoulders.skills.artefact import load_skill
 from shoulders.skills.config import SkillConfig
+from shoulders.skills.proposals import Proposals
 from shoulders.skills.reader import Reader
 from shoulders.skills.skill import Skill
 from shoulders.training.run import machine
@@ -62,6 +64,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--kinds", nargs="+", help="these only")
+    parser.add_argument("--running", nargs="*", default=[], metavar="DTYPE=URL",
+                        help="servers that run already, with --enable-prompt-embeds")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/vllm_gateway.json")
     options = parser.parse_args()
 
@@ -70,28 +74,30 @@ def main() -> None:
     local = Engine(lm)
     wanted = {name: answers(local, *case) for name, case in cases.items()}
     results: dict[str, Any] = {}
+    running = dict(one.split("=", 1) for one in options.running)
     for dtype in options.dtypes:
-        with tempfile.TemporaryDirectory() as folder:
-            given = arguments(peer_lm("embedded"), dtype, WINDOW, connector=True)
-            started = time.perf_counter()
-            with vllm_server(options.vllm, given, Path(folder) / "log.txt") as url:
-                seconds = time.perf_counter() - started
-                remote = VllmEngine(lm, UpstreamConfig(url=url))
-                engine = Engine(lm, None, remote)
-                found = {}
-                for name, case in cases.items():
-                    before = remote.tokens
-                    own = answers(engine, *case)
-                    found[name] = compared(lm, wanted[name], own, remote.tokens - before)
-                    print(dtype, name, {k: v for k, v in found[name].items() if k != "parted"})
-                results[dtype] = {
-                    "start_seconds": seconds,
-                    "probe_difference": remote.findings.difference,
-                    "prefixes": remote.findings.prefixes,
-                    "skills": found,
-                }
-                engine.close(10)
+        with served(dtype, options.vllm, running.get(dtype)) as url:
+            remote = VllmEngine(lm, UpstreamConfig(url=url))
+            engine = Engine(lm, None, remote)
+            found = {}
+            for name, case in cases.items():
+                before = remote.tokens
+                own = answers(engine, *case)
+                found[name] = compared(lm, wanted[name], own, remote.tokens - before)
+                said = {k: v for k, v in found[name].items() if k != "parted"}
+                print(dtype, name, said, flush=True)
+            results[dtype] = {
+                "probe_difference": remote.findings.difference,
+                "prefixes": remote.findings.prefixes,
+                "skills": found,
+            }
+            engine.close(10)
+            write(options, results)
     local.close(10)
+
+
+def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write what was found so far: a server's start takes minutes, and may fail."""
     write_json(
         options.out,
         {
@@ -108,6 +114,18 @@ def main() -> None:
     )
 
 
+@contextmanager
+def served(dtype: str, python: Path, running: str | None) -> Iterator[str]:
+    """Yield the address of a vLLM server on the embedded LM; one is started if none is running."""
+    if running is not None:
+        yield running
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        given = arguments(peer_lm("embedded"), dtype, WINDOW, connector=True)
+        with vllm_server(python, given, Path(folder) / "log.txt") as url:
+            yield url
+
+
 def all_cases(lm: FrozenLM, options: argparse.Namespace) -> Cases:
     """Return skills and their prompts."""
     templates = Templates.read(ROOT / "recipes/templates/multitask.yaml")
@@ -119,9 +137,7 @@ def all_cases(lm: FrozenLM, options: argparse.Namespace) -> Cases:
         skill, _ = load_skill(folder, lm, load_encoder)
         cases[kind] = (skill, texts)
     static = {"kind": "static", "length": 20, "init": {"source": "text", "text": INIT}}
-    propose = {"n": 1, "temperature": 0, "max_new_tokens": NEW_TOKENS}
     chains = {
-        "textual": [{"prompt": static, "propose": propose}, {}],
         "neural": [{"prompt": static, "link": {}}, {"prompt": static}],
         "reader": [{"prompt": static}],
     }
@@ -130,7 +146,11 @@ def all_cases(lm: FrozenLM, options: argparse.Namespace) -> Cases:
                            torch.Generator().manual_seed(0))
         for name, passes in chains.items()
     }  # fmt: skip
-    cases["textual"] = (made["textual"], texts)
+    # Untrained passes propose nothing: the trained static prompt reads its own proposals.
+    first, _ = load_skill(options.runs / "multitask/static-seed0", lm, load_encoder)
+    propose = ProposeConfig(n=1, temperature=0, max_new_tokens=NEW_TOKENS)
+    textual = Skill(lm, first.config, first.parts, Proposals(first, propose))
+    cases["textual"] = (textual, texts)
     cases["neural"] = (made["neural"], texts)
     trained = open_reader(
         str(options.runs / "nq/reader-seed0"), str(options.runs / "nq/index"), dtype="float32"

@@ -35,15 +35,15 @@ SETTINGS = {
 
 
 def arguments(lm: str, dtype: str, window: int, *, connector: bool) -> list[str]:
-    """Return what `vllm` is started with to serve a folder for a gateway."""
-    given = ["serve", lm, "--dtype", dtype, "--max-model-len", str(window)]
+    """Return what vLLM's server is started with to serve a folder for a gateway."""
+    given = ["--model", lm, "--dtype", dtype, "--max-model-len", str(window)]
     given += ["--enable-prompt-embeds"]
     return [*given, "--kv-transfer-config", json.dumps(CONNECTOR)] if connector else given
 
 
 @contextmanager
 def vllm_server(python: Path, given: Sequence[str], log: Path) -> Iterator[str]:
-    """Start `vllm` from a Python environment of its own, and yield its address when it answers.
+    """Start vLLM from a Python environment of its own, and yield its address when it answers.
 
     Args:
         python: of the environment that has vLLM.
@@ -58,7 +58,9 @@ def vllm_server(python: Path, given: Sequence[str], log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     # The connector is found in this package's folder, of which vLLM's environment has no copy.
     source = str(Path(shoulders.__file__).parents[1])
-    command = [str(python.parent / "vllm"), *given, "--host", "127.0.0.1", "--port", str(port)]
+    # Not `vllm serve`: it asks for the version of a package `vllm`, and the CPU wheel's is another.
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", *given]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
