@@ -4,7 +4,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test test-slow check clean
+VLLM := .venv-vllm
+
+.PHONY: install demo test test-slow test-vllm check clean
 
 install: $(STAMP)
 
@@ -26,6 +28,18 @@ test: install
 test-slow: install
 	$(VENV)/bin/python -m pytest -m slow
 
+# A real vLLM, in an environment of its own. torch first: a CPU build where pip is told of one (such
+# as --extra-index-url https://download.pytorch.org/whl/cpu in PIP_EXTRA_INDEX_URL).
+$(VLLM)/installed: comparisons/requirements-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --requirement comparisons/requirements-vllm.txt
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM)/installed
+
+test-vllm: install $(VLLM)/installed
+	SHOULDERS_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m vllm -s
+
 check: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -33,4 +47,4 @@ check: install
 	$(VENV)/bin/lint-imports
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,16 @@ from shoulders.cli.common import precision, quiet_libraries, stderr
 from shoulders.errors import ShouldersError
 
 if TYPE_CHECKING:
+    from shoulders.lm.frozen import FrozenLM
     from shoulders.serving.skillset import SkillSet
+    from shoulders.serving.vllm_engine import VllmEngine
+
+
+class Kind(StrEnum):
+    """What runs the LM."""
+
+    LOCAL = "local"
+    VLLM = "vllm"
 
 
 def serve(
@@ -44,6 +54,13 @@ def serve(
     cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys/values.")] = 2.0,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
+    engine: Annotated[Kind, typer.Option(help="What runs the LM; see docs/vllm.md.")] = Kind.LOCAL,
+    vllm_url: Annotated[
+        str | None, typer.Option(help="The vLLM server, such as http://host:8001.")
+    ] = None,
+    vllm_api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that it asks for.")
+    ] = None,
 ) -> None:
     """Serve one frozen LM and any number of skills over an OpenAI-compatible API."""
     key = _key(api_key_file)
@@ -51,6 +68,10 @@ def serve(
         raise ShouldersError(f"--skill-root {skill_root}: no such folder")
     if watch and skill_root is None:
         raise ShouldersError("--watch needs --skill-root")
+    if (engine is Kind.VLLM) != (vllm_url is not None):
+        raise ShouldersError("--engine vllm and --vllm-url http://HOST:PORT need each other")
+    if engine is Kind.VLLM and dtype == "int8":
+        raise ShouldersError("--engine vllm serves no int8: use --dtype float32 or bfloat16")
     try:
         import uvicorn
 
@@ -68,15 +89,19 @@ def serve(
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     folders = dict(_named(one) for one in skills or [])
     first = read_artefact(next(iter(folders.values()))) if folders else None
+    trained_in = first.lm_dtype if first else "auto"
+    if engine is Kind.VLLM and trained_in == "int8":
+        trained_in = "auto"
     frozen = load_lm(
         lm or (first.lm.name if first else "embedded"),
-        dtype=precision(dtype or (first.lm_dtype if first else "auto")),
+        dtype=precision(dtype or trained_in),
         quantize=first.lm_quantize if first else None,
     )
+    remote = None if vllm_url is None else _vllm(frozen, vllm_url, vllm_api_key_file)
     served = SkillSet(frozen, index=index, root=skill_root)
     for name, folder in folders.items():
         served.load(name, folder)
-    engine = Engine(
+    answering = Engine(
         frozen,
         EngineConfig(
             workers=workers,
@@ -84,11 +109,12 @@ def serve(
             max_queue=max_queue,
             cache_bytes=int(cache_gib * 2**30),
         ),
+        remote,
     )
-    watcher = Watcher(served, engine) if watch else None
+    watcher = Watcher(served, answering) if watch else None
     if watcher is not None:
         watcher.start()
-    app = create_app(Server(served, engine, Metrics(engine), key))
+    app = create_app(Server(served, answering, Metrics(answering), key))
     _say(served, host, port)
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60
@@ -100,15 +126,40 @@ def serve(
     finally:
         if watcher is not None:
             watcher.close()
-        engine.close(60)
+        answering.close(60)
 
 
-def _key(file: Path | None) -> str | None:
+def _key(file: Path | None, option: str = "--api-key-file") -> str | None:
     if file is None:
         return None
     if not file.is_file() or not (key := file.read_text(encoding="utf-8").strip()):
-        raise ShouldersError(f"--api-key-file {file}: holds no key")
+        raise ShouldersError(f"{option} {file}: holds no key")
     return key
+
+
+def _vllm(lm: FrozenLM, url: str, key_file: Path | None) -> VllmEngine:
+    """Connect to a vLLM server, and tell what was found."""
+    from pydantic import ValidationError
+
+    from shoulders.serving.upstream import UpstreamConfig
+    from shoulders.serving.vllm_engine import VllmEngine
+
+    # Its line for each request to vLLM would stand beside ours.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    try:
+        config = UpstreamConfig(url=url, api_key=_key(key_file, "--vllm-api-key-file"))
+    except ValidationError:
+        raise ShouldersError(f"--vllm-url {url}: use http://HOST:PORT, without /v1") from None
+    remote = VllmEngine(lm, config)
+    found = remote.findings
+    prefixes = "keys/values too" if found.prefixes else "keys/values skills stay here"
+    stderr().print(
+        f"vLLM serves {found.model} at {url}: window {found.window}, log-probabilities within "
+        f"{found.difference:.1g} of the local LM's; {prefixes}",
+        highlight=False,
+        markup=False,
+    )
+    return remote
 
 
 def _named(given: str) -> tuple[str, Path]:

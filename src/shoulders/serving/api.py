@@ -68,6 +68,8 @@ def create_app(server: Server) -> FastAPI:
     @app.get("/ready")
     def ready() -> dict[str, Any]:
         """Tell that skills are loaded and the engine takes requests."""
+        if not server.engine.healthy():
+            raise HTTPException(503, "the vLLM server is not ready")
         return {"status": "ready", "models": len(server.skills.names())}
 
     @app.get("/metrics", dependencies=guarded)
@@ -189,7 +191,7 @@ async def _stream(
         return
     except Exception as error:
         status, name = status_of(error)
-        message = str(error) if status < 500 or status == 504 else "internal error"
+        message = str(error) if isinstance(error, ShouldersError) else "internal error"
         yield replies.event(replies.error_body(message, name, status))
         return
     _count(server, served, answering, found)

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,34 @@ from shoulders.skills.skill import Skill
 
 class QueueFullError(ShouldersError):
     """There are as many jobs as the engine takes at once; ask again later."""
+
+
+class Remote(Protocol):
+    """An engine elsewhere, that runs the same LM: see `shoulders.serving.vllm_engine`."""
+
+    tokens: int
+    """New tokens since the start."""
+
+    @property
+    def running(self) -> int:
+        """Samples that it is answering."""
+        ...
+
+    def healthy(self) -> bool:
+        """Tell whether it can answer."""
+        ...
+
+    def takes(self, prompt: Prompt) -> bool:
+        """Tell whether it can read a prompt."""
+        ...
+
+    def give(self, entry: Entry) -> None:
+        """Answer an entry of a single pass."""
+        ...
+
+    def close(self) -> None:
+        """Break off what is running."""
+        ...
 
 
 class EngineConfig(BaseModel):
@@ -54,20 +83,27 @@ class Engine:
     Args:
         lm: a Llama-style LM on a CPU (its layers fused, see `shoulders.lm.fused`).
         config: how much at once.
+        remote: answers what it can in this engine's place. The LM may then be of any kind: what the
+            remote engine cannot answer is refused where the LM's layers are not fused.
 
     Raises:
-        ShouldersError: the LM's layers are not fused.
+        ShouldersError: the LM's layers are not fused, and there is no remote engine.
     """
 
-    def __init__(self, lm: FrozenLM, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        lm: FrozenLM,
+        config: EngineConfig | None = None,
+        remote: Remote | None = None,
+    ) -> None:
         config = config or EngineConfig()
-        if lm.blocks is None:
+        if lm.blocks is None and remote is None:
             raise ShouldersError(
                 f"{lm.name}: the local engine serves Llama-style LMs on CPUs; use --engine vllm"
             )
-        self.lm, self._most = lm, config.max_queue
+        self.lm, self._most, self._remote = lm, config.max_queue, remote
         threads = torch.get_num_threads()
-        count = config.workers or min(threads, MOST)
+        count = (config.workers or min(threads, MOST)) if lm.blocks is not None else 0
         self._workers = [
             Worker(
                 lm,
@@ -79,7 +115,7 @@ class Engine:
             for i in range(count)
         ]
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._prefixes: dict[int, tuple[Skill, Prompt]] = {}
+        self._prompts: dict[tuple[int, bool], tuple[Skill, Prompt]] = {}
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._jobs = 0
@@ -96,17 +132,29 @@ class Engine:
     @property
     def running(self) -> int:
         """Rows that are being decoded."""
-        return sum(worker.running for worker in self._workers)
+        away = self._remote.running if self._remote else 0
+        return away + sum(worker.running for worker in self._workers)
 
     @property
     def tokens(self) -> int:
         """New tokens since the start."""
-        return sum(worker.tokens for worker in self._workers)
+        away = self._remote.tokens if self._remote else 0
+        return away + sum(worker.tokens for worker in self._workers)
 
     @property
     def steps(self) -> int:
-        """Decode steps since the start; `tokens / steps` is the mean fill of a batch."""
+        """Decode steps of this process since the start."""
         return sum(worker.steps for worker in self._workers)
+
+    @property
+    def fill(self) -> float:
+        """Mean rows in a decode step of this process; 0 before the first."""
+        own = sum(worker.tokens for worker in self._workers)
+        return own / self.steps if self.steps else 0.0
+
+    def healthy(self) -> bool:
+        """Tell whether requests can be answered: a remote engine has to be there."""
+        return self._remote is None or self._remote.healthy()
 
     # -- jobs ----------------------------------------------------------------------------
 
@@ -129,12 +177,14 @@ class Engine:
         self._preparing.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.close()
+        if self._remote is not None:
+            self._remote.close()
         return finished
 
     def forget(self, skill: Skill) -> None:
         """Let go of what is kept for a skill that is no longer served."""
-        kept = {k: v for k, v in self._prefixes.items() if v[0].parts is not skill.parts}
-        self._prefixes = kept
+        kept = {k: v for k, v in self._prompts.items() if v[0].parts is not skill.parts}
+        self._prompts = kept
 
     def _begin(self, job: Job) -> None:
         self._continue(job, plan(job), None)
@@ -154,7 +204,10 @@ class Engine:
             job.on_event(error)
             return
         for entry in entries:
-            min(self._workers, key=lambda worker: worker.load).give(entry)
+            if self._remote is not None and not entry.here:
+                self._remote.give(entry)
+            else:
+                min(self._workers, key=lambda worker: worker.load).give(entry)
 
     def _entries(self, job: Job, asks: Sequence[Ask], stages: Plan) -> list[Entry]:
         """Prepare asks; when the last of them is answered the job goes on."""
@@ -184,27 +237,42 @@ class Engine:
             skill = ask.skill
             ids = ask.ids or skill.input_ids([ask.text])[0]
             check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
+            prompt = None
+            here = self._remote is None or bool(skill.parts.earlier)
+            if self._remote is not None and not here:
+                prompt = self._prompt(skill, -1, ask.text, read=False)
+                here = not self._remote.takes(prompt)
+            if here and not self._workers:
+                raise ShouldersError(
+                    f"{job.name}: the vLLM server cannot answer skills of this kind, and the local "
+                    "engine serves Llama-style LMs on CPUs alone"
+                )
+            if prompt is None:
+                prompt = self._prompt(skill, -1, ask.text, read=True)
             hops = [
-                Hop(self._prompt(skill, i, ask.text), earlier.link)
+                Hop(self._prompt(skill, i, ask.text, read=True), earlier.link)
                 for i, earlier in enumerate(skill.parts.earlier)
             ]
-            prompt = self._prompt(skill, -1, ask.text)
             if ask.shown:
                 job.prompt_tokens += len(ids)
-            entries.append(Entry(job, ask, ids, prompt, hops, functools.partial(done, number)))
+            told = functools.partial(done, number)
+            entries.append(Entry(job, ask, ids, prompt, hops, told, here))
         return entries
 
-    def _prompt(self, skill: Skill, number: int, text: str) -> Prompt:
-        """Return a pass's prompt for a text; one that never changes is read once."""
+    def _prompt(self, skill: Skill, number: int, text: str, *, read: bool) -> Prompt:
+        """Return a pass's prompt for a text; one that never changes is written once.
+
+        With `read` the local LM has also read it once: its keys/values stand for it.
+        """
         producer = skill.parts.producer if number < 0 else skill.parts.earlier[number].producer
-        key = id(producer)
-        if producer is not None and key in self._prefixes:
-            return self._prefixes[key][1]
+        key = id(producer), read
+        if producer is not None and key in self._prompts:
+            return self._prompts[key][1]
         with torch.no_grad():
             prompt = written(producer, [text], self.lm)
             if prompt.shared:
-                prompt = as_prefix(self.lm, prompt)
-                self._prefixes[key] = (skill, prompt)
+                prompt = as_prefix(self.lm, prompt) if read else prompt
+                self._prompts[key] = (skill, prompt)
         return prompt
 
     def _end(self) -> None:

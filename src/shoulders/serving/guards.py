@@ -18,15 +18,19 @@ from shoulders.serving import replies
 from shoulders.serving.answers import Disconnected, TimedOutError
 from shoulders.serving.engine import QueueFullError
 from shoulders.serving.skillset import UnknownSkillError
+from shoulders.serving.upstream import UpstreamDownError, UpstreamError, UpstreamSlowError
 
 LOG = logging.getLogger("shoulders.serving")
 MAX_BODY = 1 << 20  # bytes of a request
-RETRY_AFTER = "2"  # seconds, where the queue is full
+RETRY_AFTER = "2"  # seconds, where the queue is full or vLLM is away
 STATUS: list[tuple[type[Exception], int, str]] = [
     (QueueFullError, 429, "rate_limit_exceeded"),
     (UnknownSkillError, 404, "model_not_found"),
     (TimedOutError, 504, "timeout"),
     (Disconnected, 499, "client_closed_request"),
+    (UpstreamSlowError, 504, "timeout"),
+    (UpstreamDownError, 503, "service_unavailable"),
+    (UpstreamError, 502, "bad_gateway"),
     (ShouldersError, 400, "invalid_request_error"),
 ]
 
@@ -43,7 +47,7 @@ def handle_errors(app: FastAPI) -> None:
     """Word every error as OpenAI's clients read it, without paths or traces."""
 
     def reply(code: int, name: str, message: str) -> JSONResponse:
-        headers = {"Retry-After": RETRY_AFTER} if code == 429 else None
+        headers = {"Retry-After": RETRY_AFTER} if code in (429, 503) else None
         return JSONResponse(replies.error_body(message, name, code), code, headers)
 
     @app.exception_handler(RequestValidationError)

@@ -52,11 +52,10 @@ class _EngineState(Collector):
     def collect(self) -> list[GaugeMetricFamily]:
         """Return the engine's present state."""
         engine = self._engine
-        fill = engine.tokens / engine.steps if engine.steps else 0.0
         values = {
             "shoulders_jobs": ("Jobs that run or wait.", engine.jobs),
             "shoulders_running_rows": ("Rows that are being decoded.", engine.running),
             "shoulders_decoded_tokens": ("Tokens decoded since the start.", engine.tokens),
-            "shoulders_batch_fill": ("Mean rows in a decode step.", fill),
+            "shoulders_batch_fill": ("Mean rows in a decode step.", engine.fill),
         }
         return [GaugeMetricFamily(name, text, value) for name, (text, value) in values.items()]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shoulders.errors import ShouldersError
-from shoulders.lm.decode import Completion, Running, advance, choose
+from shoulders.lm.decode import Completion, Delta, Running, advance, choose
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import sample_stream
@@ -40,6 +40,7 @@ class Entry:
         prompt: the last pass's, of one row.
         hops: earlier passes.
         done: told of all completions, or of why there are none.
+        here: whether this process answers it, or a remote engine.
     """
 
     job: Job
@@ -48,12 +49,27 @@ class Entry:
     prompt: Prompt
     hops: list[Hop]
     done: Done
+    here: bool = True
     completions: dict[int, Completion] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         """Slots that it comes to need."""
         return self.ask.decoding.n
+
+    def take(self, delta: Delta) -> bool:
+        """Pass a piece of text on; tell whether its sample has ended."""
+        shown = self.ask.unprefixed(delta)
+        if shown is None:
+            return False
+        if self.ask.shown and (shown.text or shown.completion):
+            self.job.on_event(shown)
+        if shown.completion is None:
+            return False
+        self.completions[delta.sample] = shown.completion
+        if len(self.completions) == self.rows:
+            self.done([self.completions[k] for k in range(self.rows)])
+        return True
 
     def positions(self, window: int) -> int:
         """Positions that each of them comes to need."""
@@ -308,18 +324,9 @@ class Worker(threading.Thread):
         chosen = choose(self._lm, logits[torch.tensor(index)], running).tolist()
         self.tokens, self.steps = self.tokens + len(rows), self.steps + 1
         for row, state, token in zip(rows, running, chosen, strict=True):
-            entry, newest = row.entry, advance(self._lm, state)
             row.pending = [token]
-            delta = entry.ask.unprefixed(newest)
-            if delta is None:
-                continue
-            if entry.ask.shown and (delta.text or delta.completion):
-                entry.job.on_event(delta)
-            if delta.completion is not None:
+            if row.entry.take(advance(self._lm, state)):
                 self._leave(row)
-                entry.completions[state.sample] = delta.completion
-                if len(entry.completions) == entry.rows:
-                    entry.done([entry.completions[k] for k in range(entry.rows)])
 
     def _samples(self, row: _Row) -> list[_Row]:
         """Return the samples of a row that has read its input: they share what was read."""
