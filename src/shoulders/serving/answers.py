@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class Answering:
         for job in self.jobs:
             job.cancelled.set()
 
-    async def pieces(self, gone: Gone) -> AsyncIterator[Piece]:
+    async def pieces(self, gone: Gone) -> AsyncGenerator[Piece, None]:
         """Yield pieces of all choices as they come; `gone` is asked while there are none.
 
         Raises:

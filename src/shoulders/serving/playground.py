@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from shoulders.skills.reader import Reader
 
 PATIENCE = 300.0  # seconds for an answer; whoever has closed the page waits no longer
 LONGEST = 64  # tokens of an answer, where the page is not told otherwise
+BUSY = "…"
 EXAMPLE = "What is the opposite of hot?"
 _QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -51,9 +53,19 @@ class Column(NamedTuple):
 
 
 async def answer(
-    server: Server, name: str, question: str, max_tokens: float, temperature: float
-) -> AsyncIterator[Shown]:
-    """Ask a skill through the server's engine, as a chat request would, and yield what to show."""
+    server: Server,
+    wanted: bool,
+    name: str,
+    question: str,
+    max_tokens: float,
+    temperature: float,
+) -> AsyncGenerator[Shown, None]:
+    """Ask a skill through the server's engine, as a chat request would, and yield what to show.
+
+    Whoever closes the generator ends the asking. Nothing is asked of a column that is not `wanted`.
+    """
+    if not wanted:
+        return
     if not question.strip():
         yield Shown("", "Write a question first.")
         return
@@ -66,8 +78,9 @@ async def answer(
             timeout=PATIENCE,
         )
         served = server.skills.get(body.model)
-        async for shown in _streamed(server, served, body, question):
-            yield shown
+        async with aclosing(_streamed(server, served, body, question)) as states:
+            async for shown in states:
+                yield shown
     except ValidationError as error:
         yield Shown("", f"⚠ {error.errors()[0]['msg']}")
     except Exception as error:
@@ -80,17 +93,18 @@ async def answer(
 
 async def _streamed(
     server: Server, served: Served, body: ChatRequest, question: str
-) -> AsyncIterator[Shown]:
+) -> AsyncGenerator[Shown, None]:
     templated = served.folder is None and server.skills.lm.tokenizer.chat_template
     given = conversation(server, served, body) if templated else (question, None)
     decoding = body.decoding(body.most, 0, new_seed())
     answering = Answering(server.engine, served, [given], decoding, body.timeout)
     text, ended = "", None
-    yield Shown("", "…")
-    async for piece in answering.pieces(_never):
-        text += piece.text
-        ended = piece.completion
-        yield Shown(text, "…")
+    yield Shown("", BUSY)
+    async with aclosing(answering.pieces(_never)) as pieces:
+        async for piece in pieces:
+            text += piece.text
+            ended = piece.completion
+            yield Shown(text, BUSY)
     assert ended is not None  # the last piece has it
     count(server, served, answering, [ended])
     note = _note(answering, ended)
@@ -107,6 +121,11 @@ async def _streamed(
 async def _never() -> bool:
     """Tell that the page is there: gradio itself ends what a closed page has asked."""
     return False
+
+
+def _stopped(*notes: str) -> list[str]:
+    """Return both columns' notes, where what was being answered has been stopped."""
+    return ["stopped" if note == BUSY else note for note in notes]
 
 
 def _note(answering: Answering, ended: Completion) -> str:
@@ -135,7 +154,6 @@ def about(server: Server, name: str) -> str:
 
 def build(server: Server) -> gr.Blocks:
     """Return the page."""
-
     lm = server.skills.names()[0]
     with gr.Blocks(title="shoulders", analytics_enabled=False) as page:
         gr.Markdown(f"# shoulders\nOne frozen LM, **{lm}**, and the skills around it.")
@@ -148,31 +166,27 @@ def build(server: Server) -> gr.Blocks:
             stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=100)
             two = gr.Checkbox(label="Two skills side by side", elem_id="two", container=False)
         with gr.Accordion("How to answer", open=False):
-            longest = gr.Slider(1, MAX_TOKENS, LONGEST, step=1, label="Longest answer, in tokens")
-            warmth = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest token)")
+            longest = gr.Slider(
+                1, MAX_TOKENS, LONGEST, step=1, label="Longest answer, in tokens", elem_id="longest"
+            )
+            warmth = gr.Slider(
+                0, 2, 0, step=0.1, label="Temperature (0: the likeliest token)", elem_id="warmth"
+            )
         with gr.Row():
             with gr.Column(min_width=400):
-                left = _column("left")
+                left = _column(server, 0)
             with gr.Column(min_width=400, visible=False) as second:
-                right = _column("right")
-
-        async def first_asked(*given: Any) -> AsyncIterator[Shown]:
-            async for shown in answer(server, *given):
-                yield shown
-
-        async def second_asked(wanted: bool, *given: Any) -> AsyncIterator[Shown]:
-            if wanted:
-                async for shown in answer(server, *given):
-                    yield shown
+                right = _column(server, 1)
 
         given = [question, longest, warmth]
         often: Any = {**_QUIET, "concurrency_limit": None}  # the engine has its own queue
         asks = [ask.click, question.submit]
         runs = [
-            gr.on(asks, first_asked, [left.skill, *given], left.shown, **often),
-            gr.on(asks, second_asked, [two, right.skill, *given], right.shown, **often),
+            gr.on(asks, partial(answer, server, True), [left.skill, *given], left.shown, **often),
+            gr.on(asks, partial(answer, server), [two, right.skill, *given], right.shown, **often),
         ]
-        stop.click(None, cancels=runs)
+        notes = [left.note, right.note]
+        stop.click(None, cancels=runs).then(_stopped, notes, notes, **_QUIET)
         two.change(lambda on: gr.Column(visible=on), two, second, **_QUIET)
         for column in (left, right):
             column.skill.change(partial(about, server), column.skill, column.about, **_QUIET)
@@ -182,15 +196,20 @@ def build(server: Server) -> gr.Blocks:
 
 def offered(server: Server) -> list[gr.Dropdown]:
     """Return both choices of a skill, as they are on a fresh page: skills come and go."""
+    return [gr.Dropdown(**_choices(server, place)) for place in (0, 1)]
+
+
+def _choices(server: Server, place: int) -> dict[str, Any]:
     names = server.skills.names()
-    own = [*names[1:], names[0]]
-    return [gr.Dropdown(choices=names, value=own[i % len(own)]) for i in (0, 1)]
+    own = [*names[1:], names[0]]  # the LM itself is nobody's first choice
+    return {"choices": names, "value": own[place % len(own)]}
 
 
-def _column(side: str) -> Column:
+def _column(server: Server, place: int) -> Column:
+    side, choices = ("left", "right")[place], _choices(server, place)
     return Column(
-        gr.Dropdown(label="Skill", elem_id=f"{side}-skill"),
-        gr.Markdown(elem_classes="sh-note"),
+        gr.Dropdown(**choices, label="Skill", elem_id=f"{side}-skill"),
+        gr.Markdown(about(server, choices["value"]), elem_classes="sh-note"),
         gr.Textbox(
             label="Answer", lines=3, max_lines=20, interactive=False, elem_id=f"{side}-answer"
         ),
