@@ -232,7 +232,9 @@ def test_details_follow_passages_from_index_to_window(
     assert all(PASSAGES[i].text.split()[0] in job.details["read"][0] for i in read)
 
 
-def test_what_prompts_attended_to_is_found_pass_by_pass(skills: dict[str, Skill]) -> None:
+def test_what_prompts_attended_to_is_found_pass_by_pass(
+    lm: FrozenLM, folder: Path, skills: dict[str, Skill]
+) -> None:
     texts = [TEXTS[0], TEXTS[0] + " and candidates"]
     assert attended(skills["static"], texts[:1]) == []
     (one,) = attended(skills["idpt_kv"], texts[:1])
@@ -242,6 +244,16 @@ def test_what_prompts_attended_to_is_found_pass_by_pass(skills: dict[str, Skill]
     assert "candidates" in "".join(second.tokens)
     assert [own.number for own in attended(skills["neural"], texts[:1])] == [2]
     assert attended(skills["majority"], texts[:1]) == []
+    # A pass whose answer a vote takes reads nothing: what was read is the next one's.
+    spec = skills["idpt"].config.passes[0].prompt
+    passes = [
+        {"prompt": spec, "propose": {**PROPOSE, "chooser": "majority"}},
+        {"prompt": spec, "propose": PROPOSE},
+        {"prompt": spec},
+    ]
+    config = SkillConfig.model_validate({"passes": passes})
+    voted = Skill.create(lm, config, load_encoder, torch.Generator().manual_seed(0))
+    assert [own.number for own in attended(voted, texts)] == [1, 3]
 
 
 def test_stop_strings_and_lengths_differ_by_row(engine: Engine, skills: dict[str, Skill]) -> None:
