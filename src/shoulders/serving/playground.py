@@ -26,6 +26,12 @@ PATIENCE = 300.0  # seconds for an answer; whoever has closed the page waits no 
 LONGEST = 64  # tokens of an answer, where the page is not told otherwise
 BUSY = "…"
 EXAMPLE = "What is the opposite of hot?"
+KINDS = {
+    "static": "static prompt",
+    "static_kv": "static prefix",
+    "idpt": "input-dependent prompt",
+    "idpt_kv": "input-dependent prefix",
+}
 _QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -143,7 +149,8 @@ def about(server: Server, name: str) -> str:
     if served.folder is None:
         return "the frozen LM itself, no skill"
     passes = served.skill.config.passes
-    kinds = [one.prompt["kind"] if one.prompt else "no prompt" for one in passes]
+    named = [one.prompt["kind"] if one.prompt else "no prompt" for one in passes]
+    kinds = [KINDS.get(kind, kind) for kind in named]
     what = ["reader"] if isinstance(served.answers, Reader) else []
     if len(passes) > 1:
         textual = any(one.propose is not None for one in passes)

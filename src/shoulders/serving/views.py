@@ -119,7 +119,8 @@ STYLE = """
 .sh-scroll { overflow-x: auto; }
 .sh-tall { max-height: 26rem; overflow-y: auto; }
 h4.sh { font-size: 1rem; font-weight: 600; margin: 1rem 0 .4rem; }
-.sh-note, .sh-note p { font-size: .8rem !important; opacity: .75; }
+.sh-note { opacity: .75; }
+.sh-note, .sh-note p { font-size: .8rem !important; }
 .sh-table { border-collapse: collapse; width: 100%; font-size: .85rem; }
 .sh-table th { text-align: left; font-weight: 600; }
 .sh-table th, .sh-table td { padding: .25rem .6rem; vertical-align: top;
