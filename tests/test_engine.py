@@ -16,11 +16,15 @@ from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
+from shoulders.reader.contexts import Contexts
 from shoulders.serving import worker as worker_module
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
 from shoulders.serving.job import Event, Job
+from shoulders.skills.attended import attended
 from shoulders.skills.config import SkillConfig
+from shoulders.skills.reader import Reader, ReadingConfig
 from shoulders.skills.skill import Skill
+from test_reader import PASSAGES, Likes, Listed
 from tiny_models import save_tiny_encoder, save_tiny_lm
 
 TEXTS = [
@@ -171,6 +175,85 @@ def test_alternatives_to_every_token(engine: Engine, skills: dict[str, Skill]) -
     for token, logprob, top in zip(found.token_ids, found.logprobs, found.top, strict=True):
         assert top[0] == (token, pytest.approx(logprob)), "greedy takes the likeliest"
         assert top[0][1] >= top[1][1]
+
+
+def test_details_say_what_was_proposed_shown_and_read(
+    engine: Engine, skills: dict[str, Skill]
+) -> None:
+    job, answers = ask(engine, skills["textual"], TEXTS[0], max_new_tokens=5)
+    assert answers.over.wait(30)
+    (proposed,) = skills["textual"].proposed([TEXTS[0]], 5)
+    assert job.details["read"] == [proposed.text]
+    assert [c["text"] for c in job.details["candidates"]] == [c.text for c in proposed.candidates]
+    assert all(c["shown"] for c in job.details["candidates"])
+    assert job.details["chooser"] == "second_pass"
+    (vote, _) = ask(engine, skills["majority"], TEXTS[0], max_new_tokens=5)
+    (plain, last) = ask(engine, skills["idpt"], TEXTS[0], max_new_tokens=5)
+    assert last.over.wait(30)
+    assert engine.close(30)
+    assert vote.details["chooser"] == "majority"
+    assert "read" not in vote.details
+    assert plain.details == {}
+
+
+def test_details_show_candidates_without_room(engine: Engine, skills: dict[str, Skill]) -> None:
+    long = "write it as a word or a number " * 8
+    job, answers = ask(engine, skills["textual"], long, max_new_tokens=5)
+    assert answers.over.wait(30)
+    (proposed,) = skills["textual"].proposed([long], 5)
+    shown = [c["text"] for c in job.details["candidates"] if c["shown"]]
+    left = {c.text for c in proposed.left_out}
+    assert shown == [c.text for c in proposed.candidates if c.text not in left]
+
+
+def test_details_follow_passages_from_index_to_window(
+    engine: Engine, skills: dict[str, Skill]
+) -> None:
+    listed = Listed("cab")
+    pack = {"tokens": 20}
+    reader = Reader(
+        skills["static"],
+        Contexts(listed, listed, Likes("Paris"), 3),
+        ReadingConfig.model_validate({"pack": pack, "max_new_tokens": 5}),
+    )
+    answers = Answers()
+    job = Job("r", reader, "the capital?", DecodingConfig(max_new_tokens=5), answers)
+    engine.submit(job)
+    assert answers.over.wait(30)
+    assert answers.error is None
+    found = job.details["found"]
+    assert [(p["id"], p["retrieved"], p["retrieved_score"]) for p in found] == [
+        ("b", 3, -2.0), ("c", 1, 0.0), ("a", 2, -1.0),
+    ]  # fmt: skip
+    assert [(p["ranked"], p["score"]) for p in found] == [(1, 1.0), (2, 0.0), (3, 0.0)]
+    read = [p["id"] for p in found if p["read"]]
+    assert read == [p["id"] for p in job.details["passages"]] != [p["id"] for p in found]
+    assert job.details["read"][0].endswith("Question: the capital?")
+    assert all(PASSAGES[i].text.split()[0] in job.details["read"][0] for i in read)
+
+
+def test_what_prompts_attended_to_is_found_pass_by_pass(
+    lm: FrozenLM, folder: Path, skills: dict[str, Skill]
+) -> None:
+    texts = [TEXTS[0], TEXTS[0] + " and candidates"]
+    assert attended(skills["static"], texts[:1]) == []
+    (one,) = attended(skills["idpt_kv"], texts[:1])
+    assert (one.number, one.weights.shape) == (1, (2, len(one.tokens)))
+    (second,) = attended(skills["textual"], texts)
+    assert second.number == 2
+    assert "candidates" in "".join(second.tokens)
+    assert [own.number for own in attended(skills["neural"], texts[:1])] == [2]
+    assert attended(skills["majority"], texts[:1]) == []
+    # A pass whose answer a vote takes reads nothing: what was read is the next one's.
+    spec = skills["idpt"].config.passes[0].prompt
+    passes = [
+        {"prompt": spec, "propose": {**PROPOSE, "chooser": "majority"}},
+        {"prompt": spec, "propose": PROPOSE},
+        {"prompt": spec},
+    ]
+    config = SkillConfig.model_validate({"passes": passes})
+    voted = Skill.create(lm, config, load_encoder, torch.Generator().manual_seed(0))
+    assert [own.number for own in attended(voted, texts)] == [1, 3]
 
 
 def test_stop_strings_and_lengths_differ_by_row(engine: Engine, skills: dict[str, Skill]) -> None:

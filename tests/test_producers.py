@@ -334,3 +334,46 @@ def test_cache_is_used_by_producers_without_encoder_prompt(
             assert len(list(own_cache.rglob("*.sqlite"))) == 1
             for path in own_cache.rglob("*.sqlite*"):
                 path.unlink()
+
+
+@torch.no_grad()
+def test_attention_is_what_the_prompt_is_written_with(
+    spec: dict[str, Any], around: Surroundings
+) -> None:
+    """Against the softmax by hand, of what the last layer's attention is given in `forward`."""
+    if "generator" not in spec:
+        pytest.skip("reads no input")
+    producer: Any = moved(spec, around)
+    generator = producer.generator
+    attention = generator.layers[-1].attention
+    given: list[Any] = []
+    hook = attention.register_forward_hook(
+        lambda _, args, kwargs, out: given.append((*args, kwargs["key_padding_mask"], out[0])),
+        with_kwargs=True,
+    )
+    producer(TEXTS)
+    hook.remove()
+    ((query, memory, _, padding, read),) = given
+    width, heads = attention.embed_dim, attention.num_heads
+    q, k, v = (
+        torch.nn.functional.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for x, w, b in zip(
+            (query, memory, memory),
+            attention.in_proj_weight.split(width),
+            attention.in_proj_bias.split(width),
+            strict=True,
+        )
+    )
+    logits = q @ k.transpose(-1, -2) * (width // heads) ** -0.5
+    by_hand = logits.masked_fill(padding[:, None, None], float("-inf")).softmax(-1)
+    mixed = attention.out_proj((by_hand @ v).transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(mixed, read, rtol=1e-4, atol=1e-5)  # it is what forward does
+    found = generator.attention(TEXTS)
+    torch.testing.assert_close(found, by_hand.mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.sum(-1), torch.ones(len(TEXTS), LENGTH))
+    for row, text in enumerate(TEXTS):
+        tokens = generator.tokens(text)
+        assert len(tokens) == int((~padding[row]).sum())
+        assert (found[row, :, len(tokens) :] == 0).all()
+        assert "".join(token for token in tokens if token[0] != "<") == text
+    assert float(found[0].std()) > 0, "weights that say nothing would prove nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import signal
 from enum import StrEnum
@@ -52,6 +53,10 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, help="Rows that one of them decodes.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests at once; more get 429.")] = 256,
     cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys/values.")] = 2.0,
+    playground: Annotated[
+        bool | None,
+        typer.Option(help="The page at /. Default: only where --host is this machine's own."),
+    ] = None,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
     engine: Annotated[Kind, typer.Option(help="What runs the LM; see docs/vllm.md.")] = Kind.LOCAL,
@@ -76,6 +81,7 @@ def serve(
         import uvicorn
 
         from shoulders.serving.api import Server, create_app
+        from shoulders.serving.mount import add_playground
     except ImportError as error:
         raise ShouldersError(f"{error.name} is missing: pip install 'shoulders[serve]'") from None
     from shoulders.lm.load import load_lm
@@ -114,15 +120,20 @@ def serve(
     watcher = Watcher(served, answering) if watch else None
     if watcher is not None:
         watcher.start()
-    app = create_app(Server(served, answering, Metrics(answering), key))
-    _say(served, host, port)
+    server = Server(served, answering, Metrics(answering), key)
+    app = create_app(server)
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60
     )
+    listening = uvicorn.Server(config)
+    page = loopback(host) if playground is None else playground
+    if page:
+        add_playground(app, server, lambda: listening.should_exit)
+    _say(served, host, port, page)
     # uvicorn finishes what is running, then raises the signal again: that must not kill us.
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        uvicorn.Server(config).run()
+        listening.run()
     finally:
         if watcher is not None:
             watcher.close()
@@ -168,7 +179,17 @@ def _named(given: str) -> tuple[str, Path]:
     return (name if equals else path.resolve().name), path
 
 
-def _say(served: SkillSet, host: str, port: int) -> None:
+def loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _say(served: SkillSet, host: str, port: int, playground: bool) -> None:
     """Tell what is served, and where."""
     names = ", ".join(served.names())
-    stderr().print(f"serving {names} on http://{host}:{port}/v1", highlight=False, markup=False)
+    text = f"serving {names} on http://{host}:{port}/v1"
+    text += f", a playground on http://{host}:{port}/" if playground else ""
+    stderr().print(text, highlight=False, markup=False)

@@ -7,7 +7,7 @@ become a fixed number of vectors (arXiv 2204.10019, section on input-dependent p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import Self, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -93,6 +93,34 @@ class PromptGenerator(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """Return `[b, p, w]`; row `i` depends on text `i` alone."""
+        x, memory, mask = self._given(texts)
+        for layer in self.layers:
+            x = layer(x, memory, mask)
+        return self.norm(x)
+
+    @torch.no_grad()
+    def attention(self, texts: Sequence[str]) -> Tensor:
+        """Return what each prompt position attends to in each text, `[b, p, t]`.
+
+        The weights of the last cross-attention layer, mean over its heads, over the positions that
+        `tokens` names; a row sums to 1, and padding has 0. For those who look inside: `forward`
+        computes no weights.
+        """
+        x, memory, mask = self._given(texts)
+        *before, last = self.layers
+        for layer in before:
+            x = layer(x, memory, mask)
+        return cast(CrossAttentionLayer, last).weights(x, memory, mask)
+
+    def tokens(self, text: str) -> list[str]:
+        """Return the positions that a text is attended to at: a soft prompt's, and its tokens."""
+        soft = 0 if self.encoder_prompt is None else len(self.encoder_prompt)
+        (ids,) = self._encoder.tokenize([text], room=soft)
+        decode = self._encoder.tokenizer.decode
+        return [f"<soft {i}>" for i in range(1, soft + 1)] + [decode([one]) for one in ids]
+
+    def _given(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries `[b, p, w]`, the encoded texts `[b, t, w]` and their mask `[b, t]`."""
         if self._cache is not None:
             states, mask = self._cache.states(texts)
         else:
@@ -100,10 +128,7 @@ class PromptGenerator(nn.Module):
             ids = self._encoder.tokenize(texts, room=len(self.encoder_prompt))
             states, mask = self._encoder.states(ids, self.encoder_prompt)
         memory = self.read_norm(self.read(states))
-        x = self.queries.expand(len(texts), -1, -1)
-        for layer in self.layers:
-            x = layer(x, memory, mask)
-        return self.norm(x)
+        return self.queries.expand(len(texts), -1, -1), memory, mask
 
 
 class CrossAttentionLayer(nn.Module):
@@ -126,3 +151,11 @@ class CrossAttentionLayer(nn.Module):
         x = x + read
         fed: Tensor = x + self.feed(self.feed_norm(x))
         return fed
+
+    def weights(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        """Return the attention weights of `forward`, mean over heads, `[b, p, t]`."""
+        _, weights = self.attention(
+            self.attention_norm(x), memory, memory, key_padding_mask=~mask, need_weights=True
+        )
+        found: Tensor = weights
+        return found

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from fastapi import Request
 
 from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.serving.engine import Engine
 from shoulders.serving.job import Event, Job
 from shoulders.serving.skillset import Served
+
+Gone = Callable[[], Awaitable[bool]]
+"""Tells whether whoever asked has left."""
 
 POLL = 0.5  # seconds between two looks whether the client is still there
 
@@ -79,8 +80,8 @@ class Answering:
         for job in self.jobs:
             job.cancelled.set()
 
-    async def pieces(self, request: Request) -> AsyncIterator[Piece]:
-        """Yield pieces of all choices as they come.
+    async def pieces(self, gone: Gone) -> AsyncGenerator[Piece, None]:
+        """Yield pieces of all choices as they come; `gone` is asked while there are none.
 
         Raises:
             Disconnected: the client has gone.
@@ -93,7 +94,7 @@ class Answering:
                 try:
                     number, event = await asyncio.wait_for(self._events.get(), POLL)
                 except TimeoutError:
-                    if await request.is_disconnected():
+                    if await gone():
                         raise Disconnected("the client has gone") from None
                     continue
                 if isinstance(event, Exception):
@@ -106,10 +107,10 @@ class Answering:
         finally:
             self.cancel()
 
-    async def completions(self, request: Request) -> list[Completion]:
+    async def completions(self, gone: Gone) -> list[Completion]:
         """Return all choices, each finished; raises as `pieces` does."""
         found: dict[int, Completion] = {}
-        async for piece in self.pieces(request):
+        async for piece in self.pieces(gone):
             if piece.completion is not None:
                 found[piece.index] = piece.completion
         return [found[i] for i in range(self._expected)]

@@ -105,7 +105,7 @@ def create_app(server: Server) -> FastAPI:
         served = server.skills.get(body.model)
         top = max(1, body.top_logprobs or 0) if body.logprobs else 0
         decoding = body.decoding(body.most, top, new_seed())
-        inputs = [_conversation(server, served, body)]
+        inputs = [conversation(server, served, body)]
         form = Form("chatcmpl", replies.chat_reply, bool(body.logprobs))
         return await _answer(server, request, body, served, inputs, decoding, form)
 
@@ -148,8 +148,8 @@ async def _answer(
     if body.stream:
         events = _stream(server, request, body, served, answering, frame, form)
         return StreamingResponse(events, media_type="text/event-stream")
-    found = await answering.completions(request)
-    _count(server, served, answering, found)
+    found = await answering.completions(request.is_disconnected)
+    count(server, served, answering, found)
     reply = form.reply(server.skills.lm, frame, found, logprobs=form.logprobs)
     reply["usage"] = replies.usage(answering.prompt_tokens, found)
     if body.details:
@@ -172,7 +172,7 @@ async def _stream(
     found: list[Completion] = []
     begun: set[int] = set()
     try:
-        async for piece in answering.pieces(request):
+        async for piece in answering.pieces(request.is_disconnected):
             finish = piece.completion.finish if piece.completion else None
             choice: dict[str, Any] = {"index": piece.index, "finish_reason": finish}
             if chat:
@@ -194,7 +194,7 @@ async def _stream(
         message = str(error) if isinstance(error, ShouldersError) else "internal error"
         yield replies.event(replies.error_body(message, name, status))
         return
-    _count(server, served, answering, found)
+    count(server, served, answering, found)
     if body.details:
         yield replies.event({**frame, **kind, "choices": [], "details": answering.details})
     if body.stream_options is not None and body.stream_options.include_usage:
@@ -203,9 +203,7 @@ async def _stream(
     yield "data: [DONE]\n\n"
 
 
-def _conversation(
-    server: Server, served: Served, body: ChatRequest
-) -> tuple[str, list[int] | None]:
+def conversation(server: Server, served: Served, body: ChatRequest) -> tuple[str, list[int] | None]:
     """Return a conversation as an input; the LM itself reads it in its own template, once.
 
     A skill reads one input: the messages' texts, in order. With one message, exactly that.
@@ -233,9 +231,10 @@ def _conversation(
     return text, ids
 
 
-def _count(
+def count(
     server: Server, served: Served, answering: Answering, found: Sequence[Completion]
 ) -> None:
+    """Count an answered request in the server's metrics."""
     metrics, now = server.metrics, time.monotonic()
     metrics.prompt_tokens.labels(served.name).inc(answering.prompt_tokens)
     metrics.new_tokens.labels(served.name).inc(sum(len(c.token_ids) for c in found))

@@ -57,7 +57,9 @@ class Job:
         ids: the text's tokens where they are not what the skill makes of it (a conversation in
             the LM's own template).
         prompt_tokens: of its inputs, for usage counts.
-        details: what was found or proposed on the way, for those who look inside.
+        details: what was found or proposed on the way, for those who look inside: `found`,
+            `passages`, `candidates`, `chooser`, and the texts that came to be `read` instead of
+            the input, one for each stage, in order.
     """
 
     name: str
@@ -102,9 +104,15 @@ def _answers(
             gathering = skill.proposals.gather(text, skill.last, room)
             found = yield from _gathered(job, gathering)
             job.details["candidates"] = [
-                {"text": c.text, "count": c.count, "logprob": c.logprob} for c in found.candidates
+                {
+                    "text": c.text,
+                    "count": c.count,
+                    "logprob": c.logprob,
+                    "shown": c not in found.left_out,
+                }
+                for c in found.candidates
             ]
-            chooser = skill.proposals.config.chooser
+            job.details["chooser"] = chooser = skill.proposals.config.chooser
             if chooser != "second_pass":
                 said = chosen(found.candidates, chooser)
                 if shown:
@@ -112,6 +120,7 @@ def _answers(
                     job.on_event(Delta(0, 0, said.text, ended))
                 return [[Completion(said.text, [], said.logprob, "stop")]]
             text, skill = found.text, skill.last
+            job.details.setdefault("read", []).append(text)
         asks.append(Ask(skill, text, decoding, shown, job.ids if text == job.text else None))
     answers = yield asks
     return answers
@@ -135,9 +144,30 @@ def _passages_before(job: Job, reader: Reader) -> str:
     question = Question(job.text, ())
     ranked = reader.contexts.ranked([question])
     (packed,) = reader.packed([question], ranked)
-    scores = dict(zip((p.id for p in ranked[0].passages), ranked[0].scores, strict=True))
+    (found,) = ranked
+    scores = dict(zip((p.id for p in found.passages), found.scores, strict=True))
+    first = {p.id: place for place, p in enumerate(found.retrieved, 1)}
+    first_scores = dict(zip((p.id for p in found.retrieved), found.retrieved_scores, strict=True))
+    parts = {p.id: "whole" for p in packed.used}
+    if packed.cut:
+        parts[packed.used[-1].id] = "cut"
     job.details["passages"] = [
         {"id": p.id, "title": p.title, "text": p.text, "score": scores.get(p.id)}
         for p in packed.used
     ]
+    # Questions that bring their own passages bring no retriever's scores.
+    job.details["found"] = [
+        {
+            "id": p.id,
+            "title": p.title,
+            "text": p.text,
+            "retrieved": first[p.id],
+            "retrieved_score": first_scores.get(p.id),
+            "ranked": place,
+            "score": scores[p.id],
+            "read": parts.get(p.id),
+        }
+        for place, p in enumerate(found.passages, 1)
+    ]
+    job.details["read"] = [packed.text]
     return packed.text

@@ -1,0 +1,237 @@
+"""The playground in a real browser, on a server of the embedded LM: headless Chromium."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoulders.cli.app import app
+from shoulders.data.templates import Templates
+from shoulders.encoders.load import load_encoder
+from shoulders.files import cache_folder
+from shoulders.lm.frozen import FrozenLM
+from shoulders.reader.rerankers.fused import Feature, Fusion
+from shoulders.skills.artefact import save_skill
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.reader import ReadingConfig
+from shoulders.skills.reader_artefact import FUSION, SearchConfig, save_reader
+from shoulders.skills.skill import Skill
+from test_serve import KEY, Started
+
+pytestmark = pytest.mark.slow
+
+QUESTION = "When was the old harbour station opened?"
+ARGUMENTS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+)  # fmt: skip
+DOCUMENTS = {
+    "harbour": "The old harbour station was opened in 1911. It is made of red brick. ",
+    "opened": "The new museum was opened to the public in 1987. It shows ships. ",
+    "hill": "The station on the hill was opened late. Few trains stop there. ",
+}
+# Turns the retriever's order round, so that both orders can be told apart on the page.
+BACKWARDS = Fusion(
+    features=(Feature(member="retriever", relative=False, mean=0, scale=1, weight=-1),), bias=0
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, embedded_lm: FrozenLM) -> Path:
+    folder = tmp_path_factory.mktemp("playground")
+    generator = {"width": 32, "heads": 2, "layers": 1}
+    static = {"kind": "static", "length": 4}
+    propose = {"n": 3, "max_new_tokens": 4, "temperature": 1.0}
+    chains: dict[str, list[dict[str, Any]]] = {
+        "static": [{"prompt": static}],
+        "idpt": [{"prompt": {"kind": "idpt_kv", "length": 3, "generator": generator}}],
+        "textual": [{"prompt": static, "propose": propose}, {}],
+        "reader": [{"prompt": static}],
+    }
+    random, encoder = torch.Generator().manual_seed(0), functools.cache(load_encoder)
+    for name, passes in chains.items():
+        config = SkillConfig.model_validate({"passes": passes})
+        skill = Skill.create(embedded_lm, config, encoder, random)
+        save_skill(skill, folder / name, Templates(), {})
+    reading = ReadingConfig.model_validate({"pack": {"tokens": 40}, "max_new_tokens": 8})
+    (folder / "reader" / FUSION).write_text(BACKWARDS.model_dump_json())
+    save_reader(folder / "reader", SearchConfig(k=3), reading, None, {})
+    (folder / "documents").mkdir()
+    for name, text in DOCUMENTS.items():
+        (folder / "documents" / f"{name}.txt").write_text(text)
+    (folder / "key").write_text(KEY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Started]:
+    index = folder / "index"
+    app(["index", str(folder / "documents"), "--out", str(index)], standalone_mode=False)
+    names = ("static", "idpt", "textual", "reader")
+    options = [part for name in names for part in ("--skills", str(folder / name))]
+    options += ["--index", str(index), "--api-key-file", f"{folder}/key"]
+    started = Started(folder, *options, cache=cache_folder())
+    yield started
+    started.process.kill()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Started) -> Iterator[Any]:
+    """Return the open page; whatever it asks of any other host fails the test."""
+    context = browser.new_context(http_credentials={"username": "me", "password": KEY})
+    page = context.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(server.url)
+    page.get_by_text("How to answer").click()
+    page.locator("#longest").wait_for()
+    yield page
+    context.close()
+    assert asked
+    assert [url for url in asked if not url.startswith((server.url, "data:", "blob:"))] == []
+
+
+def choose(page: Any, side: str, name: str) -> None:
+    page.locator(f"#{side}-skill input").click()
+    page.get_by_role("option", name=name, exact=True).click()
+    page.get_by_role("option").first.wait_for(state="detached")
+
+
+def number(page: Any, name: str, value: int) -> None:
+    field = page.locator(f"#{name} input[type=number]")
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def ask(page: Any, *, sides: tuple[str, ...] = ("left",), tokens: int = 24) -> list[str]:
+    """Ask, and return the answers when all of them are complete."""
+    page.locator("#question textarea").fill(QUESTION)
+    page.evaluate(
+        """() => { window.seen = []; setInterval(() => window.seen.push(
+        document.querySelector('#left-answer textarea').value), 5) }"""
+    )
+    number(page, "longest", tokens)
+    page.locator("#ask").click()
+    for side in sides:
+        page.locator(f"#{side}-note", has_text=re.compile("tokens in")).wait_for()
+    return [page.locator(f"#{side}-answer textarea").input_value() for side in sides]
+
+
+def wanted(server: Started, name: str, tokens: int = 24) -> tuple[str, dict[str, Any]]:
+    body = {"model": name, "prompt": QUESTION, "temperature": 0, "max_tokens": tokens,
+            "details": True}  # fmt: skip
+    reply = server.get("/v1/completions", body=body)
+    return reply["choices"][0]["text"], reply["details"][0]
+
+
+def test_an_answer_is_streamed_and_is_the_apis(page: Any, server: Started) -> None:
+    choose(page, "left", "static")
+    (answer,) = ask(page, tokens=40)
+    assert answer == wanted(server, "static", 40)[0]
+    seen = {text for text in page.evaluate("window.seen") if text}
+    assert len(seen) > 2, "it came in one piece"
+    assert all(answer.startswith(text) for text in seen)
+    assert page.locator("#left-inside").inner_text().strip() == ""
+    assert not page.locator("#right-answer").is_visible()
+    assert 'shoulders_requests_total{skill="static",status="200"}' in server.get("/metrics")
+
+
+def test_two_skills_side_by_side_and_a_heat_map(page: Any, server: Started) -> None:
+    page.locator("#two input").check()
+    choose(page, "left", "idpt")
+    choose(page, "right", "textual")
+    answers = ask(page, sides=("left", "right"))
+    _, details = wanted(server, "textual")
+    assert answers == [wanted(server, name)[0] for name in ("idpt", "textual")]
+    cells = page.locator("#left-inside .sh-heat td")
+    cells.first.wait_for()
+    tokens = load_encoder().tokenize([QUESTION])[0]
+    assert cells.count() == 3 * len(tokens)
+    assert "harbour" in page.locator("#left-inside .sh-heat").inner_text()
+    shown = page.locator("#right-inside").inner_text()
+    assert "Candidates of the first pass" in shown
+    assert all(one["text"] in shown for one in details["candidates"])
+    assert page.locator("#right-inside .sh-heat").count() == 0
+
+
+def test_a_readers_passages_are_shown_with_both_orders(page: Any, server: Started) -> None:
+    choose(page, "left", "reader")
+    (answer,) = ask(page, tokens=8)
+    text, details = wanted(server, "reader", 8)
+    assert answer == text
+    rows = page.locator("#left-inside .sh-table tr").all_inner_texts()[1:]
+    cells = [[cell.strip() for cell in row.split("\t")] for row in rows]
+    assert [(int(row[1]), int(row[3])) for row in cells] == [(1, 3), (2, 2), (3, 1)]
+    found = details["found"]
+    assert [row[2] for row in cells] == [f"{one['score']:.3f}" for one in found]
+    assert [row[0] != "" for row in cells] == [one["read"] is not None for one in found]
+    assert 0 < len(details["passages"]) < 3
+
+
+@pytest.mark.parametrize("way", ["stop", "leave"])
+def test_stopping_and_leaving_free_their_rows(page: Any, server: Started, way: str) -> None:
+    page.locator("#question textarea").fill(QUESTION)
+    number(page, "longest", 1000)
+    number(page, "warmth", 2)  # so warm an LM hardly ever ends by itself
+    page.locator("#ask").click()
+    page.wait_for_function("document.querySelector('#left-answer textarea').value != ''")
+    assert "shoulders_jobs 1.0" in server.get("/metrics")
+    if way == "stop":
+        page.locator("#stop").click()
+        page.locator("#left-note", has_text="stopped").wait_for()
+    else:
+        page.goto("about:blank")
+    deadline = time.monotonic() + 5
+    while "shoulders_jobs 0.0" not in server.get("/metrics"):
+        assert time.monotonic() < deadline, "its row is still being decoded"
+        time.sleep(0.1)
+
+
+def test_only_who_has_the_key_enters(browser: Any, server: Started) -> None:
+    context = browser.new_context(http_credentials={"username": "me", "password": "another"})
+    page = context.new_page()
+    assert page.goto(server.url).status == 401
+    context.close()
+    for path in ("/playground/", "/playground/config", "/playground/gradio_api/info"):
+        for key in (None, "another"):
+            given = urllib.request.Request(server.url + path)
+            if key is not None:
+                given.add_header("Authorization", "Basic " + _encoded(f"me:{key}"))
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(given, timeout=30)
+            assert caught.value.code == 401
+
+
+def test_an_open_page_does_not_hold_up_the_servers_end(page: Any, server: Started) -> None:
+    """The last of these tests: it ends the server."""
+    started = time.monotonic()
+    assert server.stop() == 0, server.text()[-2000:]
+    assert time.monotonic() - started < 10
+
+
+def _encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
