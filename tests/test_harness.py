@@ -175,15 +175,23 @@ def test_requests_as_the_backend_reads_them(folder: Path) -> None:
     """Trailing spaces, no context, first choices, contexts and texts beyond the window."""
     theirs = get_model("hf")(pretrained=str(folder), device="cpu", **HF)
     ours = HarnessModel(lm=str(folder), dtype="float32")
-    greedy = theirs.generate_until(
-        [Instance("generate_until", {}, (CONTEXTS[0], {"until": [], "max_gen_toks": 3}), 0)]
-    )
     pairs = [(c, a) for c in CONTEXTS for a in CONTINUATIONS]
-    pairs += [(CONTEXTS[0], greedy[0]), (WORDS * 6, " madrid"), (WORDS * 6, " paris")]
+    pairs += [(WORDS * 6, " madrid"), (WORDS * 6, " paris")]
+    first = theirs.tokenizer.decode(theirs.prefix_token_id)
+    pairs += [(f"{first}the capital", " of spain")]
+    for end in range(5, 75):  # contexts with the LM's first choice behind them
+        context = WORDS[:end].rstrip()
+        ids = theirs.tok_encode(context)
+        with torch.no_grad():
+            best = int(theirs.model(torch.tensor([ids])).logits[0, -1].argmax())
+        pair = (context, theirs.tokenizer.decode(best))
+        if pair[1].strip() and theirs._encode_pair(*pair)[1] == [best]:
+            pairs.append(pair)
     asked = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
-    for mine, other in zip(ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True):
-        assert mine[0] == pytest.approx(other[0], abs=1e-3)
-        assert mine[1] == other[1]
+    found, wanted = ours.loglikelihood(asked), theirs.loglikelihood(asked)
+    assert [one[0] for one in found] == pytest.approx([one[0] for one in wanted], abs=1e-3)
+    assert [one[1] for one in found] == [one[1] for one in wanted]
+    assert any(one[1] for one in wanted)
     lengths = [*range(1, 70, 9), 300]
     texts = [Instance("loglikelihood_rolling", {}, (WORDS * n,), 0) for n in lengths]
     texts.append(Instance("loglikelihood_rolling", {}, ("",), 0))
