@@ -85,7 +85,7 @@ def serve(
             cache_bytes=int(cache_gib * 2**30),
         ),
     )
-    watcher = Watcher(served, engine) if watch else None
+    watcher = Watcher(served) if watch else None
     if watcher is not None:
         watcher.start()
     app = create_app(Server(served, engine, Metrics(engine), key))

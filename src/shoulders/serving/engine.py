@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.streams import MOST
+from shoulders.prompts.interface import Producer
 from shoulders.recursion.chain import Hop
 from shoulders.serving.job import Ask, Job, Plan, plan
 from shoulders.serving.worker import Entry, Worker
@@ -79,7 +81,8 @@ class Engine:
             for i in range(count)
         ]
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._prefixes: dict[int, tuple[Skill, Prompt]] = {}
+        # A skill that is served no more, and has no job left, takes its prefixes with it.
+        self._prefixes: WeakKeyDictionary[Producer, Prompt] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._jobs = 0
@@ -130,11 +133,6 @@ class Engine:
         for worker in self._workers:
             worker.close()
         return finished
-
-    def forget(self, skill: Skill) -> None:
-        """Let go of what is kept for a skill that is no longer served."""
-        kept = {k: v for k, v in self._prefixes.items() if v[0].parts is not skill.parts}
-        self._prefixes = kept
 
     def _begin(self, job: Job) -> None:
         self._continue(job, plan(job), None)
@@ -197,14 +195,12 @@ class Engine:
     def _prompt(self, skill: Skill, number: int, text: str) -> Prompt:
         """Return a pass's prompt for a text; one that never changes is read once."""
         producer = skill.parts.producer if number < 0 else skill.parts.earlier[number].producer
-        key = id(producer)
-        if producer is not None and key in self._prefixes:
-            return self._prefixes[key][1]
+        if producer is not None and (kept := self._prefixes.get(producer)) is not None:
+            return kept
         with torch.no_grad():
             prompt = written(producer, [text], self.lm)
-            if prompt.shared:
-                prompt = as_prefix(self.lm, prompt)
-                self._prefixes[key] = (skill, prompt)
+            if producer is not None and prompt.shared:
+                prompt = self._prefixes[producer] = as_prefix(self.lm, prompt)
         return prompt
 
     def _end(self) -> None:

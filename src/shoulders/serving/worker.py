@@ -21,7 +21,7 @@ from shoulders.lm.decode import Completion, Running, advance, choose
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import sample_stream
-from shoulders.recursion.chain import Hop, Link, carried
+from shoulders.recursion.chain import Hop, carried
 from shoulders.recursion.memory import Memory
 from shoulders.serving.job import Ask, Job
 from shoulders.serving.pool import Pool
@@ -102,7 +102,6 @@ class Worker(threading.Thread):
         self._rows: list[_Row] = []
         self._pools: dict[int, Pool] = {}
         self._memories: dict[tuple[int, int], Memory] = {}
-        self._links: dict[int, Link] = {}
         self._closed = False
         self.tokens = self.steps = 0  # for metrics: new tokens, and steps that made them
 
@@ -150,24 +149,31 @@ class Worker(threading.Thread):
         self._drop_cancelled()
         while self._inbox:
             entry = self._inbox[0]
-            if entry.job.over:
-                self._inbox.popleft()
-                entry.done(ShouldersError("cancelled"))
-                continue
-            if not self._fits(entry):
-                if self._rows:
-                    return  # others leave first
-                self._inbox.popleft()
-                entry.done(ShouldersError("the request needs more memory than the server has"))
-                continue
+            over, fits = entry.job.over, self._fits(entry)
+            if not over and not fits and self._rows:
+                return  # others leave first
             self._inbox.popleft()
-            room = entry.positions(self._lm.max_positions)
-            prompts = [*(hop.prompt for hop in entry.hops), entry.prompt]
-            slots = [
-                self._pool(self._level(entry, i)).enter(prompt, room)
-                for i, prompt in enumerate(prompts)
-            ]
-            self._rows.append(_Row(entry, slots, list(entry.ids)))
+            try:
+                if over:
+                    raise ShouldersError("cancelled")
+                if not fits:
+                    raise ShouldersError("the request needs more memory than the server has")
+                self._enter(entry)
+            except Exception as error:  # it waits no more, and is no row yet: nobody else would say
+                entry.done(error)
+
+    def _enter(self, entry: Entry) -> None:
+        """Give an entry a slot in each pass, or in none."""
+        room = entry.positions(self._lm.max_positions)
+        slots: list[int] = []
+        try:
+            for i, prompt in enumerate([*(hop.prompt for hop in entry.hops), entry.prompt]):
+                slots.append(self._pool(self._level(entry, i)).enter(prompt, room))
+        except Exception:
+            for i, slot in enumerate(slots):
+                self._pool(self._level(entry, i)).leave(slot)
+            raise
+        self._rows.append(_Row(entry, slots, list(entry.ids)))
 
     def _fits(self, entry: Entry) -> bool:
         rows = sum(1 if row.running else row.entry.rows for row in self._rows) + entry.rows
@@ -189,6 +195,10 @@ class Worker(threading.Thread):
         for i, slot in enumerate(row.slots):
             self._pool(self._level(row.entry, i)).leave(slot)
         self._rows.remove(row)
+        kept = {(id(h.link), i) for other in self._rows for i, h in enumerate(other.entry.hops)}
+        for i, hop in enumerate(row.entry.hops):
+            if (id(hop.link), i) not in kept:  # nobody is here: let the memory go
+                self._memories.pop((id(hop.link), i), None)
 
     def _fail(self, error: Exception) -> None:
         entries = {id(row.entry): row.entry for row in self._rows}
@@ -243,12 +253,10 @@ class Worker(threading.Thread):
         links: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             if number < len(row.entry.hops):
-                link = row.entry.hops[number].link
-                self._links[id(link)] = link
-                links.setdefault(id(link), []).append(i)
+                links.setdefault(id(row.entry.hops[number].link), []).append(i)
         for key, own in links.items():
-            link = self._links[key]
             mine = [rows[i] for i in own]
+            link = mine[0].entry.hops[number].link
             prompts = [row.entry.hops[number].prompt for row in mine]
             states = self._read(number, mine, [current[i] for i in own], prompts, link.taps)
             memory = self._memories.setdefault((key, number), Memory(0))
