@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import time
@@ -18,10 +19,13 @@ from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
+from shoulders.serving import answers as answers_module
 from shoulders.serving import worker as worker_module
+from shoulders.serving.answers import Answering, Disconnected
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
 from shoulders.serving.job import Event, Job
 from shoulders.serving.pool import Pool
+from shoulders.serving.skillset import Served
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from tiny_models import save_tiny_encoder, save_tiny_lm
@@ -327,3 +331,34 @@ def test_an_entry_that_finds_no_place_is_told(
     assert answers.text() == skills["neural"].generate([TEXTS[0]], decoding)[0][0].text
     assert engine.close(10), "no job is left"
     assert all(pool.used == 0 for pool in engine._workers[0]._pools.values())
+
+
+def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
+    skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that come faster than anybody looks."""
+    monkeypatch.setattr(answers_module, "POLL", 0.3)
+
+    class Gone:
+        async def is_disconnected(self) -> bool:
+            return True
+
+    class Writing:
+        def submit(self, job: Job) -> None:
+            threading.Thread(target=self._write, args=(job,)).start()
+
+        def _write(self, job: Job) -> None:
+            for _ in range(100):
+                job.on_event(Delta(0, 0, "a", None))
+                if job.cancelled.wait(0.02):
+                    return
+            job.on_event(Delta(0, 0, "", Completion("a", [1], 0.0, "stop")))
+
+    async def answered() -> None:
+        served = Served("s", skills["static"], None, 0)
+        answering = Answering(Writing(), served, [("two", None)], DecodingConfig(), None)  # type: ignore[arg-type]
+        with pytest.raises(Disconnected):
+            await answering.completions(Gone())  # type: ignore[arg-type]
+        assert answering.jobs[0].cancelled.is_set()
+
+    asyncio.run(answered())
