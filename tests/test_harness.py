@@ -416,7 +416,8 @@ def test_the_command_line(skills: dict[str, Path], tmp_path: Path) -> None:
     wanted = tasks(tmp_path)
     arguments = {"skill": str(skills["static"])}
     expected = run("shoulders", arguments, wanted)
-    found = command(tmp_path, wanted, "--model_args", f"skill={skills['static']}")
+    static = f"skill={skills['static']}"
+    found = command(tmp_path, wanted, "--model_args", static, "--batch_size", "auto")
     for task in ("choose", "roll", "say"):
         assert metrics(found, task) == pytest.approx(metrics(expected, task), rel=1e-4)
     assert found["config"]["skill"] == str(skills["static"])
