@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,13 @@ from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 from shoulders.reader.contexts import Contexts
+from shoulders.serving import answers as answers_module
 from shoulders.serving import worker as worker_module
+from shoulders.serving.answers import Answering, Disconnected
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
 from shoulders.serving.job import Event, Job
+from shoulders.serving.pool import Pool
+from shoulders.serving.skillset import Served
 from shoulders.skills.attended import attended
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import Reader, ReadingConfig
@@ -373,3 +380,82 @@ def test_other_lms_are_refused(folder: Path, lm: FrozenLM) -> None:
     other.blocks = None
     with pytest.raises(ShouldersError, match="Llama-style LMs on CPUs"):
         Engine(other)
+
+
+def test_a_skill_that_is_gone_leaves_nothing(
+    engine: Engine, lm: FrozenLM, skills: dict[str, Skill]
+) -> None:
+    """Its prefixes, and what its links have seen, go with its last job."""
+    chain = [{"propose": PROPOSE, "prompt": {"kind": "static", "length": 2}}, {"link": LINK}]
+    config = SkillConfig.model_validate(
+        {"passes": [*chain, {"prompt": {"kind": "static_kv", "length": 2}}]}
+    )
+    skill = Skill.create(lm, config, load_encoder, torch.Generator().manual_seed(0))
+    jobs = [ask(engine, skill, text, max_new_tokens=6)[1] for text in TEXTS]
+    _, other = ask(engine, skills["neural"], TEXTS[0], max_new_tokens=6)
+    assert all(job.over.wait(60) and job.error is None for job in [*jobs, other])
+    parts = [weakref.ref(own) for one in skill.networks() for own in one.parameters()]
+    assert len(parts) > 10
+    del skill
+    until = time.monotonic() + 10
+    while any(part() is not None for part in parts) and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.05)
+    assert [part for part in parts if part() is not None] == []
+    assert all(not worker._memories for worker in engine._workers)
+
+
+def test_an_entry_that_finds_no_place_is_told(
+    lm: FrozenLM, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out for one request is that request's alone."""
+    engine = Engine(lm, EngineConfig(workers=1))
+    enter, calls = Pool.enter, []
+
+    def failing(self: Pool, *args: Any) -> int:
+        calls.append(self)
+        if len(calls) == 2:  # the second pass of the first request
+            raise MemoryError("no place")
+        return enter(self, *args)
+
+    monkeypatch.setattr(Pool, "enter", failing)
+    _, refused = ask(engine, skills["neural"], TEXTS[0], max_new_tokens=4)
+    assert refused.over.wait(30), "nobody may wait for an answer that never comes"
+    assert isinstance(refused.error, MemoryError)
+    _, answers = ask(engine, skills["neural"], TEXTS[0], max_new_tokens=4)
+    assert answers.over.wait(30)
+    decoding = DecodingConfig(max_new_tokens=4)
+    assert answers.text() == skills["neural"].generate([TEXTS[0]], decoding)[0][0].text
+    assert engine.close(10), "no job is left"
+    assert all(pool.used == 0 for pool in engine._workers[0]._pools.values())
+
+
+def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
+    skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that come faster than anybody looks."""
+    monkeypatch.setattr(answers_module, "POLL", 0.3)
+
+    class Gone:
+        async def is_disconnected(self) -> bool:
+            return True
+
+    class Writing:
+        def submit(self, job: Job) -> None:
+            threading.Thread(target=self._write, args=(job,)).start()
+
+        def _write(self, job: Job) -> None:
+            for _ in range(100):
+                job.on_event(Delta(0, 0, "a", None))
+                if job.cancelled.wait(0.02):
+                    return
+            job.on_event(Delta(0, 0, "", Completion("a", [1], 0.0, "stop")))
+
+    async def answered() -> None:
+        served = Served("s", skills["static"], None, 0)
+        answering = Answering(Writing(), served, [("two", None)], DecodingConfig(), None)  # type: ignore[arg-type]
+        with pytest.raises(Disconnected):
+            await answering.completions(Gone())  # type: ignore[arg-type]
+        assert answering.jobs[0].cancelled.is_set()
+
+    asyncio.run(answered())

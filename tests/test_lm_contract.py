@@ -624,6 +624,19 @@ def test_score_equals_log_softmax_of_full_sequences(lm: FrozenLM) -> None:
     assert [s.logprob for s in ones[0]] == pytest.approx(last[[7, 8]].tolist(), abs=TOLERANCE)
 
 
+def test_score_tells_first_choices(tiny_lm: Callable[[str], FrozenLM]) -> None:
+    lm = tiny_lm("llama")
+    prompts, rows = make_prompts(lm, [(0, 0), (2, 3)]), make_rows([3, 9])
+    best = [naive_generate(lm, prompt, ids, 4) for prompt, ids in zip(prompts, rows, strict=True)]
+    assert all(len(own) > 1 for own in best)
+    several = [
+        [own, own[:1], [own[0] ^ 1, *own[1:]], [*own[:-1], own[-1] ^ 1], [own[0] ^ 1]]
+        for own in best
+    ]
+    for own in score(lm, Prompt.stack(prompts), rows, several):
+        assert [one.greedy for one in own] == [True, True, False, False, False]
+
+
 # -- sampling ----------------------------------------------------------------------------
 
 

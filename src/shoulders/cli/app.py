@@ -11,7 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from shoulders import __version__
-from shoulders.cli import ask, bench, compare, demo, evaluate, generate, index, info, serve, train
+from shoulders.cli import (
+    ask,
+    bench,
+    compare,
+    demo,
+    evaluate,
+    generate,
+    harness,
+    index,
+    info,
+    serve,
+    train,
+)
 from shoulders.cli.common import quiet_imports
 from shoulders.errors import InterruptedTraining, ShouldersError
 
@@ -29,6 +41,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("harness", context_settings=harness.SETTINGS)(harness.harness)
 app.command("generate")(generate.generate)
 app.command("index")(index.index)
 app.command("info")(info.info)

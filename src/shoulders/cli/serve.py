@@ -117,7 +117,7 @@ def serve(
         ),
         remote,
     )
-    watcher = Watcher(served, answering) if watch else None
+    watcher = Watcher(served) if watch else None
     if watcher is not None:
         watcher.start()
     server = Server(served, answering, Metrics(answering), key)

@@ -14,13 +14,19 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
 
+POSITIONS = 512  # whose logits are held at once
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Natural-log likelihood of a continuation (sum over its tokens) and its token count."""
+    """Natural-log likelihood of a continuation (sum over its tokens) and its token count.
+
+    `greedy` tells whether each of its tokens is the LM's first choice.
+    """
 
     logprob: float
     tokens: int
+    greedy: bool = False
 
     @property
     def mean(self) -> float:
@@ -55,13 +61,14 @@ def score(
     cache = batch.cache
     assert cache is not None  # keep_cache
     hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, cache)
-    first = torch.log_softmax(lm.logits(hidden[:, -1]), -1)
+    logits = lm.logits(hidden[:, -1])
+    first, first_choice = torch.log_softmax(logits, -1), logits.argmax(-1)
 
     owner = torch.tensor(
         [row for row, several in enumerate(continuations) for _ in several], device=lm.device
     )
     lengths = torch.tensor([len(c) for c in flat], device=lm.device)
-    total = batch.lengths[owner] + lengths
+    total = batch.lengths[owner] + lengths - 1  # the last token is not read
     if int(total.max()) > lm.max_positions:
         row = int(owner[int(total.argmax())])
         raise WindowError(f"row {row + 1} with its continuation takes {int(total.max())} positions")
@@ -72,6 +79,8 @@ def score(
     # The token before position 0 of a continuation is the row's last: its logits are `first`.
     token_logprobs = torch.zeros(ids.shape, device=lm.device)
     token_logprobs[:, 0] = first[owner, ids[:, 0]]
+    chosen = torch.ones_like(real)
+    chosen[:, 0] = first_choice[owner] == ids[:, 0]
     if ids.shape[1] > 1:
         cache.batch_select_indices(owner)
         mask = torch.cat([batch.mask[owner], real[:, :-1].long()], 1)
@@ -79,12 +88,12 @@ def score(
         positions = (batch.lengths[owner][:, None] + steps) * real[:, :-1]
         hidden = lm.hidden(lm.embed(ids[:, :-1]), mask, positions, cache)
         at = real[:, 1:]
-        logprobs = torch.log_softmax(lm.logits(hidden[at]), -1)
-        token_logprobs[:, 1:][at] = logprobs.gather(1, ids[:, 1:][at][:, None])[:, 0]
+        token_logprobs[:, 1:][at], chosen[:, 1:][at] = _judged(lm, hidden[at], ids[:, 1:][at])
     sums = (token_logprobs * real).sum(1).tolist()
+    greedy = (chosen | ~real).all(1).tolist()
     results: list[list[Score]] = [[] for _ in continuations]
-    for row, value, tokens in zip(owner.tolist(), sums, lengths.tolist(), strict=True):
-        results[row].append(Score(value, tokens))
+    for row, *values in zip(owner.tolist(), sums, lengths.tolist(), greedy, strict=True):
+        results[row].append(Score(*values))
     return results
 
 
@@ -113,7 +122,22 @@ def score_whole(
         for k in range(len(own))
     ]
     wanted = torch.tensor([i for own in continuations for i in own], device=lm.device)
-    logits = lm.logits(read.values[torch.tensor(places, device=lm.device)])
-    logprobs = torch.log_softmax(logits, -1).gather(1, wanted[:, None])[:, 0]
-    parts = logprobs.split([len(own) for own in continuations])
-    return [Score(float(own.sum()), len(own)) for own in parts]
+    hidden = read.values[torch.tensor(places, device=lm.device)]
+    logprobs, chosen = _judged(lm, hidden, wanted)
+    lengths = [len(own) for own in continuations]
+    both = zip(logprobs.split(lengths), chosen.split(lengths), strict=True)
+    return [Score(float(own.sum()), len(own), bool(first.all())) for own, first in both]
+
+
+def _judged(lm: FrozenLM, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens' log-likelihoods, and whether each is the first choice; both `[n]`.
+
+    `hidden` is `[n, d]`. Some positions at a time: logits of a whole window take gigabytes.
+    """
+    logprobs, chosen = [], []
+    for own, ids in zip(hidden.split(POSITIONS), wanted.split(POSITIONS), strict=True):
+        logits = lm.logits(own)
+        values = logits.gather(1, ids[:, None])[:, 0]
+        logprobs.append(values - logits.logsumexp(-1))
+        chosen.append(logits.argmax(-1) == ids)
+    return torch.cat(logprobs), torch.cat(chosen)

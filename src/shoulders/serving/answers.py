@@ -88,14 +88,17 @@ class Answering:
             TimedOutError: the deadline has passed.
             ShouldersError: what the engine could not do.
         """
-        ended = 0
+        ended, look = 0, self.started + POLL
         try:
             while ended < self._expected:
+                # Also while pieces come: a whole answer's client goes without a word.
+                if time.monotonic() > look:
+                    look = time.monotonic() + POLL
+                    if await gone():
+                        raise Disconnected("the client has gone")
                 try:
                     number, event = await asyncio.wait_for(self._events.get(), POLL)
                 except TimeoutError:
-                    if await gone():
-                        raise Disconnected("the client has gone") from None
                     continue
                 if isinstance(event, Exception):
                     if self._timeout and time.monotonic() > self.started + self._timeout:

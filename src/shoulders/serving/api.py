@@ -119,7 +119,7 @@ def create_app(server: Server) -> FastAPI:
     def unload_adapter(body: UnloadRequest) -> dict[str, str]:
         """Stop serving a skill."""
         _managed(server)
-        server.engine.forget(server.skills.unload(body.name).skill)
+        server.skills.unload(body.name)
         return {"status": "unloaded", "name": body.name}
 
     return app

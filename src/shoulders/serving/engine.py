@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.streams import MOST
+from shoulders.prompts.interface import Producer
 from shoulders.recursion.chain import Hop
 from shoulders.serving.job import Ask, Job, Plan, plan
 from shoulders.serving.worker import Entry, Worker
@@ -115,7 +117,9 @@ class Engine:
             for i in range(count)
         ]
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._prompts: dict[tuple[int, bool], tuple[Skill, Prompt]] = {}
+        # A skill that is served no more, and has no job left, takes its prompts with it. They are
+        # kept as written, and as the local LM has read them.
+        self._prompts: WeakKeyDictionary[Producer, dict[bool, Prompt]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._jobs = 0
@@ -180,11 +184,6 @@ class Engine:
         if self._remote is not None:
             self._remote.close()
         return finished
-
-    def forget(self, skill: Skill) -> None:
-        """Let go of what is kept for a skill that is no longer served."""
-        kept = {k: v for k, v in self._prompts.items() if v[0].parts is not skill.parts}
-        self._prompts = kept
 
     def _begin(self, job: Job) -> None:
         self._continue(job, plan(job), None)
@@ -265,14 +264,13 @@ class Engine:
         With `read` the local LM has also read it once: its keys/values stand for it.
         """
         producer = skill.parts.producer if number < 0 else skill.parts.earlier[number].producer
-        key = id(producer), read
-        if producer is not None and key in self._prompts:
-            return self._prompts[key][1]
+        if producer is not None and (kept := self._prompts.get(producer, {}).get(read)) is not None:
+            return kept
         with torch.no_grad():
             prompt = written(producer, [text], self.lm)
-            if prompt.shared:
+            if producer is not None and prompt.shared:
                 prompt = as_prefix(self.lm, prompt) if read else prompt
-                self._prompts[key] = (skill, prompt)
+                self._prompts.setdefault(producer, {})[read] = prompt
         return prompt
 
     def _end(self) -> None:

@@ -7,7 +7,6 @@ import logging
 import threading
 
 from shoulders.errors import ShouldersError
-from shoulders.serving.engine import Engine
 from shoulders.serving.skillset import SkillSet, skill_folders
 
 LOG = logging.getLogger("shoulders.serving")
@@ -20,9 +19,9 @@ class Watcher(threading.Thread):
     A skill's folder is complete when its `skill.json` is there, which is written last.
     """
 
-    def __init__(self, skills: SkillSet, engine: Engine) -> None:
+    def __init__(self, skills: SkillSet) -> None:
         super().__init__(name="watch", daemon=True)
-        self._skills, self._engine = skills, engine
+        self._skills = skills
         self._closed = threading.Event()
         self._refused: set[str] = set()
 
@@ -50,7 +49,7 @@ class Watcher(threading.Thread):
         for served in self._skills.every():
             inside = served.folder is not None and served.folder.parent == root
             if inside and served.name not in there:
-                self._engine.forget(self._skills.unload(served.name).skill)
+                self._skills.unload(served.name)
                 LOG.info(json.dumps({"unloaded": served.name}))
 
     def close(self) -> None:

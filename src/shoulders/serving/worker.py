@@ -21,7 +21,7 @@ from shoulders.lm.decode import Completion, Delta, Running, advance, choose
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import sample_stream
-from shoulders.recursion.chain import Hop, Link, carried
+from shoulders.recursion.chain import Hop, carried
 from shoulders.recursion.memory import Memory
 from shoulders.serving.job import Ask, Job
 from shoulders.serving.pool import Pool
@@ -118,7 +118,6 @@ class Worker(threading.Thread):
         self._rows: list[_Row] = []
         self._pools: dict[int, Pool] = {}
         self._memories: dict[tuple[int, int], Memory] = {}
-        self._links: dict[int, Link] = {}
         self._closed = False
         self.tokens = self.steps = 0  # for metrics: new tokens, and steps that made them
 
@@ -166,28 +165,31 @@ class Worker(threading.Thread):
         self._drop_cancelled()
         while self._inbox:
             entry = self._inbox[0]
-            if entry.job.over:
-                self._inbox.popleft()
-                entry.done(ShouldersError("cancelled"))
-                continue
-            if not self._fits(entry):
-                if self._rows:
-                    return  # others leave first
-                self._inbox.popleft()
-                entry.done(ShouldersError("the request needs more memory than the server has"))
-                continue
+            over, fits = entry.job.over, self._fits(entry)
+            if not over and not fits and self._rows:
+                return  # others leave first
             self._inbox.popleft()
-            room = entry.positions(self._lm.max_positions)
-            prompts = [*(hop.prompt for hop in entry.hops), entry.prompt]
             try:
-                slots = [
-                    self._pool(self._level(entry, i)).enter(prompt, room)
-                    for i, prompt in enumerate(prompts)
-                ]
-            except Exception as error:  # it is in neither the inbox nor the rows: tell it here
+                if over:
+                    raise ShouldersError("cancelled")
+                if not fits:
+                    raise ShouldersError("the request needs more memory than the server has")
+                self._enter(entry)
+            except Exception as error:  # it waits no more, and is no row yet: nobody else would say
                 entry.done(error)
-                raise
-            self._rows.append(_Row(entry, slots, list(entry.ids)))
+
+    def _enter(self, entry: Entry) -> None:
+        """Give an entry a slot in each pass, or in none."""
+        room = entry.positions(self._lm.max_positions)
+        slots: list[int] = []
+        try:
+            for i, prompt in enumerate([*(hop.prompt for hop in entry.hops), entry.prompt]):
+                slots.append(self._pool(self._level(entry, i)).enter(prompt, room))
+        except Exception:
+            for i, slot in enumerate(slots):
+                self._pool(self._level(entry, i)).leave(slot)
+            raise
+        self._rows.append(_Row(entry, slots, list(entry.ids)))
 
     def _fits(self, entry: Entry) -> bool:
         rows = sum(1 if row.running else row.entry.rows for row in self._rows) + entry.rows
@@ -209,12 +211,16 @@ class Worker(threading.Thread):
         for i, slot in enumerate(row.slots):
             self._pool(self._level(row.entry, i)).leave(slot)
         self._rows.remove(row)
-        if not self._rows:  # what links remember, and links of skills no longer served
-            self._memories, self._links = {}, {}
+        kept = {(id(h.link), i) for other in self._rows for i, h in enumerate(other.entry.hops)}
+        # Nobody is here: let the memory go, and the link, whose skill may be served no more.
+        self._memories = {key: m for key, m in self._memories.items() if key in kept}
+        linked = {link for link, _ in kept}
+        self._links = {key: link for key, link in self._links.items() if key in linked}
 
     def _fail(self, error: Exception) -> None:
         entries = {id(row.entry): row.entry for row in self._rows}
-        self._rows, self._pools, self._memories, self._links = [], {}, {}, {}
+        self._rows = []
+        self._pools, self._memories, self._links = {}, {}, {}
         for entry in entries.values():
             entry.done(error)
 
@@ -265,12 +271,10 @@ class Worker(threading.Thread):
         links: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             if number < len(row.entry.hops):
-                link = row.entry.hops[number].link
-                self._links[id(link)] = link
-                links.setdefault(id(link), []).append(i)
+                links.setdefault(id(row.entry.hops[number].link), []).append(i)
         for key, own in links.items():
-            link = self._links[key]
             mine = [rows[i] for i in own]
+            link = mine[0].entry.hops[number].link
             prompts = [row.entry.hops[number].prompt for row in mine]
             states = self._read(number, mine, [current[i] for i in own], prompts, link.taps)
             memory = self._memories.setdefault((key, number), Memory(0))

@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from shoulders.data.batching import length_grouped
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.errors import ShouldersError
-from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, stream
+from shoulders.lm.decode import Completion, DecodingConfig, Delta, stream
 from shoulders.lm.decoder import Source
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.score import Score
-from shoulders.lm.streams import Streams
 from shoulders.prompts.interface import Producer
 from shoulders.recursion.candidates import Candidate, chosen
 from shoulders.recursion.chain import FirstStates, Hop, Hops, embeddings
-from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS, SkillConfig, TextFormat
+from shoulders.skills.config import SkillConfig, TextFormat
 from shoulders.skills.framing import Framing, Unprefixed
+from shoulders.skills.generating import generated
 from shoulders.skills.parts import Parts, build_parts, encoders_of, written
 from shoulders.skills.proposals import Proposals, Proposed
 from shoulders.skills.scoring import scored
@@ -244,24 +243,8 @@ class Skill:
                     on_rows(len(texts))
                 return [[_as_completion(chosen(p.candidates, chooser))] for p in found]
             return self.last.generate([p.text for p in found], decoding, on_rows=on_rows)
-        ids = self.input_ids(texts)
-        results: list[list[Completion]] = [[] for _ in texts]
-        most = max(1, BATCH_ROWS // decoding.n)
-        batches = length_grouped([len(i) for i in ids], BATCH_TOKENS, most)
-
-        def one(rows: list[int]) -> list[list[Completion]]:
-            own = [texts[i] for i in rows]
-            with torch.no_grad():
-                prompt, source = self.prompt(own), self.source(own)
-            return generate(self.lm, prompt, [ids[i] for i in rows], decoding, source)
-
-        with Streams.of(self.lm, None if len(batches) > 1 else 1) as streams:
-            for rows, answers in zip(batches, streams.map(one, batches), strict=True):
-                for row, several in zip(rows, answers, strict=True):
-                    results[row] = [self.stripped(c) for c in several]
-                if on_rows is not None:
-                    on_rows(len(rows))
-        return results
+        answers = generated(self, texts, self.input_ids(texts), decoding, on_rows)
+        return [[self.stripped(c) for c in several] for several in answers]
 
     def stream(self, text: str, decoding: DecodingConfig) -> Iterator[Delta]:
         """Generate for one text, yielding pieces of text as they become certain."""

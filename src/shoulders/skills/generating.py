@@ -1,0 +1,56 @@
+"""Answers of a skill's last passes to inputs in tokens, in batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from shoulders.data.batching import length_grouped
+from shoulders.lm.decode import Completion, DecodingConfig, generate
+from shoulders.lm.streams import Streams
+from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS
+
+if TYPE_CHECKING:
+    from shoulders.skills.skill import Skill
+
+
+def generated(
+    skill: Skill,
+    texts: Sequence[str],
+    ids: Sequence[list[int]],
+    decoding: DecodingConfig,
+    on_rows: Callable[[int], None] | None = None,
+    most: int = BATCH_ROWS,
+) -> list[list[Completion]]:
+    """Generate through the passes after the last text.
+
+    Args:
+        skill: whose passes are used; its text format is not.
+        texts: what producers read, one for each row.
+        ids: what stands before the answers.
+        decoding: greedy or sampled, and how long.
+        on_rows: told of each batch's rows.
+        most: samples that are generated together.
+
+    Raises:
+        WindowError: a row does not fit.
+    """
+    results: list[list[Completion]] = [[] for _ in texts]
+    rows_at_once = max(1, most // decoding.n)
+    batches = length_grouped([len(i) for i in ids], BATCH_TOKENS, rows_at_once)
+
+    def one(rows: list[int]) -> list[list[Completion]]:
+        own = [texts[i] for i in rows]
+        with torch.no_grad():
+            prompt, source = skill.prompt(own), skill.source(own)
+        return generate(skill.lm, prompt, [ids[i] for i in rows], decoding, source)
+
+    with Streams.of(skill.lm, None if len(batches) > 1 else 1) as streams:
+        for rows, answers in zip(batches, streams.map(one, batches), strict=True):
+            for row, several in zip(rows, answers, strict=True):
+                results[row] = several
+            if on_rows is not None:
+                on_rows(len(rows))
+    return results
