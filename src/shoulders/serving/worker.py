@@ -212,15 +212,13 @@ class Worker(threading.Thread):
             self._pool(self._level(row.entry, i)).leave(slot)
         self._rows.remove(row)
         kept = {(id(h.link), i) for other in self._rows for i, h in enumerate(other.entry.hops)}
-        # Nobody is here: let the memory go, and the link, whose skill may be served no more.
+        # Nobody is here: let the memory go; the link's skill may be served no more.
         self._memories = {key: m for key, m in self._memories.items() if key in kept}
-        linked = {link for link, _ in kept}
-        self._links = {key: link for key, link in self._links.items() if key in linked}
 
     def _fail(self, error: Exception) -> None:
         entries = {id(row.entry): row.entry for row in self._rows}
         self._rows = []
-        self._pools, self._memories, self._links = {}, {}, {}
+        self._pools, self._memories = {}, {}
         for entry in entries.values():
             entry.done(error)
 
