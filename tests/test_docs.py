@@ -9,7 +9,9 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +65,30 @@ def test_every_published_result_names_its_command() -> None:
     published = {p.name for p in (ROOT / "benchmarks/results").iterdir()}
     named = set(re.findall(r"benchmarks/results/(\w+\.(?:json|png))", page))
     assert published <= named, "docs/reproduce.md: one row for every file of benchmarks/results"
+
+
+def test_results_were_made_on_the_machine_that_is_described() -> None:
+    page = " ".join((DOCS / "reproduce.md").read_text(encoding="utf-8").split())
+    for file in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        machines = list(machines_of(json.loads(file.read_text(encoding="utf-8"))))
+        assert machines, f"{file.name} does not say where it was made"
+        for one in machines:
+            for name in (one["processor"], f"torch {one['torch']}", f"Python {one['python']}"):
+                assert name in page, f"{file.name}: {name}: say so in docs/reproduce.md"
+            row = re.search(rf"`{re.escape(file.name)}`\]\([^|]*\|[^|]*\| (\d+) \|", page)
+            if row is not None:  # in the table of what is published
+                assert row[1] == str(one["threads"]), file.name
+
+
+def machines_of(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield what a result's JSON says of machines, wherever it says so."""
+    if isinstance(value, dict):
+        if "processor" in value and "torch" in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from machines_of(inner)
 
 
 def test_what_reproduce_and_readme_run_exists() -> None:
@@ -121,7 +147,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     assert len((tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == 8
     reply = next(out for out in said if '"choices"' in out)
     assert json.loads(reply.splitlines()[-1])["model"] == "team"
-    assert "handbook/" in "".join(said) or "returns.txt" in "".join(said)
+    assert "rests on: returns.txt" in "".join(said)
     report = json.loads((tmp_path / "runs/compare/compare.json").read_text(encoding="utf-8"))
     assert [m["method"] for m in report["lines"]] == ["zero_shot", "static_kv", "lora_r16"]
     assert (tmp_path / "runs/compare/report.html").is_file()
