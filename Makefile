@@ -3,10 +3,10 @@ VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/installed
-
+DOCS_STAMP := $(VENV)/installed-docs
 VLLM := .venv-vllm
 
-.PHONY: install demo test test-slow test-vllm check clean
+.PHONY: install demo test test-slow test-vllm check docs clean
 
 install: $(STAMP)
 
@@ -46,5 +46,13 @@ check: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# The docs' tools take 80 MB and are installed here only. The build itself needs no network.
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --quiet --constraint requirements/constraints.txt --editable '.[docs]'
+	touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(VLLM) runs
+	rm -rf $(VENV) $(VLLM) build runs

@@ -108,7 +108,7 @@ def generate(
 
     `source` writes the embeddings of tokens where they are not the LM's own.
 
-    Example:
+    Examples:
         >>> from shoulders.lm.load import load_lm
         >>> lm = load_lm("embedded")
         >>> ids = lm.tokenize(["The capital of France is"])

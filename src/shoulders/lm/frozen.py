@@ -41,7 +41,7 @@ class FrozenLM:
         LMError: the model cannot be driven from embeddings exactly (checked once, by
             comparing with its own forward pass on token ids).
 
-    Example:
+    Examples:
         >>> from shoulders.lm.load import load_lm
         >>> lm = load_lm("embedded")
         >>> lm.hidden_size, lm.max_positions

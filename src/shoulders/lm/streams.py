@@ -23,7 +23,7 @@ R = TypeVar("R")
 class Streams:
     """A pool of `count` threads; with one, work is done where it is asked for.
 
-    Example:
+    Examples:
         >>> with Streams(2) as streams:
         ...     list(streams.map(lambda x: x + 1, [1, 2, 3]))
         [2, 3, 4]

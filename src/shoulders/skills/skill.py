@@ -34,7 +34,7 @@ class Skill:
     recursion) they write the embeddings that the last pass reads; where they hand on text
     (`proposals`, textual recursion) they rewrite its input.
 
-    Example:
+    Examples:
         >>> from shoulders.lm.load import load_lm
         >>> base = Skill.base(load_lm("embedded"))
         >>> base.generate(["Name the capital of France."], DecodingConfig(max_new_tokens=3))[0]

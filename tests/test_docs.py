@@ -1,0 +1,153 @@
+"""The docs: links lead somewhere, commands exist, the tutorial runs as it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def prose(page: Path) -> str:
+    """Return a page without its code blocks."""
+    return BLOCK.sub("", page.read_text(encoding="utf-8"))
+
+
+# -- links -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_lead_to_files(page: Path) -> None:
+    links = [link for link in LINK.findall(prose(page)) if not re.match(r"[a-z]+:", link)]
+    missing = [
+        link
+        for link in links
+        if (target := link.partition("#")[0]) and not (page.parent / target).exists()
+    ]
+    assert not missing, f"{page.name}: {missing}"
+
+
+def test_every_page_stands_in_the_navigation() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = set(re.findall(r"[\w/]+\.md", site))
+    assert nav == {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")}
+
+
+# -- commands --------------------------------------------------------------------------------
+
+
+def test_the_page_of_commands_is_what_the_command_line_has() -> None:
+    spec = importlib.util.spec_from_file_location("cli_reference", DOCS / "cli_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    there = (DOCS / "cli.md").read_text(encoding="utf-8")
+    assert there == module.page(), "docs/cli.md is old: run .venv/bin/python docs/cli_reference.py"
+
+
+def test_every_published_result_names_its_command() -> None:
+    page = (DOCS / "reproduce.md").read_text(encoding="utf-8")
+    published = {p.name for p in (ROOT / "benchmarks/results").iterdir()}
+    named = set(re.findall(r"benchmarks/results/(\w+\.(?:json|png))", page))
+    assert published <= named, "docs/reproduce.md: one row for every file of benchmarks/results"
+
+
+def test_results_were_made_on_the_machine_that_is_described() -> None:
+    page = " ".join((DOCS / "reproduce.md").read_text(encoding="utf-8").split())
+    for file in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        machines = list(machines_of(json.loads(file.read_text(encoding="utf-8"))))
+        assert machines, f"{file.name} does not say where it was made"
+        for one in machines:
+            for name in (one["processor"], f"torch {one['torch']}", f"Python {one['python']}"):
+                assert name in page, f"{file.name}: {name}: say so in docs/reproduce.md"
+            row = re.search(rf"`{re.escape(file.name)}`\]\([^|]*\|[^|]*\| (\d+) \|", page)
+            if row is not None:  # in the table of what is published
+                assert row[1] == str(one["threads"]), file.name
+
+
+def machines_of(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield what a result's JSON says of machines, wherever it says so."""
+    if isinstance(value, dict):
+        if "processor" in value and "torch" in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from machines_of(inner)
+
+
+def test_what_reproduce_and_readme_run_exists() -> None:
+    for name in ("docs/reproduce.md", "README.md"):
+        page = (ROOT / name).read_text(encoding="utf-8")
+        paths = set(re.findall(r"\b(?:benchmarks|comparisons|recipes)/[\w/]+\.(?:py|yaml)\b", page))
+        assert paths
+        assert [p for p in sorted(paths) if not (ROOT / p).is_file()] == []
+
+
+def test_options_of_reproduced_scripts_exist() -> None:
+    """An option that a page gives to a script stands in that script."""
+    page = (DOCS / "reproduce.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"python (benchmarks/\w+\.py)([^\n`]*)", page)
+    assert commands
+    for script, arguments in commands:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        options = re.findall(r"(?<!\S)--[a-z-]+", arguments)
+        assert [o for o in options if f'"{o}"' not in source] == [], script
+
+
+# -- the tutorial ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    """Every bash and python block, in order, in one folder; nothing is changed but the port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    blocks = [(kind, code) for kind, code in BLOCK.findall(page) if kind in ("bash", "python")]
+    assert len(blocks) >= 8
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "TERM": "dumb",
+    }
+    said = []
+    for kind, code in blocks:
+        command = [sys.executable, "-c"] if kind == "python" else ["bash", "-euo", "pipefail", "-c"]
+        done = subprocess.run(
+            [*command, code.replace("8000", port)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+        said.append(done.stdout)
+    # What the page says comes true.
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert scores["n"] == 8
+    assert len((tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == 8
+    reply = next(out for out in said if '"choices"' in out)
+    assert json.loads(reply.splitlines()[-1])["model"] == "team"
+    assert "rests on: returns.txt" in "".join(said)
+    report = json.loads((tmp_path / "runs/compare/compare.json").read_text(encoding="utf-8"))
+    assert [m["method"] for m in report["lines"]] == ["zero_shot", "static_kv", "lora_r16"]
+    assert (tmp_path / "runs/compare/report.html").is_file()
