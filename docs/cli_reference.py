@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 import typing
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def _value(hint: Any) -> str:
         hint = next(a for a in typing.get_args(hint) if a is not type(None))
     if typing.get_origin(hint) is list:
         hint = typing.get_args(hint)[0]
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " or ".join(f"`{one.value}`" for one in hint)
     return {str: "text", Path: "path", int: "integer", float: "number"}[hint]
 
 
