@@ -280,7 +280,7 @@ class Soak:
         asked = own.choice(self._asked)._replace(text="word " * 12_000)
         body = asked.body(asked.skill, stream=False)
         status, text, retry = self.server.ask("POST", asked.path, body)
-        if status == 400 and "tokens" in text:
+        if status == 400 and "window" in text:
             self.tally.saw("400 too long")
         elif status == 429:
             self._answered(status, text, retry)
