@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/multitask")
     parser.add_argument("--n", type=int, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--limit", type=int, help="rows, for a trial")
+    parser.add_argument("--every", type=int, default=1, help="take every so-manieth row")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
     artefact = read_artefact(options.skill)
     lm = load_lm(artefact.lm.name, dtype=artefact.lm_dtype)  # type: ignore[arg-type]
     skill, templates = load_skill(options.skill, lm, functools.cache(load_encoder))
-    rows = read_rows(options.data / f"{options.split}.jsonl")[: options.limit]
+    rows = read_rows(options.data / f"{options.split}.jsonl")[:: options.every]
     measure = textual if options.form == "textual" else neural
     results = measure(skill, rows, templates, options)
     write_json(
