@@ -379,3 +379,12 @@ def test_the_command_says_what_is_wrong(
         main()
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_shipped_plan_is_valid_and_trains_on_no_test_row() -> None:
+    plan = read_plan(Path(__file__).parents[1] / "recipes/compare/multitask.yaml")
+    assert "multitask/test.jsonl" in plan.test[0]
+    assert not any("test" in Path(f).name for f in (*plan.data.train, *plan.data.validation))
+    assert plan.data.templates is not None
+    assert Path(plan.data.templates).is_file()
+    assert len(plan.seeds) == 3

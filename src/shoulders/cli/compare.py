@@ -14,7 +14,7 @@ from shoulders.errors import ShouldersError
 
 def compare(
     plan: Annotated[
-        Path | None, typer.Argument(help="A plan, see recipes/compare_multitask.yaml.")
+        Path | None, typer.Argument(help="A plan, see recipes/compare/multitask.yaml.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Instead of a plan: your rows, split for you.")
