@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--variants", nargs="+", default=["lora", "full"], choices=sorted(RATES))
     parser.add_argument("--examples", type=int, help="default: as many as the reader's")
+    parser.add_argument("--untimed", action="store_true",
+                        help="measure no speed: something else runs beside")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/nq/rivals")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/nq_rivals.json")
     options = parser.parse_args()
@@ -66,9 +68,7 @@ def main() -> None:
         for folder in options.readers
     ]
     examples = options.examples or results[0]["examples"]
-    started = time.perf_counter()
-    reader.answer(questions[:TIMED_QUESTIONS], ranked[:TIMED_QUESTIONS])
-    rate = TIMED_QUESTIONS / (time.perf_counter() - started)
+    rate = None if options.untimed else answers_per_second(reader, questions, ranked)
     for result in results:
         result["answers_per_second"] = rate
     test = options.runs / f"{options.split}.jsonl"
@@ -85,16 +85,18 @@ def main() -> None:
             run_rival(variant, examples, train, test, file)
         found = json.loads(file.read_text(encoding="utf-8"))
         timed = options.runs / f"timed-{variant}.json"
-        if not timed.is_file():
-            run_rival(variant, TIMED_STEPS * ROWS, train, few, timed)
-        times = json.loads(timed.read_text(encoding="utf-8"))
+        times: dict[str, Any] = {}
+        if not options.untimed:
+            if not timed.is_file():
+                run_rival(variant, TIMED_STEPS * ROWS, train, few, timed)
+            times = json.loads(timed.read_text(encoding="utf-8"))
         results.append(
             {
                 "reader": variant if found["rank"] is None else f"LoRA r{found['rank']}",
                 "precision": "float32",
                 **{k: found[k] for k in ("trained_parameters", "examples", "lr")},
-                "seconds_a_step": times["training_seconds"] / TIMED_STEPS,
-                "answers_per_second": TIMED_QUESTIONS / times["answer_seconds"],
+                "seconds_a_step": times["training_seconds"] / TIMED_STEPS if times else None,
+                "answers_per_second": TIMED_QUESTIONS / times["answer_seconds"] if times else None,
                 **scored([first_line(a) for a in found["answers"]], answers),
             }
         )
@@ -116,9 +118,16 @@ def main() -> None:
         low, high = r["ci95"]
         print(
             f"| {r['reader']} | {r['trained_parameters']:,} | {r['examples']:,} "
-            f"| {r['seconds_a_step']:.1f} | {r['answers_per_second']:.1f} "
+            f"| {r['seconds_a_step'] or 0:.1f} | {r['answers_per_second'] or 0:.1f} "
             f"| {r['exact_match']:.1f} [{low:.1f}, {high:.1f}] | {r['f1']:.1f} |"
         )
+
+
+def answers_per_second(reader: Reader, questions: list[Question], ranked: list[Ranked]) -> float:
+    """Return how fast a frozen reader answers questions whose passages are found."""
+    started = time.perf_counter()
+    reader.answer(questions[:TIMED_QUESTIONS], ranked[:TIMED_QUESTIONS])
+    return TIMED_QUESTIONS / (time.perf_counter() - started)
 
 
 def frozen(
