@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -127,27 +129,39 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "TERM": "dumb",
     }
-    said = []
-    for kind, code in blocks:
-        command = [sys.executable, "-c"] if kind == "python" else ["bash", "-euo", "pipefail", "-c"]
-        done = subprocess.run(
-            [*command, code.replace("8000", port)],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-        said.append(done.stdout)
+    said = "".join(
+        run_block(kind, code.replace("8000", port), tmp_path, environment) for kind, code in blocks
+    )
     # What the page says comes true.
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert scores["n"] == 8
     assert len((tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == 8
-    reply = next(out for out in said if '"choices"' in out)
-    assert json.loads(reply.splitlines()[-1])["model"] == "team"
-    assert "rests on: returns.txt" in "".join(said)
+    reply = next(line for line in said.splitlines() if '"choices"' in line)
+    assert json.loads(reply)["model"] == "team"
+    assert "rests on: returns.txt" in said
     report = json.loads((tmp_path / "runs/compare/compare.json").read_text(encoding="utf-8"))
     assert [m["method"] for m in report["lines"]] == ["zero_shot", "static_kv", "lora_r16"]
     assert (tmp_path / "runs/compare/report.html").is_file()
+
+
+def run_block(kind: str, code: str, folder: Path, environment: dict[str, str]) -> str:
+    """Run a block of a page and return what it prints; nothing that it starts outlives it."""
+    command = [sys.executable, "-c"] if kind == "python" else ["bash", "-euo", "pipefail", "-c"]
+    printed, complained = folder / "printed.txt", folder / "complained.txt"
+    with printed.open("w") as out, complained.open("w") as err:
+        process = subprocess.Popen(
+            [*command, code],
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        try:
+            ended = process.wait(timeout=600)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    said = printed.read_text(encoding="utf-8")
+    assert ended == 0, f"{code}\n{said}\n{complained.read_text(encoding='utf-8')}"
+    return said
