@@ -44,8 +44,18 @@ def tiny_tokenizer(extra: str = "") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
-def save_tiny_lm(folder: Path, *, seed: int = 0, tokenizer_extra: str = "") -> Path:
-    """Save a random Llama of two layers as a Hugging Face folder; deterministic in `seed`."""
+def save_tiny_lm(
+    folder: Path,
+    *,
+    seed: int = 0,
+    tokenizer_extra: str = "",
+    window: int = WINDOW,
+    endless: bool = False,
+) -> Path:
+    """Save a random Llama of two layers as a Hugging Face folder; deterministic in `seed`.
+
+    The end token of an `endless` one is never the likeliest: greedy answers are as long as may be.
+    """
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -55,13 +65,17 @@ def save_tiny_lm(folder: Path, *, seed: int = 0, tokenizer_extra: str = "") -> P
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=WINDOW,
+        max_position_embeddings=window,
         initializer_range=0.3,  # sharp enough that greedy answers depend on the input
         eos_token_id=0,
         bos_token_id=None,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    if endless:
+        with torch.no_grad():
+            model.lm_head.weight[config.eos_token_id] = 0
+    model.save_pretrained(folder)
     tiny_tokenizer(tokenizer_extra).save_pretrained(folder)
     torch.random.set_rng_state(state)
     return folder
