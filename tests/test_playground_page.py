@@ -245,7 +245,7 @@ def test_an_open_page_does_not_hold_up_the_servers_end(page: Any, server: Starte
     """The last of these tests: it ends the server."""
     started = time.monotonic()
     assert server.stop() == 0, server.text()[-2000:]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 25  # an idle end takes 3 s; one that waits for pages, 60
 
 
 def _encoded(text: str) -> str:

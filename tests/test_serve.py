@@ -87,14 +87,14 @@ def skills(folder: Path, lm: FrozenLM) -> Iterator[dict[str, Skill]]:
 class Started:
     """A server process, and where it listens."""
 
-    def __init__(self, folder: Path, *options: str, cache: Path | None = None) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "shoulders", "serve", "--port", str(self.port), *options]
         self.log = (folder / f"log-{self.port}.txt").open("w+")
         self.process = subprocess.Popen(
-            command, env=environment(cache or folder / "cache"), stdout=self.log, stderr=self.log
+            command, env=environment(folder / "cache"), stdout=self.log, stderr=self.log
         )
         self.url = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + 90
