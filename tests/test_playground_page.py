@@ -109,13 +109,17 @@ def page(browser: Any, server: Started) -> Iterator[Any]:
     page = context.new_page()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(server.url)
-    page.get_by_text("How to answer").click()
-    page.locator("#longest").wait_for()
+    opened(page, server)
     yield page
     context.close()
     assert asked
     assert [url for url in asked if not url.startswith((server.url, "data:", "blob:"))] == []
+
+
+def opened(page: Any, server: Started) -> None:
+    page.goto(server.url)
+    page.get_by_text("How to answer").click()
+    page.locator("#longest").wait_for()
 
 
 def choose(page: Any, side: str, name: str) -> None:
@@ -155,12 +159,18 @@ def wanted(server: Started, name: str, tokens: int = 24) -> tuple[str, dict[str,
 
 
 def test_an_answer_is_streamed_and_is_the_apis(page: Any, server: Started) -> None:
-    choose(page, "left", "static")
-    (answer,) = ask(page, tokens=40)
-    assert answer == wanted(server, "static", 40)[0]
-    seen = {text for text in page.evaluate("window.seen") if text}
-    assert len(seen) > 2, "it came in one piece"
-    assert all(answer.startswith(text) for text in seen)
+    pieces = 0
+    for tokens in (40, 80, 160, 320):  # a busy browser may draw a short answer at once
+        opened(page, server)
+        choose(page, "left", "static")
+        (answer,) = ask(page, tokens=tokens)
+        assert answer == wanted(server, "static", tokens)[0]
+        seen = {text for text in page.evaluate("window.seen.slice()") if text}
+        assert all(answer.startswith(text) for text in seen)
+        pieces = max(pieces, len(seen))
+        if pieces > 2:
+            break
+    assert pieces > 2, "it came in one piece"
     assert page.locator("#left-inside").inner_text().strip() == ""
     assert not page.locator("#right-answer").is_visible()
     assert 'shoulders_requests_total{skill="static",status="200"}' in server.get("/metrics")
