@@ -341,7 +341,8 @@ def test_a_deadline(server: Started) -> None:
 
 def test_skills_come_and_go(server: Started, skills: dict[str, Skill], folder: Path) -> None:
     load = {"name": "new", "path": "later"}
-    for path in ("../skills/static", "/etc", "", "nothing", "later/../../skills/neural"):
+    outside = ("../skills/static", "/etc", "", "nothing", "later/../../skills/neural")
+    for path in (*outside, "a\0b", "a" * 400, "\ud800"):
         code, message = server.refused("/v1/load_adapter", body={"name": "x", "path": path})
         assert code in (400, 422)
         assert str(folder) not in message

@@ -105,8 +105,12 @@ class SkillSet:
         """Load a folder inside `root`, given relative to it; raises as `load` does."""
         if self.root is None:
             raise ShouldersError("loading skills by request is off: start with --skill-root")
-        folder = (self.root / path).resolve()
-        if not folder.is_relative_to(self.root.resolve()) or not (folder / FILE).is_file():
+        try:
+            folder = (self.root / path).resolve()
+            inside = folder.is_relative_to(self.root.resolve()) and (folder / FILE).is_file()
+        except (ValueError, OSError):  # what no file system takes: a NUL, a name of kilobytes
+            inside = False
+        if not inside:
             raise ArtefactError(f"'{path[:200]}' is no skill inside the server's skill folder")
         return self.load(name, folder)
 
