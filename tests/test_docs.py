@@ -77,9 +77,9 @@ def test_results_were_made_on_the_machine_that_is_described() -> None:
         for one in machines:
             for name in (one["processor"], f"torch {one['torch']}", f"Python {one['python']}"):
                 assert name in page, f"{file.name}: {name}: say so in docs/reproduce.md"
-            row = re.search(rf"`{re.escape(file.name)}`\]\([^|]*\|[^|]*\| (\d+) \|", page)
-            if row is not None:  # in the table of what is published
-                assert row[1] == str(one["threads"]), file.name
+        row = re.search(rf"`{re.escape(file.name)}`\]\([^|]*\|[^|]*\| (\d+) \|", page)
+        if row is not None:  # in the table of what is published; skills may be from elsewhere
+            assert row[1] in {str(one["threads"]) for one in machines}, file.name
 
 
 def machines_of(value: Any) -> Iterator[dict[str, Any]]:
