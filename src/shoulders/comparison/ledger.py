@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,3 @@ class Ledger:
     def folder(self, method: str, seed: int, stage: str = "runs") -> Path:
         """Return the folder of a run."""
         return self.out / stage / f"{method}-seed{seed}"
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the mean."""
-    return sum(values) / len(values)

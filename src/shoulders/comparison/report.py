@@ -28,7 +28,8 @@ def write_report(result: dict[str, Any], out: Path) -> list[str]:
     found = lines(result, Ledger(out))
     forgetting = {f["method"]: f for f in result["forgetting"]}
     base = forgetting.get("frozen", {})
-    said = verdict(found, base.get("perplexity"), digest_equal=True)
+    unchanged = result["lm"]["digest_before"] == result["lm"]["digest_after"]
+    said = verdict(found, base.get("perplexity"), digest_equal=unchanged)
     first = best([line for line in found if line.family != "bare"])
     against = {
         line.name: str(difference(line, first)) for line in found if first and line is not first

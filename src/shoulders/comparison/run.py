@@ -107,7 +107,8 @@ def run_comparison(
                          facts | run_facts(plan, factor, done))  # fmt: skip
 
     # 5. Nothing was forgotten, and no skill has changed another: measured, not only promised.
-    if lm.digest() != before:
+    after = lm.digest()
+    if after != before:
         raise TrainingError("the frozen LM changed during the comparison; its figures are void")
     first = next((m for m in trained if m.family == "frozen"), None)
     if first is not None:
@@ -128,7 +129,13 @@ def run_comparison(
             "validation": len(rows.validation),
             "test": len(rows.test),
         },
-        "lm": {"name": lm.name, "parameters": lm.parameters, "fingerprint": lm.fingerprint},
+        "lm": {
+            "name": lm.name,
+            "parameters": lm.parameters,
+            "fingerprint": lm.fingerprint,
+            "digest_before": before,
+            "digest_after": after,
+        },
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
 from typing import Any
 
-from shoulders.comparison.ledger import Ledger, mean
+from shoulders.comparison.ledger import Ledger
 from shoulders.evaluation.metrics import bootstrap_interval, paired_interval
 
 BYTES = 4  # of a trained parameter, as it is stored

@@ -81,7 +81,7 @@ class Answering:
             job.cancelled.set()
 
     async def pieces(self, gone: Gone) -> AsyncGenerator[Piece, None]:
-        """Yield pieces of all choices as they come; `gone` is asked while there are none.
+        """Yield pieces of all choices as they come; `gone` is asked every `POLL` seconds or so.
 
         Raises:
             Disconnected: the client has gone.
