@@ -388,11 +388,10 @@ def test_a_client_that_leaves_frees_its_rows(server: Started) -> None:
         connection.sendall(head.encode() + body)
         connection.recv(100)
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        if "shoulders_running_rows 0.0" in server.get("/metrics"):
-            break
+    while "shoulders_running_rows 0.0" not in (found := server.get("/metrics")):
+        state = [line for line in found.splitlines() if line.startswith("shoulders_")]
+        assert time.monotonic() < deadline, "\n".join([*state, server.text()[-4000:]])
         time.sleep(0.1)
-    assert "shoulders_running_rows 0.0" in server.get("/metrics")
 
 
 # -- starting and stopping ---------------------------------------------------------------

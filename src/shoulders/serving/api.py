@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from shoulders import __version__
 from shoulders.errors import ShouldersError
@@ -134,6 +135,25 @@ class Form:
     logprobs: bool
 
 
+class Streamed(StreamingResponse):
+    """Server-sent events; however the connection ends, the work for it ends too.
+
+    A client may leave while an event is being sent: the events' generator then waits for the
+    garbage collector, which may be long in coming.
+    """
+
+    def __init__(self, events: AsyncIterator[str], answering: Answering) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._answering = answering
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answering.cancel()
+
+
 async def _answer(
     server: Server,
     request: Request,
@@ -147,7 +167,7 @@ async def _answer(
     frame = replies.frame_of(form.kind, request.state.id, served.name)
     if body.stream:
         events = _stream(server, request, body, served, answering, frame, form)
-        return StreamingResponse(events, media_type="text/event-stream")
+        return Streamed(events, answering)
     found = await answering.completions(request.is_disconnected)
     count(server, served, answering, found)
     reply = form.reply(server.skills.lm, frame, found, logprobs=form.logprobs)

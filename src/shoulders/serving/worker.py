@@ -30,7 +30,7 @@ PIECE = 256  # tokens of new inputs that one step reads: running rows wait no lo
 Done = Callable[[list[Completion] | Exception], None]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
     """An ask that is ready to be read.
 
@@ -78,7 +78,7 @@ class Entry:
         return min(window, longest + len(self.ids) + self.ask.decoding.max_new_tokens)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
     """One sample of an entry; before its input is read, all of them.
 
