@@ -7,12 +7,14 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import ShouldersError
@@ -23,6 +25,7 @@ from shoulders.reader.contexts import Contexts
 from shoulders.serving import answers as answers_module
 from shoulders.serving import worker as worker_module
 from shoulders.serving.answers import Answering, Disconnected
+from shoulders.serving.api import Streamed
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
 from shoulders.serving.job import Event, Job
 from shoulders.serving.pool import Pool
@@ -330,7 +333,7 @@ def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Skill]) -> None:
     """With room for two rows or so, the others wait; one that never fits is refused."""
     engine = Engine(lm, EngineConfig(workers=1, cache_bytes=1 << 20))
     (worker,) = engine._workers
-    worker._bytes = worker._pool(-1).position_bytes * 64 * 2
+    worker._bytes = worker.passes.size(64) * 2
     several = [ask(engine, skills["base"], text, max_new_tokens=12) for text in TEXTS[:3] * 3]
     most = 0
     while not all(answers.over.is_set() for _, answers in several):
@@ -341,13 +344,11 @@ def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Skill]) -> None:
     _, never = ask(engine, skills["base"], TEXTS[0], max_new_tokens=120)
     assert never.over.wait(30)
     assert "memory" in str(never.error)
-    assert worker._pool(-1).room == 0, "memory is let go when nobody is there"
+    assert worker.passes.pools[-1].room == 0, "memory is let go when nobody is there"
     assert engine.close(10)
 
 
-@pytest.mark.parametrize(
-    ("place", "name"), [(worker_module, "choose"), (worker_module.Pool, "enter")]
-)
+@pytest.mark.parametrize(("place", "name"), [(worker_module, "choose"), (Pool, "enter")])
 def test_a_defect_is_told_to_whoever_waits(
     engine: Engine, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch, place: Any, name: str
 ) -> None:
@@ -370,7 +371,7 @@ def test_what_links_remember_is_let_go(engine: Engine, skills: dict[str, Skill])
     assert answers.over.wait(30)
     assert answers.error is None
     deadline = time.monotonic() + 10
-    while any(w._memories for w in engine._workers):
+    while any(w.passes.memories for w in engine._workers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -402,7 +403,7 @@ def test_a_skill_that_is_gone_leaves_nothing(
         gc.collect()
         time.sleep(0.05)
     assert [part for part in parts if part() is not None] == []
-    assert all(not worker._memories for worker in engine._workers)
+    assert all(not worker.passes.memories for worker in engine._workers)
 
 
 def test_an_entry_that_finds_no_place_is_told(
@@ -427,7 +428,7 @@ def test_an_entry_that_finds_no_place_is_told(
     decoding = DecodingConfig(max_new_tokens=4)
     assert answers.text() == skills["neural"].generate([TEXTS[0]], decoding)[0][0].text
     assert engine.close(10), "no job is left"
-    assert all(pool.used == 0 for pool in engine._workers[0]._pools.values())
+    assert all(pool.used == 0 for pool in engine._workers[0].passes.pools.values())
 
 
 def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
@@ -458,3 +459,34 @@ def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
         assert answering.jobs[0].cancelled.is_set()
 
     asyncio.run(answered())
+
+
+def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Skill]) -> None:
+    """Also where the client goes while an event is being sent, and its generator lives on."""
+
+    class Idle:
+        def submit(self, job: Job) -> None:
+            pass
+
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message.get("body"):
+            raise OSError("the client has gone")
+
+    async def streamed() -> None:
+        served = Served("s", skills["static"], None, 0)
+        answering = Answering(Idle(), served, [("two", None)], DecodingConfig(), None)  # type: ignore[arg-type]
+        events = endless()
+        with pytest.raises((ClientDisconnect, OSError)):
+            await Streamed(events, answering)({"type": "http"}, receive, send)
+        assert answering.jobs[0].cancelled.is_set()
+        await events.aclose()
+
+    async def endless() -> AsyncGenerator[str, None]:
+        while True:
+            yield "data: {}\n\n"
+
+    asyncio.run(streamed())

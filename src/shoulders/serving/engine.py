@@ -23,7 +23,8 @@ from shoulders.lm.streams import MOST
 from shoulders.prompts.interface import Producer
 from shoulders.recursion.chain import Hop
 from shoulders.serving.job import Ask, Job, Plan, plan
-from shoulders.serving.worker import Entry, Worker
+from shoulders.serving.rows import Entry
+from shoulders.serving.worker import Worker
 from shoulders.skills.parts import written
 from shoulders.skills.skill import Skill
 

@@ -18,8 +18,8 @@ from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import sample_stream
 from shoulders.serving.embeds import Encoded, encoded
 from shoulders.serving.probe import Findings, probe
+from shoulders.serving.rows import Entry
 from shoulders.serving.upstream import Chunk, Upstream, UpstreamConfig, UpstreamError
-from shoulders.serving.worker import Entry
 
 POLL = 0.1  # seconds between two looks whether anybody still waits
 FINISHED = ("stop", "length")
