@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shoulders.data.rows import Row, read_rows
+from shoulders.encoders.load import load_encoder
 from shoulders.errors import RecipeError, ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.lm.frozen import FrozenLM
@@ -32,7 +34,7 @@ from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.recipe import make_recipe
 from shoulders.training.textual import fold_of
-from tiny_models import environment, recipe_values, save_tiny_lm, write_recipe
+from tiny_models import environment, recipe_values, save_tiny_encoder, save_tiny_lm, write_recipe
 
 TEXTS = ["the capital of france", "two", "write the number three as a word please"]
 STATIC = {"kind": "static", "length": 3}
@@ -140,6 +142,37 @@ def test_the_second_pass_reads_what_the_first_has_sampled(lm: FrozenLM) -> None:
     scores = skill.score(TEXTS, [["a", "b"]] * 3)
     read = [p.text for p in skill.proposed(TEXTS)]
     assert scores == skill.last.score(read, [["a", "b"]] * 3)
+
+
+def test_a_second_prompt_may_be_written_for_the_input_alone(lm: FrozenLM, tmp_path: Path) -> None:
+    encoder = load_encoder(str(save_tiny_encoder(tmp_path / "encoder")))
+    prompt = {"kind": "idpt", "length": 2, "generator": {"width": 16, "heads": 2, "layers": 1}}
+    prompts = {}
+    for until in (None, "\nCandidates: "):
+        passes = [{"prompt": STATIC, "propose": PROPOSE}, {"prompt": prompt, "prompt_until": until}]
+        config = SkillConfig.model_validate({"passes": passes})
+        skill = Skill.create(lm, config, lambda _: encoder, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for value in skill.networks()[-1].parameters():
+                value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+        read = skill.proposed(["the number two"])[0].text
+        assert "\nCandidates: " in read
+        prompts[until] = [skill.prompt([text]).vectors for text in ("the number two", read)]
+    assert torch.equal(*prompts["\nCandidates: "])
+    assert not torch.equal(*prompts[None])
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"prompt": STATIC, "prompt_until": "Candidates"}, r"propose\.before"),
+        ({"prompt_until": "\nCandidates: "}, "no prompt to write"),
+    ],
+)
+def test_what_a_producer_cannot_read_until(second: dict[str, Any], message: str) -> None:
+    passes = [{"prompt": STATIC, "propose": PROPOSE}, second]
+    with pytest.raises(ValueError, match=message):
+        SkillConfig.model_validate({"passes": passes})
 
 
 @pytest.mark.parametrize("settings", [{}, {"rounds": 3, "subset": 2}])

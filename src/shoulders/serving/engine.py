@@ -25,7 +25,6 @@ from shoulders.recursion.chain import Hop
 from shoulders.serving.job import Ask, Job, Plan, plan
 from shoulders.serving.rows import Entry
 from shoulders.serving.worker import Worker
-from shoulders.skills.parts import written
 from shoulders.skills.skill import Skill
 
 
@@ -268,7 +267,7 @@ class Engine:
         if producer is not None and (kept := self._prompts.get(producer, {}).get(read)) is not None:
             return kept
         with torch.no_grad():
-            prompt = written(producer, [text], self.lm)
+            prompt = skill.written(number, [text])
             if producer is not None and prompt.shared:
                 prompt = as_prefix(self.lm, prompt) if read else prompt
                 self._prompts.setdefault(producer, {})[read] = prompt

@@ -40,8 +40,9 @@ def attended(skill: Skill, texts: Sequence[str]) -> list[Attended]:
         for number, producer in zip(stage.config.stage, producers, strict=True):
             generator = getattr(producer, "generator", None)
             if isinstance(generator, PromptGenerator):
-                weights = generator.attention([text])[0].float().cpu().numpy()
-                found.append(Attended(number + 1, tuple(generator.tokens(text)), weights))
+                own = stage.config.passes[number].producer_text(text)
+                weights = generator.attention([own])[0].float().cpu().numpy()
+                found.append(Attended(number + 1, tuple(generator.tokens(own)), weights))
     return found
 
 

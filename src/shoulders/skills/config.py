@@ -49,6 +49,9 @@ class PassConfig(BaseModel):
 
     Attributes:
         prompt: the producer of its prompt, or none.
+        prompt_until: the producer reads the input up to the last occurrence of this text, the LM
+            all of it. A pass over candidates (whose `propose.before` it then is) so keeps the
+            prompt that it would have without them. None: it reads all, as the LM does.
         link: a network from its states to the next pass's embeddings (neural recursion); `same`
             is the one of the pass before.
         propose: its sampled answers go to the next pass as text (textual recursion).
@@ -57,12 +60,19 @@ class PassConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt: dict[str, Any] | None = None
+    prompt_until: str | None = Field(default=None, min_length=1)
     link: (
         Annotated[ConnectorConfig | LatentConfig, Field(discriminator="kind")]
         | Literal["same"]
         | None
     ) = None
     propose: ProposeConfig | None = None
+
+    def producer_text(self, text: str) -> str:
+        """Return what the producer reads of an input."""
+        if self.prompt_until is None or self.prompt_until not in text:
+            return text
+        return text.rpartition(self.prompt_until)[0]
 
     @field_validator("link", mode="before")
     @classmethod
@@ -102,6 +112,21 @@ class SkillConfig(BaseModel):
                 f"passes.{len(self.passes) - 1} is the last: nothing reads its link or proposals; "
                 "add a pass behind it, such as {prompt: null}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _until(self) -> Self:
+        marks = [one.propose.before for one in self.passes if one.propose is not None]
+        for number, one in enumerate(self.passes):
+            if one.prompt_until is None:
+                continue
+            if one.prompt is None:
+                raise ValueError(f"passes.{number}.prompt_until: this pass has no prompt to write")
+            if marks and one.prompt_until not in marks:
+                raise ValueError(
+                    f"passes.{number}.prompt_until: {one.prompt_until!r} never stands in its "
+                    f"input; candidates come behind {marks[-1]!r} (propose.before)"
+                )
         return self
 
     def before_text(self) -> tuple[SkillConfig, ProposeConfig] | None:

@@ -151,7 +151,13 @@ class Skill:
 
     def prompt(self, texts: Sequence[str]) -> Prompt:
         """Return the last pass's prompts for `b` input texts."""
-        return written(self.producer, texts, self.lm)
+        return self.written(-1, texts)
+
+    def written(self, number: int, texts: Sequence[str]) -> Prompt:
+        """Return the prompts of a pass after the last text, by its place; -1 is the last pass."""
+        config = self.config.passes[self.config.stage[number]]
+        producer = self.producer if number < 0 else self.parts.earlier[number].producer
+        return written(producer, [config.producer_text(text) for text in texts], self.lm)
 
     def embedded(
         self,
@@ -174,7 +180,8 @@ class Skill:
         return Hops(self.lm, self._hops(texts)) if self.parts.earlier else None
 
     def _hops(self, texts: Sequence[str]) -> list[Hop]:
-        return [Hop(written(e.producer, texts, self.lm), e.link) for e in self.parts.earlier]
+        earlier = enumerate(self.parts.earlier)
+        return [Hop(self.written(number, texts), one.link) for number, one in earlier]
 
     def input_ids(self, texts: Sequence[str], answer_room: int = 1) -> list[list[int]]:
         """Return each text's token ids as they stand before the answer; see `Framing`."""
