@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoulders.encoders.cache import EncoderCache
+from shoulders.encoders.cache import RECENT, EncoderCache
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import LMError
+from tiny_models import save_tiny_encoder
 
 TEXTS = [
     "The capital of France",
@@ -156,6 +157,25 @@ def test_writing_to_what_the_cache_gave_does_not_change_it(
     states, _ = cache.states(TEXTS)
     states.zero_()
     assert_exact(cache, tiny_encoder, TEXTS)
+
+
+def test_a_servers_encoder_keeps_the_recent_in_memory_alone(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(str(save_tiny_encoder(tmp_path / "encoder")), on_disk=False)
+    cache = EncoderCache(encoder)
+    fresh, _ = cache.states(TEXTS[:1])
+    read: list[object] = []
+    states = encoder.states
+    monkeypatch.setattr(encoder, "states", lambda *a: (read.append(a), states(*a))[1])
+    again, _ = cache.states(TEXTS[:1])
+    assert torch.equal(fresh, again)
+    assert not read, "it was kept"
+    cache.states([f"text {i}" for i in range(RECENT)])
+    read.clear()
+    cache.states(TEXTS[:1])
+    assert len(read) == 1, "others were used more recently"
+    assert not list(own_cache.rglob("*.sqlite"))
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "middle", "short row"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,31 @@ class ArrayStore:
         db.execute(f"PRAGMA mmap_size = {MAPPED}")
         db.execute("CREATE TABLE IF NOT EXISTS outputs (key BLOB PRIMARY KEY, states BLOB)")
         return db
+
+
+class RecentArrays:
+    """The most recently used arrays, in memory alone, from any thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def get(self, key: bytes) -> np.ndarray | None:
+        """Return a copy of what was put under `key`, or None."""
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key].copy()
+
+    def put(self, key: bytes, value: np.ndarray) -> None:
+        """Keep `value`; what was used least recently goes."""
+        with self._lock:
+            self._kept[key] = value.copy()
+            self._kept.move_to_end(key)
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+
+    def close(self) -> None:
+        """Let all of them go."""
+        self._kept.clear()

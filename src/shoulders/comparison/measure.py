@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ def measured(
         result = evaluate(skill, asked, Templates(), decoding=decoding, on_rows=advance)
     dump_predictions(ledger.predictions(method.name, seed), result.predictions)
     score = result.metrics["exact_match"]
-    facts = {"trained_parameters": 0, "latency_ms": latency(skill, texts), **facts}
+    facts = {"trained_parameters": 0, **facts}
     ledger.add(
         {
             "stage": "run",
@@ -59,15 +60,28 @@ def measured(
     console.print(f"  {method.name}, seed {seed}: exact match {score:.1f}")
 
 
-def latency(skill: Skill, texts: Sequence[str]) -> float:
-    """Return the median milliseconds to answer one row alone with `LATENCY_TOKENS` new tokens."""
+def latencies(asked: Sequence[tuple[Skill, Sequence[str]]], console: Console) -> list[float]:
+    """Return median milliseconds to answer one row alone with `LATENCY_TOKENS` new tokens.
+
+    All answer in turn, in an order that changes from row to row, so that whatever else the machine
+    does falls on all of them alike. No text has been seen before: nothing is in a cache.
+
+    Args:
+        asked: skills, and the test rows' texts as each is asked them.
+        console: for progress.
+    """
     decoding = DecodingConfig(max_new_tokens=LATENCY_TOKENS, min_new_tokens=LATENCY_TOKENS)
-    seconds = []
-    for text in texts[:: max(1, len(texts) // LATENCY_ROWS)][:LATENCY_ROWS]:
-        began = time.perf_counter()
-        skill.generate([text], decoding)
-        seconds.append(time.perf_counter() - began)
-    return 1000 * statistics.median(seconds)
+    seconds: list[list[float]] = [[] for _ in asked]
+    with quiet_progress(console, "timing answers", LATENCY_ROWS + 1) as advance:
+        for turn in range(LATENCY_ROWS + 1):
+            for i in random.Random(turn).sample(range(len(asked)), len(asked)):
+                skill, texts = asked[i]
+                text = f"({turn}) {texts[turn * len(texts) // (LATENCY_ROWS + 1)]}"
+                began = time.perf_counter()
+                skill.generate([text], decoding)
+                seconds[i].append(time.perf_counter() - began)
+            advance(1)
+    return [1000 * statistics.median(own[1:]) for own in seconds]  # the first turn warms up
 
 
 def interference(

@@ -15,7 +15,7 @@ from shoulders.comparison.budget import with_examples
 from shoulders.comparison.forgetting import examined, text_of
 from shoulders.comparison.frozen import Frozen, Rows, Trained
 from shoulders.comparison.ledger import Ledger
-from shoulders.comparison.measure import interference, latency, measured, once
+from shoulders.comparison.measure import interference, latencies, measured, once
 from shoulders.comparison.methods import Method, methods_of
 from shoulders.comparison.plan import Plan
 from shoulders.comparison.search import best_factor
@@ -95,18 +95,30 @@ def run_comparison(
                          sizes | run_facts(plan, factor, done))  # fmt: skip
                 continue
             done = tuned.train(method, folder, keep=True, **settings)
-            facts = {
-                "trained_parameters": tuned.trained_parameters(folder),
-                # Merged, a tuned LM is as fast as the LM itself in the plan's precision.
-                "latency_ms": latency(Skill.base(lm, SkillConfig()), texts),
-            }
+            facts = {"trained_parameters": tuned.trained_parameters(folder)}
             with tuned.skill(folder) as skill:
                 examine = functools.partial(examined, skill.lm, plan.forgetting, text, others)
                 once(ledger, "forgetting", method.name, seed, examine)
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
                          facts | run_facts(plan, factor, done))  # fmt: skip
 
-    # 5. Nothing was forgotten, and no skill has changed another: measured, not only promised.
+    # 5. What an answer takes: by turns, when all is trained. Merged, a tuned LM is as fast as the
+    # LM itself in the plan's precision.
+    if not all(ledger.find(stage="latency", method=m.name) for m in methods):
+        plain = Skill.base(lm, SkillConfig())
+        asked_of: list[tuple[Skill, list[str]]] = []
+        for method in methods:
+            if method.family == "bare":
+                asked_of.append(bare(method, lm, plan, rows))
+            elif method.family == "tuned":
+                asked_of.append((plain, texts))
+            else:
+                folder = ledger.folder(method.name, plan.seeds[0])
+                asked_of.append((frozen.skill(folder), texts))
+        for method, ms in zip(methods, latencies(asked_of, console), strict=True):
+            ledger.add({"stage": "latency", "method": method.name, "ms": ms})
+
+    # 6. Nothing was forgotten, and no skill has changed another: measured, not only promised.
     after = lm.digest()
     if after != before:
         raise TrainingError("the frozen LM changed during the comparison; its figures are void")
@@ -123,6 +135,7 @@ def run_comparison(
         "runs": ledger.every(stage="run"),
         "trials": ledger.every(stage="trial"),
         "forgetting": ledger.every(stage="forgetting"),
+        "latency_ms": {row["method"]: row["ms"] for row in ledger.every(stage="latency")},
         "interference": ledger.every(stage="interference"),
         "rows": {
             "train": len(rows.train),

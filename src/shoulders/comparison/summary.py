@@ -25,7 +25,8 @@ class Line:
         tasks: of each task.
         trained_parameters: outside the LM, or of it.
         examples: that it learned from, those of what it begins at included.
-        training_seconds, latency_ms: means over seeds.
+        training_seconds: mean over seeds.
+        latency_ms: of one answer, see `latencies`.
         scores: of each test row from 0 to 1, the mean over seeds, by task.
     """
 
@@ -73,7 +74,7 @@ def lines(result: dict[str, Any], ledger: Ledger) -> list[Line]:
                 examples=sum(run.get("examples", 0) for run in [runs[0], *before]),
                 training_seconds=mean([r.get("training_seconds", 0.0) for r in runs])
                 + sum(r.get("training_seconds", 0.0) for r in before),
-                latency_ms=mean([run["latency_ms"] for run in runs]),
+                latency_ms=result["latency_ms"][name],
                 scores=scores,
                 perplexity=mean([f["perplexity"] for f in forgot]) if forgot else None,
                 zero_shot=mean(zero) if zero else None,

@@ -1,4 +1,7 @@
-"""Encoder outputs on disk, by content hash: a frozen encoder reads each text once, ever."""
+"""Encoder outputs by content hash: a frozen encoder reads each text once, ever.
+
+They are kept on disk, or, where the encoder's may not be (a server's), the most recent in memory.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from torch import Tensor
 
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.files import cache_folder
-from shoulders.store import ArrayStore
+from shoulders.store import ArrayStore, RecentArrays
+
+RECENT = 64  # texts: several passes and rounds read the same one
 
 
 class EncoderCache:
@@ -25,8 +30,10 @@ class EncoderCache:
 
     def __init__(self, encoder: FrozenEncoder, folder: Path | None = None) -> None:
         self._encoder = encoder
-        path = (folder or cache_folder() / "encoder") / f"{encoder.fingerprint}.sqlite"
-        self._store = ArrayStore(path, encoder.hidden_size)
+        self._store: ArrayStore | RecentArrays = RecentArrays(RECENT)
+        if encoder.on_disk:
+            path = (folder or cache_folder() / "encoder") / f"{encoder.fingerprint}.sqlite"
+            self._store = ArrayStore(path, encoder.hidden_size)
 
     def states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return states `[b, t, e]` float32 and bool mask `[b, t]` of `b` texts."""

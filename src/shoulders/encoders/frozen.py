@@ -13,12 +13,20 @@ from shoulders.fingerprint import digest, identity, tokenizer_digest
 
 
 class FrozenEncoder:
-    """A Hugging Face text encoder, frozen and in eval mode: texts -> states `[b, t, e]`."""
+    """A Hugging Face text encoder, frozen and in eval mode: texts -> states `[b, t, e]`.
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    Args:
+        model, tokenizer: as loaded.
+        name: where from.
+        on_disk: whether what it has computed may be kept on disk (`EncoderCache`): of data that is
+            read again and again, not of what strangers ask a server.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, *, on_disk: bool = True) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.on_disk = on_disk
         self._embedding = model.get_input_embeddings()
 
     @property

