@@ -22,11 +22,14 @@ $(STAMP): pyproject.toml requirements/constraints.txt requirements/embedded.txt
 demo: install
 	$(VENV)/bin/shoulders demo
 
+# Two files of tests side by side, each on one thread: most of them wait for other processes.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
 test: install
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-slow: install
-	$(VENV)/bin/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # A real vLLM, in an environment of its own. torch first: a CPU build where pip is told of one (such
 # as --extra-index-url https://download.pytorch.org/whl/cpu in PIP_EXTRA_INDEX_URL).

@@ -1,16 +1,18 @@
 """Serving many skills at once, beside transformers + PEFT with one adapter active at a time.
 
-    .venv/bin/python benchmarks/serve.py
+    .venv/bin/python benchmarks/serve.py [--vllm PYTHON]
 
 64 requests at the same moment over 8 skills of 4 kinds (untrained: cost does not depend on values),
 64 new tokens each, through the engine; PEFT generates the same rows adapter by adapter, each in one
-batch. Also the latency of one request with a static and an input-dependent prompt. Runs by turns,
-medians.
+batch. Also the latency of one request with a static and an input-dependent prompt, of a text that
+no cache has seen. Runs by turns, medians. With the Python of an environment that holds vLLM, the
+bare LM there with as many tokens (rows behind `LENGTH` more), started once, after all others.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -42,6 +44,7 @@ from shoulders.training.run import machine
 ROOT = Path(__file__).parents[1]
 KINDS = ("static", "idpt", "static_kv", "idpt_kv")
 REQUESTS, SKILLS, LENGTH = 64, 8, 10
+LATENCY_TURNS = 4  # of each kind in each run
 
 
 def main() -> None:
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["int8", "float32"])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--vllm", type=Path, help="Python of an environment that holds vLLM")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/serve.json")
     options = parser.parse_args()
 
@@ -67,15 +71,19 @@ def main() -> None:
         write_rows(file, [{"ids": own, "adapter": i % SKILLS} for i, own in enumerate(ids)])
         for own in ours.values():
             own.all(texts[:SKILLS])  # to warm up
-        for _ in range(options.runs):
+        for run in range(options.runs):
             for dtype, own in ours.items():
                 seconds.setdefault(dtype, []).append(own.all(texts))
-                for kind in ("static", "idpt"):
-                    name = f"{kind} {dtype}"
-                    latency.setdefault(name, []).append(own.one(kind, texts[0]))
+                for turn in range(LATENCY_TURNS):
+                    for kind in ("static", "idpt"):
+                        text = f"({run}.{turn}) {texts[0]}"
+                        latency.setdefault(f"{kind} {dtype}", []).append(own.one(kind, text))
             seconds.setdefault("peft", []).append(peft(file, options.new_tokens))
-    for own in ours.values():
-        own.engine.close(10)
+        for own in ours.values():
+            own.engine.close(10)
+        for dtype in ("float32", "bfloat16") if options.vllm else ():
+            again = vllm(options.vllm, file, options.new_tokens, dtype, options.runs)
+            seconds[f"vllm_{dtype}"] = again
     tokens = REQUESTS * options.new_tokens
     speed = {name: tokens / statistics.median(values) for name, values in seconds.items()}
     waits = {name: statistics.median(values) for name, values in latency.items()}
@@ -85,7 +93,12 @@ def main() -> None:
         "skills": SKILLS,
         "new_tokens": options.new_tokens,
         "tokens_per_s": speed,
-        "ratios": {f"{d} / peft": speed[d] / speed["peft"] for d in options.dtypes},
+        "ratios": {
+            f"{dtype} / {peer}": speed[dtype] / speed[peer]
+            for dtype in options.dtypes
+            for peer in speed
+            if peer not in options.dtypes
+        },
         "latency_seconds": waits,
         "idpt_adds": {d: waits[f"idpt {d}"] / waits[f"static {d}"] - 1 for d in options.dtypes},
         "batch_fill": {d: own.engine.tokens / own.engine.steps for d, own in ours.items()},
@@ -108,7 +121,7 @@ class Ours:
             Skill.create(
                 lm,
                 SkillConfig.model_validate({"passes": [{"prompt": prompt_of(KINDS[i % 4])}]}),
-                load_encoder,
+                functools.partial(load_encoder, on_disk=False),  # as served
                 torch.Generator().manual_seed(i),
             )
             for i in range(SKILLS)
@@ -158,6 +171,17 @@ def peft(rows: Path, new_tokens: int) -> float:
                "--length", str(LENGTH)]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds: float = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    return seconds
+
+
+def vllm(python: Path, rows: Path, new_tokens: int, dtype: str, runs: int) -> list[float]:
+    """Return vLLM's seconds for the bare LM with as many tokens, in one process of its own."""
+    before = ",".join(["1"] * LENGTH)
+    command = [str(python), str(ROOT / "comparisons/vllm_generate.py"), "--lm",
+               peer_lm("embedded"), "--rows", str(rows), "--new-tokens", str(new_tokens), "--ids",
+               "--prompt-ids", before, "--dtype", dtype, "--repeat", str(runs)]  # fmt: skip
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])["every"]
     return seconds
 
 

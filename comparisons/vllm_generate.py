@@ -1,7 +1,7 @@
-"""vLLM's side of `shoulders bench generate`: offline generation from prompt embeddings, greedy.
+"""vLLM's side of `bench generate` and of benchmarks/serve.py: offline generation, greedy.
 
 Runs in an environment of its own (comparisons/requirements-vllm.txt). All rows are queued at once;
-the prompt's embeddings stand before each row's own.
+the prompt stands before each row, as embeddings or (the bare LM with as many tokens) as token ids.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import time
 from pathlib import Path
 
@@ -29,32 +30,47 @@ def main() -> None:
     parser.add_argument("--prompt-ids", required=True, help="comma-separated token ids")
     parser.add_argument("--new-tokens", type=int, required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
+    parser.add_argument("--ids", action="store_true", help="token ids in place of embeddings")
+    parser.add_argument("--repeat", type=int, default=1, help="times; the median counts")
     options = parser.parse_args()
 
     import torch
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
-    dtype = getattr(torch, options.dtype)
-    model = AutoModelForCausalLM.from_pretrained(options.lm, dtype=dtype)
     prompt = [int(i) for i in options.prompt_ids.split(",")]
     lines = options.rows.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line)["ids"] for line in lines]
-    with torch.no_grad():
+    if options.ids:
+        asked = [{"prompt_token_ids": prompt + ids} for ids in rows]
+    else:
+        dtype = getattr(torch, options.dtype)
+        model = AutoModelForCausalLM.from_pretrained(options.lm, dtype=dtype)
         embed = model.get_input_embeddings()
-        embedded = [embed(torch.tensor(prompt + ids)) for ids in rows]
-    del model
+        with torch.no_grad():
+            asked = [{"prompt_embeds": embed(torch.tensor(prompt + ids))} for ids in rows]
+        del model
     new = options.new_tokens
-    window = max(len(e) for e in embedded) + new
-    llm = LLM(options.lm, dtype=options.dtype, enable_prompt_embeds=True, max_model_len=window)
+    window = len(prompt) + max(map(len, rows)) + new
+    llm = LLM(
+        options.lm,
+        dtype=options.dtype,
+        enable_prompt_embeds=not options.ids,
+        # Rows that come again must be read again.
+        enable_prefix_caching=False,
+        max_model_len=window,
+    )
     sampling = SamplingParams(temperature=0, max_tokens=new, min_tokens=new)
-    llm.generate([{"prompt_embeds": e} for e in embedded[:8]], sampling, use_tqdm=False)
-    started = time.perf_counter()
-    answers = llm.generate([{"prompt_embeds": e} for e in embedded], sampling, use_tqdm=False)
-    seconds = time.perf_counter() - started
+    llm.generate(asked[:8], sampling, use_tqdm=False)
+    seconds = []
+    for _ in range(options.repeat):
+        started = time.perf_counter()
+        answers = llm.generate(asked, sampling, use_tqdm=False)
+        seconds.append(time.perf_counter() - started)
     tokens = [list(answer.outputs[0].token_ids) for answer in answers]
     result = {
-        "seconds": seconds,
+        "seconds": statistics.median(seconds),
+        "every": seconds,
         "rows": len(rows),
         "new_tokens": sum(map(len, tokens)),
         "token_ids": tokens,
