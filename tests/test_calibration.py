@@ -7,15 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoulders.errors import ArtefactError, TrainingError
+from shoulders.errors import TrainingError
 from shoulders.reader.calibration import (
     CalibratedReranker,
     Platt,
     fit_platt,
-    load_platt,
     plot_reliability,
     reliability,
-    save_platt,
 )
 from shoulders.reader.passage import Passage
 from shoulders.reader.reranker import RetrieverScores
@@ -101,17 +99,11 @@ def test_reliability_needs_probabilities(values: list[float]) -> None:
         reliability(values, [True] * len(values))
 
 
-def test_a_calibrated_reranker_keeps_the_order_and_gives_probabilities(tmp_path: Path) -> None:
-    save_platt(Platt(slope=2.0, bias=-1.0), tmp_path / "platt.json")
-    reranker = CalibratedReranker(RetrieverScores(), load_platt(tmp_path / "platt.json"))
+def test_a_calibrated_reranker_keeps_the_order_and_gives_probabilities() -> None:
+    reranker = CalibratedReranker(RetrieverScores(), Platt(slope=2.0, bias=-1.0))
     passages = [[Passage(str(i), "", "") for i in range(3)], []]
     rows = reranker.score(["a", "b"], passages, [[0.5, -1000.0, 1000.0], []])
     assert rows == [[pytest.approx(0.5), 0.0, 1.0], []]
-    (tmp_path / "platt.json").write_text('{"slope": 1}')
-    with pytest.raises(ArtefactError, match=r"platt\.json: not a calibration"):
-        load_platt(tmp_path / "platt.json")
-    with pytest.raises(ArtefactError, match=r"gone\.json"):
-        load_platt(tmp_path / "gone.json")
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:

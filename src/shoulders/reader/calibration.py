@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from shoulders.errors import ArtefactError, ShouldersError, TrainingError
-from shoulders.files import write_json
+from shoulders.errors import ShouldersError, TrainingError
 from shoulders.reader.passage import Passage
 from shoulders.reader.reranker import OnPairs, Reranker, Scores
 
@@ -174,20 +172,6 @@ def plot_reliability(curves: Mapping[str, Reliability], path: Path) -> None:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise ShouldersError(f"{path}: cannot write: {error}") from error
-
-
-def save_platt(platt: Platt, path: Path) -> None:
-    """Write a calibration as JSON, atomically."""
-    write_json(path, platt.model_dump(mode="json"))
-
-
-def load_platt(path: Path) -> Platt:
-    """Read a calibration; raises `ArtefactError` that names the file."""
-    try:
-        return Platt.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise ArtefactError(f"{path}: not a calibration: {reason}") from error
 
 
 def sigmoid(x: Any) -> Any:

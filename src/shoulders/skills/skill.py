@@ -289,10 +289,3 @@ class Skill:
 def _as_completion(candidate: Candidate) -> Completion:
     """Return a candidate as if it had been generated; its tokens are not kept."""
     return Completion(candidate.text, [], candidate.logprob, "stop")
-
-
-def mixed_prompt(requests: Sequence[tuple[Skill, str]]) -> Prompt:
-    """Return one prompt per request, each by its own skill, for one batch through one LM."""
-    if len({id(skill.lm) for skill, _ in requests}) > 1:
-        raise ValueError("skills of different LMs cannot share a batch")
-    return Prompt.stack([skill.prompt([text]) for skill, text in requests])

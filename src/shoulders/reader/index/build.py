@@ -15,7 +15,6 @@ from shoulders.reader.collections.source import open_source
 from shoulders.reader.index.carry import carry_out, clean
 from shoulders.reader.index.content import Content
 from shoulders.reader.index.manifest import FILE, Manifest, read_manifest
-from shoulders.reader.index.needs import Needs, needs
 from shoulders.reader.index.plan import Checkpoint, DenseChoice, Plan, Sizes, locked, read_plan
 from shoulders.reader.index.store import PassageStore
 from shoulders.reader.retrievers.approximate import LEAST, too_few
@@ -163,17 +162,6 @@ def finish(out: Path, watch: Watch) -> Manifest:
             watch.note(f"{out}: the index is finished; nothing to resume")
             return read_manifest(out)
         return carry_out(out, plan, watch)
-
-
-def estimated(source: Path, choices: Choices = DEFAULT, *, dimensions: int = 384) -> Needs:
-    """Return what indexing `source` will need; `dimensions` are those of a dense half's vectors."""
-    return needs(
-        open_source(source, words=choices.words).estimate(),
-        choices.sizes,
-        dimensions=dimensions if choices.dense or choices.approximate else 0,
-        item_bytes=4 if choices.dense and choices.dense.dtype == "float32" else 2,
-        approximate=choices.approximate,
-    )
 
 
 def _change(base: Manifest, operation: Literal["add", "delete", "dense"], sizes: Sizes) -> Plan:
