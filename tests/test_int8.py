@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shoulders.lm import block, fused
+from shoulders.errors import ShouldersError
+from shoulders.lm import block, fused, rounding
 from shoulders.lm.combine import combine
 from shoulders.lm.decode import DecodingConfig, generate
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.identity import lm_fingerprint
 from shoulders.lm.int8 import Int8Linear, to_int8
+from shoulders.lm.load import load_lm
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.smooth import smooth
 from shoulders.training.objective import Example, answer_losses
@@ -71,7 +74,7 @@ def examples(rows: Sequence[list[int]] = ROWS) -> list[Example]:
 def test_output_and_gradient_are_those_of_the_dequantised_weight(bias: bool, kernels: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 80, bias=bias)
-    rounded = Int8Linear(linear.weight, linear.bias)
+    rounded = Int8Linear.of(linear.weight, linear.bias)
     weight = rounded.dequantised()
     assert (
         float((weight - linear.weight).detach().abs().max())
@@ -96,6 +99,46 @@ def test_smoothing_changes_no_logit(fresh_lm: Callable[..., FrozenLM]) -> None:
     assert not torch.equal(norms, lm.model.model.layers[0].input_layernorm.weight)
     difference = float((lm.model(ids).logits - before).abs().max())
     assert difference <= 1e-5 * float(before.abs().max())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_lm_is_rounded_once(
+    arch: str,
+    dtype: torch.dtype,
+    fresh_lm: Callable[..., FrozenLM],
+    tmp_path: Path,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is kept is what was rounded, bit by bit; what is damaged is rounded again."""
+    plain = fresh_lm(arch)
+    plain.model.to(dtype).save_pretrained(tmp_path / "lm")
+    plain.tokenizer.save_pretrained(tmp_path / "lm")
+    ids = torch.arange(2, 40)[None]
+
+    def logits() -> Tensor:
+        lm = load_lm(str(tmp_path / "lm"), dtype="int8")
+        assert all(p.dtype in (torch.int8, torch.float32) for p in lm.model.parameters())
+        return lm.model(ids).logits  # type: ignore[no-any-return]
+
+    first = logits()
+    (file,) = own_cache.rglob("int8/*.safetensors")
+    kept = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(rounding, "to_int8", None)
+        assert torch.equal(logits(), first)
+    for damaged in (kept[:-7], kept[:-1] + bytes([kept[-1] ^ 1]), b""):
+        file.write_bytes(damaged)
+        assert torch.equal(logits(), first)
+        assert file.read_bytes() == kept
+    monkeypatch.setattr(rounding, "_keep", _full)
+    file.unlink()
+    assert torch.equal(logits(), first)
+
+
+def _full(*_: object) -> None:
+    raise ShouldersError("the disk is full")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2", "gemma2"])

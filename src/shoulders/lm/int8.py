@@ -11,7 +11,7 @@ from `g` times the channel scales, rounded row by row. There is no gradient for 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,18 @@ class Int8Linear(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        levels, scale = rounded(weight.detach())
-        self.weight = nn.Parameter(levels, requires_grad=False)
-        self.register_buffer("scale", scale[:, 0].contiguous())
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = weight.shape
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """Round a layer's weight `[n, k]`."""
+        levels, scale = rounded(weight.detach())
+        return cls(levels, scale[:, 0].contiguous(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b`."""
@@ -56,15 +61,29 @@ def to_int8(model: Any) -> None:
     Its embedding table and its head stay as they are: the gradient of the logits has one large
     entry a row, beside which rounding would lose all others.
     """
+    for one in linears(model):
+        layer = getattr(one.parent, one.child)
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # GPT-2: [k, n]
+        setattr(one.parent, one.child, Int8Linear.of(weight, layer.bias))
+
+
+class Place(NamedTuple):
+    """Where a linear layer stands: its name in the LM, and the module that it is a child of."""
+
+    name: str
+    parent: nn.Module
+    child: str
+
+
+def linears(model: Any) -> list[Place]:
+    """Return the places of an LM's linear layers, without its head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is head:
-                continue
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child.weight, child.bias))
-            elif isinstance(child, Conv1D):  # GPT-2 stores [k, n]
-                setattr(parent, name, Int8Linear(child.weight.T, child.bias))
+    return [
+        Place(f"{outer}.{name}" if outer else name, parent, name)
+        for outer, parent in model.named_modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear | Conv1D) and child is not head
+    ]
 
 
 class _Int8Product(torch.autograd.Function):

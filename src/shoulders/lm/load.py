@@ -67,11 +67,9 @@ def load_lm(
 
     from shoulders.lm.frozen import FrozenLM
     from shoulders.lm.identity import lm_fingerprint
-    from shoulders.lm.int8 import to_int8
-    from shoulders.lm.layout import is_llama_style
     from shoulders.lm.lent import lend
+    from shoulders.lm.rounding import round_to_int8
     from shoulders.lm.shard import Shards, check_shardable
-    from shoulders.lm.smooth import smooth
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _precision(dtype, place)
@@ -124,10 +122,8 @@ def load_lm(
         bound = lm_fingerprint(model, tokenizer)
     model.requires_grad_(False)
     if dtype == "int8":
-        if is_llama_style(model):
-            smooth(model, tokenizer, then=to_int8)
-        to_int8(model)
-        model.float()
+        assert bound is not None
+        round_to_int8(model, tokenizer, bound)
     elif not hasattr(model, "hf_device_map"):
         model.to(place)
     lend(model)
