@@ -33,17 +33,21 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(options.lm, dtype=getattr(torch, options.dtype))
     rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
     adapters = sorted({row["adapter"] for row in rows})
-    model: Any = None
+    # PEFT mixes no prompts and prefixes in one model: one for each kind, around the same LM.
+    models: dict[Any, Any] = {}
     for number in adapters:
-        config = config_of(number, options.length)
-        if model is None:
-            model = get_peft_model(base, config, adapter_name=str(number))
+        kind, config = (
+            kind_of(number),
+            kind_of(number)(task_type="CAUSAL_LM", num_virtual_tokens=options.length),
+        )
+        if kind not in models:
+            models[kind] = get_peft_model(base, config, adapter_name=str(number)).eval()
         else:
-            model.add_adapter(str(number), config)
-    model.eval()
+            models[kind].add_adapter(str(number), config)
 
     @torch.no_grad()
     def generate(number: int, several: list[dict[str, Any]], new: int) -> int:
+        model = models[kind_of(number)]
         model.set_adapter(str(number))
         batch = tokenizer.pad({"input_ids": [row["ids"] for row in several]}, return_tensors="pt")
         out = model.generate(
@@ -64,10 +68,9 @@ def main() -> None:
     print(json.dumps({"seconds": time.perf_counter() - started, "new_tokens": tokens}))
 
 
-def config_of(number: int, length: int) -> Any:
+def kind_of(number: int) -> Any:
     """Return a prompt or a prefix, by turns; values are random, cost does not depend on them."""
-    kind = PromptTuningConfig if number % 2 == 0 else PrefixTuningConfig
-    return kind(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    return PromptTuningConfig if number % 2 == 0 else PrefixTuningConfig
 
 
 if __name__ == "__main__":
