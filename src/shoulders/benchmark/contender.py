@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from shoulders.errors import ShouldersError
-from shoulders.lm.gguf import converted, embedded_gguf
+from shoulders.lm.gguf import embedded_lm
 from shoulders.lm.load import EMBEDDED
 from shoulders.training.monitor import quiet_progress
 
@@ -64,7 +64,7 @@ def median(runs: Sequence[dict[str, Any]], key: str) -> float:
 
 def peer_lm(name: str) -> str:
     """Return an LM's name as other libraries know it: the embedded one is a folder for them."""
-    return str(converted(embedded_gguf())) if name == EMBEDDED else name
+    return str(embedded_lm()) if name == EMBEDDED else name
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

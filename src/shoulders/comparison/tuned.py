@@ -25,7 +25,7 @@ from shoulders.data.mixture import Mixture
 from shoulders.errors import ShouldersError, TrainingError
 from shoulders.files import write_json, write_text
 from shoulders.lm.frozen import FrozenLM
-from shoulders.lm.gguf import converted, embedded_gguf
+from shoulders.lm.gguf import embedded_lm
 from shoulders.lm.load import EMBEDDED, load_lm
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
@@ -51,7 +51,7 @@ class Tuned:
         self._plain = Skill.base(lm, SkillConfig())  # the text format of every skill, no prompt
         self._plan, self._rows, self._console = plan, rows, console
         name = plan.lm.name
-        self._lm = str(converted(embedded_gguf())) if name == EMBEDDED else name
+        self._lm = str(embedded_lm()) if name == EMBEDDED else name
 
     def train(
         self, method: Method, folder: Path, *, steps: int, seed: int, factor: float, keep: bool

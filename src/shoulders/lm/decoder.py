@@ -17,6 +17,7 @@ from shoulders.lm.combine import check_window
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.reading import begun
+from shoulders.lm.steady import steady_logits
 
 
 class Source(Protocol):
@@ -84,7 +85,7 @@ class Decoder:
         self._lm, self._source = lm, source or TokenTable(lm)
         embedded = self._source.begin(token_ids, room)
         self._reading = begun(lm, prompt, embedded, counts, room)
-        self.logits = lm.logits(self._reading.states[torch.tensor(counts).cumsum(0) - 1])
+        self.logits = steady_logits(lm, self._reading.states[torch.tensor(counts).cumsum(0) - 1])
 
     @property
     def lengths(self) -> Tensor:
@@ -106,4 +107,4 @@ class Decoder:
     def append(self, tokens: Tensor) -> None:
         """Read one token per row, `[b]`, and set the logits of the next."""
         self._reading.append(self._source.append(tokens))
-        self.logits = self._lm.logits(self._reading.states)
+        self.logits = steady_logits(self._lm, self._reading.states)

@@ -50,7 +50,16 @@ def converted(gguf: Path) -> Path:
     """
     if not gguf.is_file():
         raise LMError(f"{gguf}: no such GGUF file")
-    folder = cache_folder() / "gguf" / f"{sha256_of_file(gguf)[:32]}-v{CONVERSION}"
+    return _kept(gguf, sha256_of_file(gguf))
+
+
+def embedded_lm() -> Path:
+    """Return the embedded LM's folder, see `converted`; raises as `embedded_gguf` does."""
+    return _kept(embedded_gguf(), EMBEDDED_SHA256)
+
+
+def _kept(gguf: Path, sha256: str) -> Path:
+    folder = cache_folder() / "gguf" / f"{sha256[:32]}-v{CONVERSION}"
     if (folder / "complete.json").is_file():
         return folder
     with atomic_directory(folder) as temporary:

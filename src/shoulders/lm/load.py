@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from shoulders.errors import LMError
-from shoulders.lm.gguf import converted, embedded_gguf
+from shoulders.lm.gguf import converted, embedded_lm
 from shoulders.lm.quantized import (
     DeviceMap,
     Quantization,
@@ -88,7 +88,7 @@ def load_lm(
         options |= {"max_memory": max_memory, "offload_folder": offload_folder}
     source: str | Path = name
     if name == EMBEDDED:
-        source = converted(embedded_gguf())
+        source = embedded_lm()
     elif name.endswith(".gguf"):
         source = converted(Path(name))
     elif Path(name).exists() and not (Path(name) / "config.json").is_file():

@@ -19,6 +19,7 @@ from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Running, advance, choose
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.sampling import sample_stream
+from shoulders.lm.steady import steady_logits
 from shoulders.serving.passes import Passes
 from shoulders.serving.rows import Entry, Row
 
@@ -139,13 +140,17 @@ class Worker(threading.Thread):
         """Read what every row has to read, and choose the next token of those that are through."""
         rows, pieces, left = [], [], PIECE
         for row in self._rows:
-            piece = row.pending[: len(row.pending) if row.running else max(1, left)]
+            count = len(row.pending)
             if row.running is None:
                 if left <= 0:
                     continue
-                left -= len(piece)
+                # One position is read in another way than several, which rounds otherwise: an
+                # input is never split into such a piece, so that it reads as if it were alone.
+                count = min(count, max(2, left))
+                count += len(row.pending) - count == 1
+                left -= count
             rows.append(row)
-            pieces.append(piece)
+            pieces.append(row.pending[:count])
         states = self.passes.read(rows, pieces)
         through, last = [], []
         for row, piece, state in zip(rows, pieces, states, strict=True):
@@ -155,7 +160,7 @@ class Worker(threading.Thread):
                 through.append(row)
                 last.append(state[-1])
         if through:
-            self._choose(through, self._lm.logits(torch.stack(last)))
+            self._choose(through, steady_logits(self._lm, torch.stack(last)))
 
     def _choose(self, through: Sequence[Row], logits: Tensor) -> None:
         """Choose tokens; rows that have just read their input become as many as are wanted."""
