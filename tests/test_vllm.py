@@ -50,6 +50,7 @@ from shoulders.serving.upstream import (
 from shoulders.serving.vllm_engine import VllmEngine
 from shoulders.skills.artefact import save_skill
 from shoulders.skills.config import SkillConfig
+from shoulders.skills.reader import first_line
 from shoulders.skills.skill import Skill
 from tiny_models import environment, save_tiny_encoder, save_tiny_lm
 
@@ -448,6 +449,50 @@ def test_options_that_do_not_fit(options: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["serve", *options])
     assert isinstance(result.exception, ShouldersError)
     assert message in str(result.exception)
+
+
+@pytest.fixture
+def saved(folder: Path, skills: dict[str, Skill]) -> Path:
+    if not (folder / "idpt").is_dir():
+        save_skill(skills["idpt"], folder / "idpt", Templates(), {})
+    return folder / "idpt"
+
+
+def test_rows_are_answered_and_scored_through_vllm(
+    folder: Path, fake: FakeVllm, skills: dict[str, Skill], saved: Path, tmp_path: Path
+) -> None:
+    """`generate` and `eval` ask the engine that `serve` asks."""
+    texts = [text.strip() for text in TEXTS]
+    rows = [{"task": "t", "input": text, "targets": ["x"]} for text in texts]
+    data, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    decoding = DecodingConfig(max_new_tokens=7)
+    expected = [several[0].text for several in skills["idpt"].generate(texts, decoding)]
+    common = ["--lm", str(folder / "lm"), "--vllm-url", fake.url, "--max-new-tokens", "7"]
+    given = ["generate", "--skill", str(saved), "--input", str(data), "--output", str(output)]
+    result = CliRunner().invoke(app, [*given, *common])
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line)["outputs"][0]["text"] for line in output.read_text().splitlines()]
+    assert found == expected
+    assert len(fake.requests) >= len(TEXTS), "vLLM was asked"
+    dump = tmp_path / "dump.jsonl"
+    given = ["eval", str(saved), "--data", str(data), "--dump", str(dump)]
+    result = CliRunner().invoke(app, [*given, *common])
+    assert result.exit_code == 0, result.output
+    said = [json.loads(line)["prediction"] for line in dump.read_text().splitlines()]
+    assert said == [first_line(text) for text in expected]
+
+
+def test_what_goes_to_no_vllm_is_refused(saved: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"task": "t", "input": "a", "targets": ["x"]}\n')
+    for options, message in (
+        (["eval", str(saved), "--data", str(data), "--recurse-below", "0.5"], "are asked here"),
+        (["generate", "--text", "a", "--recurse-below", "0.5"], "leave out one"),
+        (["eval", str(saved), "--data", str(data), "--dtype", "int8"], "serves no int8"),
+    ):
+        result = CliRunner().invoke(app, [*options, "--vllm-url", "http://127.0.0.1:9"])
+        assert message in str(result.exception), options
 
 
 def test_an_address_that_is_none(folder: Path, lm: FrozenLM) -> None:

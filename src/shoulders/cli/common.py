@@ -58,11 +58,13 @@ def open_skill(
     templates: Path | None,
     quantize: str | None = None,
     device_map: str | None = None,
+    remote: bool = False,
 ) -> tuple[Skill, Templates]:
     """Load `base` or a skill folder, with its templates or those of a file.
 
     A skill runs on the LM, in the precision and as quantised as it was trained with unless told
-    otherwise (`quantize` may be `none`); where the LM lies is each machine's own affair.
+    otherwise (`quantize` may be `none`); where the LM lies is each machine's own affair. With
+    `remote` a server runs it, which holds no int8: what was trained in int8 gets the LM as it is.
     """
     from shoulders.data.templates import Templates
     from shoulders.encoders.load import load_encoder
@@ -82,9 +84,12 @@ def open_skill(
         skill = Skill.base(frozen)
         return skill, chosen or Templates()
     artefact = read_artefact(Path(name))
+    trained_in = "auto" if remote and artefact.lm_dtype == "int8" else artefact.lm_dtype
+    if remote and dtype == "int8":
+        raise ShouldersError("vLLM serves no int8: use --dtype float32 or bfloat16")
     frozen = load_lm(
         lm or artefact.lm.name,
-        dtype=precision(dtype or artefact.lm_dtype),
+        dtype=precision(dtype or trained_in),
         quantize=_quantization(quantize or artefact.lm_quantize),
         device_map=_device_map(device_map),
     )

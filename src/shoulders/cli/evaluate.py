@@ -12,6 +12,7 @@ from rich.table import Table
 from shoulders.cli import readers
 from shoulders.cli.common import emit_json, gated, open_skill, stderr, stdout
 from shoulders.cli.perplexity import evaluate_text
+from shoulders.cli.remote import through
 from shoulders.errors import ShouldersError
 from shoulders.files import check_writable
 
@@ -83,6 +84,12 @@ def evaluate(
     device_map: Annotated[
         str | None, typer.Option(help="auto: what does not fit into memory stays on disk.")
     ] = None,
+    vllm_url: Annotated[
+        str | None, typer.Option(help="A vLLM server that runs the LM; see docs/vllm.md.")
+    ] = None,
+    vllm_api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that it asks for.")
+    ] = None,
 ) -> None:
     """Score a skill on data: exact match and F1 by task, with 95% bootstrap intervals."""
     from shoulders.data.rows import read_rows
@@ -92,9 +99,12 @@ def evaluate(
 
     if normalizer not in ("general", "squad"):
         raise ShouldersError(f"--normalizer {normalizer}: use general or squad")
+    reads = index is not None or readers.is_reader(skill)
+    if vllm_url is not None and (recurse_below is not None or reads or data.suffix == ".txt"):
+        raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
     for path in filter(None, (json, dump, contexts, plot)):
         check_writable(path)
-    if index is not None or readers.is_reader(skill):
+    if reads:
         reader = readers.open_reader(
             skill,
             index,
@@ -133,13 +143,22 @@ def evaluate(
         return
     rows = spread(read_rows(data), limit)
     opened, own = open_skill(
-        skill, lm=lm, dtype=dtype, templates=templates, quantize=quantize, device_map=device_map
+        skill,
+        lm=lm,
+        dtype=dtype,
+        templates=templates,
+        quantize=quantize,
+        device_map=device_map,
+        remote=vllm_url is not None,
     )
     if keep is not None:
         opened = opened.keeping(keep)
-    answering = gated(opened, skill, recurse_below)
+    behind = gated(opened, skill, recurse_below)
     decoding = evaluation.EVALUATION_DECODING.model_copy(update={"max_new_tokens": max_new_tokens})
-    with quiet_progress(stderr(), "evaluating", len(rows)) as advance:
+    with (
+        through(behind, vllm_url, vllm_api_key_file) as answering,
+        quiet_progress(stderr(), "evaluating", len(rows)) as advance,
+    ):
         result = evaluation.evaluate(
             answering,
             rows,
@@ -150,7 +169,7 @@ def evaluate(
         )
     recursed: dict[str, Any] = {}
     if recurse_below is not None:
-        share = getattr(answering, "recursed", 0) / max(1, len(rows))
+        share = getattr(behind, "recursed", 0) / max(1, len(rows))
         recursed = {"recurse_below": recurse_below, "recursed": share}
         stdout().print(f"recursed on {share:.0%} of the rows")
     if dump is not None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shoulders.cli.common import BASE, emit_json, gated, open_skill, stderr
+from shoulders.cli.remote import through
 from shoulders.data.rows import Row
 from shoulders.errors import DataError, ShouldersError
 from shoulders.files import atomic_path, check_writable
@@ -53,6 +54,12 @@ def generate(
     device_map: Annotated[
         str | None, typer.Option(help="auto: what does not fit into memory stays on disk.")
     ] = None,
+    vllm_url: Annotated[
+        str | None, typer.Option(help="A vLLM server that runs the LM; see docs/vllm.md.")
+    ] = None,
+    vllm_api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that it asks for.")
+    ] = None,
 ) -> None:
     """Answer one text, or every row of a file, with a skill."""
     from pydantic import ValidationError
@@ -65,6 +72,8 @@ def generate(
         raise ShouldersError("--input and --output go together")
     if text is not None and not text.strip():
         raise ShouldersError("--text is empty")
+    if vllm_url is not None and recurse_below is not None:
+        raise ShouldersError("--vllm-url: --recurse-below asks here; leave out one of them")
     for path in filter(None, (output, json)):
         check_writable(path)
     try:
@@ -81,21 +90,30 @@ def generate(
         raise ShouldersError(f"--{first['loc'][0]}: {first['msg']}".replace("_", "-")) from None
     rows = _read_inputs(input) if input else []
     opened, own = open_skill(
-        skill, lm=lm, dtype=dtype, templates=templates, quantize=quantize, device_map=device_map
+        skill,
+        lm=lm,
+        dtype=dtype,
+        templates=templates,
+        quantize=quantize,
+        device_map=device_map,
+        remote=vllm_url is not None,
     )
     if keep is not None:
         opened = opened.keeping(keep)
     if text is not None:
         rendered = own.render(Row(task, text, ())) if task else text
-        _answer_one(gated(opened, skill, recurse_below), opened, rendered, decoding, json)
+        with through(gated(opened, skill, recurse_below), vllm_url, vllm_api_key_file) as answering:
+            _answer_one(answering, opened, rendered, decoding, json)
         return
     from shoulders.training.monitor import quiet_progress
 
     texts = [
         own.render(Row(r["task"], r["input"], ())) if "task" in r else r["input"] for r in rows
     ]
-    with quiet_progress(stderr(), "generating", len(rows)) as advance:
-        answering = gated(opened, skill, recurse_below)
+    with (
+        through(gated(opened, skill, recurse_below), vllm_url, vllm_api_key_file) as answering,
+        quiet_progress(stderr(), "generating", len(rows)) as advance,
+    ):
         answers = answering.generate(texts, decoding, on_rows=advance)
     assert output is not None  # goes with --input
     with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -106,7 +124,7 @@ def generate(
 
 def _answer_one(answering: Any, skill: Any, text: str, decoding: Any, json: Path | None) -> None:
     """Stream a single answer to standard output; print several one after the other."""
-    if answering is not skill:  # what a gate lets through is known at the end only
+    if answering is not skill:  # a gate knows at the end only; an engine is asked for the whole
         completions = answering.generate([text], decoding)[0]
         sys.stdout.write("".join(f"{c.text}\n" for c in completions))
     elif decoding.n == 1:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoulders.cli.common import precision, quiet_libraries, stderr
+from shoulders.cli.remote import connected, key_of
 from shoulders.errors import ShouldersError
 
 if TYPE_CHECKING:
-    from shoulders.lm.frozen import FrozenLM
     from shoulders.serving.skillset import SkillSet
-    from shoulders.serving.vllm_engine import VllmEngine
 
 
 class Kind(StrEnum):
@@ -68,7 +67,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve one frozen LM and any number of skills over an OpenAI-compatible API."""
-    key = _key(api_key_file)
+    key = key_of(api_key_file, "--api-key-file")
     if skill_root is not None and not skill_root.is_dir():
         raise ShouldersError(f"--skill-root {skill_root}: no such folder")
     if watch and skill_root is None:
@@ -103,7 +102,7 @@ def serve(
         dtype=precision(dtype or trained_in),
         quantize=first.lm_quantize if first else None,
     )
-    remote = None if vllm_url is None else _vllm(frozen, vllm_url, vllm_api_key_file)
+    remote = None if vllm_url is None else connected(frozen, vllm_url, vllm_api_key_file)
     served = SkillSet(frozen, index=index, root=skill_root)
     for name, folder in folders.items():
         served.load(name, folder)
@@ -138,39 +137,6 @@ def serve(
         if watcher is not None:
             watcher.close()
         answering.close(60)
-
-
-def _key(file: Path | None, option: str = "--api-key-file") -> str | None:
-    if file is None:
-        return None
-    if not file.is_file() or not (key := file.read_text(encoding="utf-8").strip()):
-        raise ShouldersError(f"{option} {file}: holds no key")
-    return key
-
-
-def _vllm(lm: FrozenLM, url: str, key_file: Path | None) -> VllmEngine:
-    """Connect to a vLLM server, and tell what was found."""
-    from pydantic import ValidationError
-
-    from shoulders.serving.upstream import UpstreamConfig
-    from shoulders.serving.vllm_engine import VllmEngine
-
-    # Its line for each request to vLLM would stand beside ours.
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    try:
-        config = UpstreamConfig(url=url, api_key=_key(key_file, "--vllm-api-key-file"))
-    except ValidationError:
-        raise ShouldersError(f"--vllm-url {url}: use http://HOST:PORT, without /v1") from None
-    remote = VllmEngine(lm, config)
-    found = remote.findings
-    prefixes = "keys/values too" if found.prefixes else "keys/values skills stay here"
-    stderr().print(
-        f"vLLM serves {found.model} at {url}: window {found.window}, log-probabilities within "
-        f"{found.difference:.1g} of the local LM's; {prefixes}",
-        highlight=False,
-        markup=False,
-    )
-    return remote
 
 
 def _named(given: str) -> tuple[str, Path]:

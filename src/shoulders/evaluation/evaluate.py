@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
@@ -19,13 +19,30 @@ from shoulders.evaluation.metrics import (
     token_f1,
 )
 from shoulders.files import atomic_path
-from shoulders.lm.decode import DecodingConfig
-from shoulders.skills.gate import Gated
+from shoulders.lm.decode import Completion, DecodingConfig
+from shoulders.lm.score import Score
 from shoulders.skills.reader import first_line
-from shoulders.skills.skill import Skill
 
 Normalizer = Literal["general", "squad"]
 EVALUATION_DECODING = DecodingConfig(max_new_tokens=32)
+
+
+class Answering(Protocol):
+    """What can be evaluated: a `Skill`, one behind a gate, one behind an engine."""
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        decoding: DecodingConfig,
+        *,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `Skill.generate`."""
+        ...
+
+    def score(self, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[Score]]:
+        """See `Skill.score`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +86,7 @@ class Evaluation:
 
 
 def evaluate(
-    skill: Skill | Gated,
+    skill: Answering,
     rows: Sequence[Row],
     templates: Templates,
     *,
@@ -140,7 +157,7 @@ def dump_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
             file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
 
 
-def _rank(skill: Skill | Gated, rows: Sequence[Row], texts: Sequence[str]) -> dict[int, float]:
+def _rank(skill: Answering, rows: Sequence[Row], texts: Sequence[str]) -> dict[int, float]:
     """Return, for rows with options, whether the likeliest one is a target (T0's metric)."""
     choosing = [i for i, row in enumerate(rows) if row.options]
     if not choosing:
