@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["int8", "float32"])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--latency", action="store_true", help="of single requests alone")
     parser.add_argument("--vllm", type=Path, help="Python of an environment that holds vLLM")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/serve.json")
     options = parser.parse_args()
@@ -73,12 +74,15 @@ def main() -> None:
             own.all(texts[:SKILLS])  # to warm up
         for run in range(options.runs):
             for dtype, own in ours.items():
-                seconds.setdefault(dtype, []).append(own.all(texts))
+                if not options.latency:
+                    seconds.setdefault(dtype, []).append(own.all(texts))
                 for turn in range(LATENCY_TURNS):
-                    for kind in ("static", "idpt"):
-                        text = f"({run}.{turn}) {texts[0]}"
+                    text = f"({run}.{turn}) {texts[0]}"
+                    kinds = ("static", "idpt") if turn % 2 else ("idpt", "static")
+                    for kind in kinds:
                         latency.setdefault(f"{kind} {dtype}", []).append(own.one(kind, text))
-            seconds.setdefault("peft", []).append(peft(file, options.new_tokens))
+            if not options.latency:
+                seconds.setdefault("peft", []).append(peft(file, options.new_tokens))
         for own in ours.values():
             own.engine.close(10)
         for dtype in ("float32", "bfloat16") if options.vllm else ():
@@ -96,11 +100,13 @@ def main() -> None:
         "ratios": {
             f"{dtype} / {peer}": speed[dtype] / speed[peer]
             for dtype in options.dtypes
+            if dtype in speed
             for peer in speed
             if peer not in options.dtypes
         },
         "latency_seconds": waits,
-        "idpt_adds": {d: waits[f"idpt {d}"] / waits[f"static {d}"] - 1 for d in options.dtypes},
+        "every_latency": latency,
+        "idpt_adds": {d: added(latency[f"idpt {d}"], latency[f"static {d}"]) for d in ours},
         "batch_fill": {d: own.engine.tokens / own.engine.steps for d, own in ours.items()},
         "seconds": seconds,
         "machine": machine(),
@@ -156,6 +162,13 @@ class Ours:
         if errors:
             raise errors[0]
         return time.perf_counter() - started
+
+
+def added(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Return by how much of `base` the other takes longer, turn by turn: median and quartiles."""
+    ratios = [a / b - 1 for a, b in zip(seconds, base, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"median": middle, "low": low, "high": high}
 
 
 def prompt_of(kind: str) -> dict[str, Any]:
