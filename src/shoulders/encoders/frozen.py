@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class FrozenEncoder:
         self.tokenizer = tokenizer
         self.name = name
         self.on_disk = on_disk
+        self._asking = threading.Lock()
         self._embedding = model.get_input_embeddings()
 
     @property
@@ -64,14 +66,29 @@ class FrozenEncoder:
         """Return the SHA-256 over every byte of every weight as it is now (promise 1)."""
         return digest(self.model.named_parameters())
 
-    def tokenize(self, texts: Sequence[str], room: int = 0) -> list[list[int]]:
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        room: int = 0,
+        *,
+        second: Sequence[str] | None = None,
+        most: int | None = None,
+    ) -> list[list[int]]:
         """Return token ids of each text with the encoder's special tokens.
 
-        Cut to `max_tokens - room`; `room` positions are kept for a soft prompt.
+        Args:
+            texts: one for each row.
+            room: positions that are kept for a soft prompt.
+            second: of pairs, whose first segments are `texts`.
+            most: tokens to cut to; None: what the encoder reads.
         """
-        ids: list[list[int]] = self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_tokens - room
-        )["input_ids"]
+        limit = (most or self.max_tokens) - room
+        both = [list(texts)] if second is None else [list(texts), list(second)]
+        # A fast tokenizer keeps in itself where it cuts: another thread must not change that.
+        with self._asking:
+            ids: list[list[int]] = self.tokenizer(*both, truncation=True, max_length=limit)[
+                "input_ids"
+            ]
         return ids
 
     def states(

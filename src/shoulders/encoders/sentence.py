@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,13 +80,11 @@ class SentenceEncoder:
     def _ids(
         self, texts: Sequence[str], pairs: Sequence[str | None] | None = None
     ) -> list[list[int]]:
-        tokenizer, limit = self.encoder.tokenizer, self.config.max_tokens
+        tokenize = functools.partial(self.encoder.tokenize, most=self.config.max_tokens)
         if pairs is None or not any(pairs):
-            if not texts:
-                return []
-            return tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+            return tokenize(texts) if texts else []
         return [
-            tokenizer(text, pair, truncation=True, max_length=limit)["input_ids"]
+            tokenize([text], second=None if pair is None else [pair])[0]
             for text, pair in zip(texts, pairs, strict=True)
         ]
 

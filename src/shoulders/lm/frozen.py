@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,7 @@ class FrozenLM:
         self.shards = shards
         self.blocks = Blocks.of(model) if shards is None else None
         self._fingerprint = fingerprint
+        self._asking = threading.Lock()
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         self._check_drivable()
 
@@ -254,13 +256,15 @@ class FrozenLM:
         What reads like a special token (`<|im_end|>`) is plain text, as users' inputs must be,
         unless `markup` is set: for a chat template's own frame.
         """
-        ids: list[list[int]] = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=not markup,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+        # A fast tokenizer keeps in itself how it is asked: another thread must not change that.
+        with self._asking:
+            ids: list[list[int]] = self.tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                split_special_tokens=not markup,
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
         return ids
 
     def text(self, ids: Sequence[int]) -> str:

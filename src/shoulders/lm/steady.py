@@ -15,7 +15,7 @@ from shoulders.lm.frozen import FrozenLM
 # From so many rows on a row's sums are the same, whatever their number: seen with MKL in float32.
 MANY = 16
 # Fewer than this are cheaper to multiply as they are; only what is nearly level is done again.
-FEW = 4
+FEW = 8
 NEAR = 1e-3  # of logits: hundreds of times what the order of sums changes
 
 
