@@ -127,7 +127,8 @@ def _load(
     watch = Bars(stderr())
     count = load(source, into, watch, dense=dense, approximate=approximate, words=words)
     emit_json(json, {"index": into, "passages": count, "notes": watch.notes})
-    stdout().print(f"{count:,} passages in {into}", markup=False, highlight=False)
+    # Nobody could copy a path that is wrapped.
+    stdout().print(f"{count:,} passages in {into}", markup=False, highlight=False, soft_wrap=True)
 
 
 def index_facts(manifest: Manifest) -> dict[str, Any]:
