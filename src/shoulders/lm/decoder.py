@@ -17,7 +17,6 @@ from shoulders.lm.combine import check_window
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.reading import begun
-from shoulders.lm.steady import steady_logits
 
 
 class Source(Protocol):
@@ -85,7 +84,7 @@ class Decoder:
         self._lm, self._source = lm, source or TokenTable(lm)
         embedded = self._source.begin(token_ids, room)
         self._reading = begun(lm, prompt, embedded, counts, room)
-        self.logits = steady_logits(lm, self._reading.states[torch.tensor(counts).cumsum(0) - 1])
+        self.logits = lm.logits(self._reading.states[torch.tensor(counts).cumsum(0) - 1])
 
     @property
     def lengths(self) -> Tensor:
@@ -107,4 +106,4 @@ class Decoder:
     def append(self, tokens: Tensor) -> None:
         """Read one token per row, `[b]`, and set the logits of the next."""
         self._reading.append(self._source.append(tokens))
-        self.logits = steady_logits(self._lm, self._reading.states)
+        self.logits = self._lm.logits(self._reading.states)

@@ -160,7 +160,9 @@ class Worker(threading.Thread):
                 through.append(row)
                 last.append(state[-1])
         if through:
-            self._choose(through, steady_logits(self._lm, torch.stack(last)))
+            greedy = any(row.entry.ask.decoding.temperature == 0 for row in through)
+            logits = steady_logits if greedy else FrozenLM.logits
+            self._choose(through, logits(self._lm, torch.stack(last)))
 
     def _choose(self, through: Sequence[Row], logits: Tensor) -> None:
         """Choose tokens; rows that have just read their input become as many as are wanted."""
