@@ -34,7 +34,9 @@ def round_to_int8(model: Any, tokenizer: Any, fingerprint: str) -> None:
         tokenizer: of the text on which activations are measured.
         fingerprint: of the LM as stored.
     """
-    file = cache_folder() / "int8" / f"{fingerprint[:32]}-v{VERSION}.safetensors"
+    # The fingerprint is the same for an LM stored in float32 and in bfloat16, what is rounded not.
+    stored = str(model.dtype).removeprefix("torch.")
+    file = cache_folder() / "int8" / f"{fingerprint[:32]}-{stored}-v{VERSION}.safetensors"
     tensors = _kept(file)
     if tensors is not None and _put(model, tensors):
         model.float()
@@ -75,7 +77,8 @@ def _kept(file: Path) -> dict[str, Tensor] | None:
         found, wanted = {}, None
     if digest(found.items()) == wanted:
         return found
-    file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not ours to write
+        file.unlink(missing_ok=True)
     return None
 
 
