@@ -290,6 +290,13 @@ def test_a_whole_comparison_is_resumable_and_reported(tmp_path: Path, lm_folder:
     other = plan.model_copy(update={"shots": 1})
     with pytest.raises(TrainingError, match="another plan"):
         run_comparison(other, out, resume=True)
+    # More seeds may be asked of a comparison that is there: what it has stays.
+    wider = run_comparison(plan.model_copy(update={"seeds": (0, 1)}), out, resume=True)
+    assert [r for r in wider["runs"] if r["seed"] == 0] == list(mended.values())
+    assert {r["method"] for r in wider["runs"] if r["seed"] == 1} == {"static_kv", "lora_r4"}
+    with pytest.raises(TrainingError, match="only methods and seeds may be added"):
+        run_comparison(plan, out, resume=True)  # a seed less
+    result = wider
 
     said = write_report(result, out)
     page = (out / "report.html").read_text(encoding="utf-8")

@@ -40,6 +40,7 @@ from shoulders.serving.embeds import encoded
 from shoulders.serving.engine import Engine, EngineConfig
 from shoulders.serving.job import Event, Job
 from shoulders.serving.metrics import Metrics
+from shoulders.serving.rows import Entry
 from shoulders.serving.skillset import Served, SkillSet
 from shoulders.serving.upstream import (
     UpstreamConfig,
@@ -316,6 +317,22 @@ def test_cancelling_closes_the_stream(
     assert answers.over.wait(5)
     assert fake.closed.wait(5), "vLLM goes on for nobody"
     assert engine.running == 0
+
+
+def test_what_has_ended_is_not_ended_again(
+    lm: FrozenLM, fake: FakeVllm, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that is gone as soon as it has its answer: the stream's end may come later."""
+    entries: list[Entry] = []
+    give = VllmEngine.give
+    monkeypatch.setattr(
+        VllmEngine, "give", lambda self, entry: (entries.append(entry), give(self, entry))[1]
+    )
+    engine = connected(lm, fake)
+    answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=4)
+    entries[0].done(ShouldersError("cancelled"))
+    assert engine.close(5), "it counts jobs that are none"
+    assert answers.error is None
 
 
 def test_a_deadline_closes_the_stream(

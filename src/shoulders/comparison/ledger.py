@@ -10,6 +10,7 @@ from shoulders.errors import ShouldersError, TrainingError
 from shoulders.files import remove_partial, write_json, write_text
 
 PLAN, RUNS = "plan.json", "runs.jsonl"
+GROWING = ("methods", "seeds", "own")  # what a resumed plan may name more of
 
 
 class Ledger:
@@ -38,17 +39,24 @@ class Ledger:
                     ) from None
 
     def begin(self, plan: dict[str, Any], *, resume: bool) -> None:
-        """Note the plan; raises `TrainingError` where another one was begun, or this one, without
-        `resume`.
+        """Note the plan; with `resume` it may name more methods and seeds than the one begun.
+
+        Raises:
+            TrainingError: another plan was begun here, or this one, and `resume` is off.
         """
         file = self.out / PLAN
-        if not file.is_file():
-            write_json(file, plan)
-            return
-        if json.loads(file.read_text(encoding="utf-8")) != plan:
-            raise TrainingError(f"{self.out}: was begun with another plan; choose another --out")
-        if not resume:
-            raise TrainingError(f"{self.out}: holds a comparison; add --resume, or another --out")
+        if file.is_file():
+            begun = json.loads(file.read_text(encoding="utf-8"))
+            if not extends(plan, begun):
+                raise TrainingError(
+                    f"{self.out}: was begun with another plan (only methods and seeds may be "
+                    "added); choose another --out"
+                )
+            if not resume:
+                raise TrainingError(
+                    f"{self.out}: holds a comparison; add --resume, or another --out"
+                )
+        write_json(file, plan)
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """Return the finished run with these facts, if there is one."""
@@ -84,3 +92,10 @@ class Ledger:
     def folder(self, method: str, seed: int, stage: str = "runs") -> Path:
         """Return the folder of a run."""
         return self.out / stage / f"{method}-seed{seed}"
+
+
+def extends(plan: dict[str, Any], begun: dict[str, Any]) -> bool:
+    """Return whether every run of the plan `begun` is a run of `plan` as well."""
+    alike = all(plan[key] == begun.get(key) for key in plan if key not in GROWING)
+    more = all(value in plan[key] for key in ("methods", "seeds") for value in begun[key])
+    return alike and more and begun["own"].items() <= plan["own"].items()

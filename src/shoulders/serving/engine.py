@@ -216,7 +216,8 @@ class Engine:
 
         def done(number: int, result: list[Completion] | Exception) -> None:
             with lock:
-                if failed.is_set():
+                # A remote engine may break off what it has just told the end of.
+                if failed.is_set() or number in answers:
                     return
                 if isinstance(result, Exception):
                     failed.set()
