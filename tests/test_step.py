@@ -17,8 +17,8 @@ from shoulders.lm.streams import Streams
 from shoulders.skills.config import PassConfig, SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training import step
+from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.objective import Example
-from shoulders.training.recipe import OptimizerConfig, TrainingConfig
 from shoulders.training.step import split
 from tiny_models import prompt_spec, save_tiny_encoder
 

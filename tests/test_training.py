@@ -39,10 +39,11 @@ from shoulders.prompts.build import producer_kinds
 from shoulders.skills.artefact import FILE, load_skill
 from shoulders.skills.skill import Skill
 from shoulders.training import checkpoint, fit, run, step
+from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.fit import example_at
 from shoulders.training.objective import Example, answer_losses
 from shoulders.training.optimizer import make_optimizer, rate_factor
-from shoulders.training.recipe import OptimizerConfig, Recipe, TrainingConfig, make_recipe
+from shoulders.training.recipe import Recipe, make_recipe
 from shoulders.training.run import load_data, run_recipe
 from tiny_models import (
     environment,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -206,6 +207,25 @@ def test_streams_samples_and_stops(
     stop = whole.text[2:4]
     cut = gateway.completions.create(**asked, temperature=0, stop=stop).choices[0]
     assert cut.text == whole.text[: whole.text.find(stop)]
+
+
+def test_generate_asks_it(
+    upstream: str, folder: Path, skills: dict[str, Skill | Reader], texts: list[str]
+) -> None:
+    """`shoulders generate --vllm-url` in float32 writes what the gateway would answer."""
+    skill, rows, output = skills["idpt"], folder / "rows.jsonl", folder / "answers.jsonl"
+    assert isinstance(skill, Skill)
+    rows.write_text("".join(json.dumps({"input": text}) + "\n" for text in texts))
+    decoding = DecodingConfig(max_new_tokens=NEW_TOKENS)
+    wanted = [several[0].text for several in skill.generate(texts, decoding)]
+    command = [sys.executable, "-m", "shoulders", "generate", "--skill", str(folder / "idpt")]
+    command += ["--input", str(rows), "--output", str(output), "--dtype", "float32"]
+    command += ["--vllm-url", upstream, "--max-new-tokens", str(NEW_TOKENS)]
+    before = generated(upstream)
+    subprocess.run(command, check=True, capture_output=True)
+    assert generated(upstream) >= before + len(texts), "vLLM was asked"
+    found = [json.loads(line)["outputs"][0]["text"] for line in output.read_text().splitlines()]
+    assert sum(a != b for a, b in zip(wanted, found, strict=True)) <= 2
 
 
 def test_other_skills_prefixes_are_never_taken(

@@ -13,10 +13,10 @@ from shoulders.benchmark.worker import arguments, new_skill, report
 from shoulders.data.rows import Row
 from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
+from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.fit import example_of
 from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer
-from shoulders.training.recipe import OptimizerConfig, TrainingConfig
 from shoulders.training.step import gradients, split
 
 

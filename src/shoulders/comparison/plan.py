@@ -15,13 +15,8 @@ from shoulders.data.mixture import MixtureConfig
 from shoulders.data.rows import Row, read_rows
 from shoulders.errors import DataError, RecipeError, nearest
 from shoulders.files import write_text
-from shoulders.training.recipe import (
-    LMConfig,
-    OptimizerConfig,
-    explain,
-    located,
-    read_values,
-)
+from shoulders.training.configs import LMConfig, OptimizerConfig
+from shoulders.training.recipe import explain, located, read_values
 
 LEAST_ROWS = 10  # distinct rows: fewer cannot be split into three
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}

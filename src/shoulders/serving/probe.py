@@ -17,6 +17,7 @@ from shoulders.errors import ShouldersError, WindowError
 from shoulders.lm.decode import DecodingConfig, generate
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
+from shoulders.prompts.initial import InitConfig, initial_keys_values
 from shoulders.serving.embeds import encoded
 from shoulders.serving.upstream import Chunk, Upstream, UpstreamError
 
@@ -30,7 +31,6 @@ ASKED = 20  # most that vLLM gives unless told otherwise
 # Mean difference of log-probabilities that is still the same LM: with vLLM in bfloat16 it was 0.02,
 # with both in float32 0.00001 (docs/vllm.md).
 TOLERANCE = 0.15
-PREFIX_LENGTH = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +107,17 @@ async def _check_embeddings(lm: FrozenLM, upstream: Upstream, known: Findings) -
 
 
 async def _loads_prefixes(lm: FrozenLM, upstream: Upstream, known: Findings) -> bool:
-    """Tell whether keys/values that are sent are read."""
-    shape = lm.prefix_shape
-    random = torch.Generator().manual_seed(0)
-    size = (1, shape.layers, 2, shape.kv_heads, PREFIX_LENGTH, shape.head_dim)
-    prompt = Prompt.of_keys_values(torch.randn(size, generator=random).to(lm.device, lm.dtype))
+    """Tell whether keys/values that are sent are read: all but the last token of a text, as such.
+
+    They are the LM's own, so that rounding moves the answer no further than it moves others.
+    """
+    text = TEXTS[0]
+    ids = lm.tokenize([text])[0]
+    start = InitConfig(source="text", text=text)
+    values = initial_keys_values(start, lm, len(ids) - 1, torch.Generator())
+    prompt = Prompt.of_keys_values(values.to(lm.device, lm.dtype)[None])
     try:
-        found = await _difference(lm, upstream, known, prompt, lm.tokenize(TEXTS[:1])[0])
+        found = await _difference(lm, upstream, known, prompt, ids[-1:])
     except UpstreamError:
         return False
     return found <= TOLERANCE

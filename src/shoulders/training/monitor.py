@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shoulders.files import write_text
+from shoulders.training.configs import TrainingConfig
 from shoulders.training.processes import Processes
-from shoulders.training.recipe import TrainingConfig
 
 LOG = "log.jsonl"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shoulders.errors import RecipeError
-from shoulders.training.recipe import OptimizerConfig, TrainingConfig
+from shoulders.training.configs import OptimizerConfig, TrainingConfig
 
 
 def make_optimizer(

@@ -13,14 +13,8 @@ from shoulders.reader.rerankers.cross_encoder import CrossEncoderConfig
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import ReadingConfig
 from shoulders.skills.reader_artefact import SearchConfig
-from shoulders.training.recipe import (
-    CrossFitConfig,
-    LMConfig,
-    TrainingConfig,
-    explain,
-    located,
-    read_values,
-)
+from shoulders.training.configs import CrossFitConfig, LMConfig, TrainingConfig
+from shoulders.training.recipe import explain, located, read_values
 
 
 class RerankingConfig(BaseModel):

@@ -10,9 +10,9 @@ from torch import Tensor
 from shoulders.data.batching import balanced, length_grouped
 from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
+from shoulders.training.configs import TrainingConfig
 from shoulders.training.objective import Example, answer_losses
 from shoulders.training.processes import Processes
-from shoulders.training.recipe import TrainingConfig
 
 
 def gradients(

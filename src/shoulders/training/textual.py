@@ -29,10 +29,11 @@ from shoulders.recursion.candidates import Candidate, merged, shown, stream_of
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
+from shoulders.training.configs import CrossFitConfig
 from shoulders.training.gate import gate_of
 from shoulders.training.monitor import quiet_progress
 from shoulders.training.processes import Processes
-from shoulders.training.recipe import CrossFitConfig, Recipe
+from shoulders.training.recipe import Recipe
 from shoulders.training.run import load_data, machine, run_recipe, unseen_rows
 from shoulders.training.start import same_recipe, trained_parts
 from shoulders.training.validation import choose_rows
