@@ -7,7 +7,7 @@
 the majority of the samples (self-consistency) and the likeliest of them; and quality against mean
 passes through the gate. `neural`: the trained recursion beside its own last pass alone, and with
 the Connector's output replaced by zeros, by another row's, by noise of its size: a gain that
-survives these placebos is not the recursion's.
+survives these placebos is not the recursion's; other skills of the same LM may be asked `--beside`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from shoulders.evaluation.metrics import (
     exact_match,
     macro_average,
     normalize,
+    paired_interval,
 )
 from shoulders.files import atomic_path, write_json
 from shoulders.lm.decode import Completion
@@ -61,6 +62,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/multitask")
     parser.add_argument("--n", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--every", type=int, default=1, help="take every so-manieth row")
+    parser.add_argument("--beside", metavar="NAME=DIR", nargs="+", default=[],
+                        help="neural: other skills on the same rows")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -140,12 +143,18 @@ def neural(
     said: dict[str, list[str]] = {}
     contenders = {"recursion": skill, "last pass alone": direct(skill)}
     contenders |= {f"placebo: {name}": replaced(skill, name) for name in PLACEBOS}
+    for name, equals, folder in (one.partition("=") for one in options.beside):
+        assert equals, "--beside NAME=DIR"
+        contenders[name] = load_skill(Path(folder), skill.lm, functools.cache(load_encoder))[0]
     for name, own in contenders.items():
         with quiet_progress(console, name, len(rows)) as advance:
             result = evaluate(own, rows, templates, on_rows=advance)
         said[name] = [p.prediction for p in result.predictions]
-        passes = 1 if name == "last pass alone" else len(skill.config.passes)
-        found.append(scored(name, rows, said[name], passes=passes))
+        facts = {"passes": len(own.parts.earlier) + 1, "trained_parameters": own.trained_parameters}
+        found.append(scored(name, rows, said[name], **facts))
+        if name != "recursion":  # row by row on the same rows
+            better = paired_interval(marked(rows, said["recursion"]), marked(rows, said[name]))
+            found[-1]["recursion_is_better_by"] = list(better)
     texts = [templates.render(row, 0) for row in rows]
     first = [c[0] for c in direct(skill).generate(texts, EVALUATION_DECODING)]
     return found + gated(skill, rows, first, said["recursion"], options)
@@ -205,12 +214,18 @@ def replaced(skill: Skill, how: str) -> Skill:
     return Skill(skill.lm, skill.config, skill.parts._replace(earlier=earlier))
 
 
-def scored(name: str, rows: Sequence[Row], said: Sequence[str], **facts: Any) -> dict[str, Any]:
-    """Return macro exact match over tasks, with its bootstrap interval."""
+def marked(rows: Sequence[Row], said: Sequence[str]) -> dict[str, list[float]]:
+    """Return which rows were answered right (1) or not (0), by task."""
     by_task: dict[str, list[float]] = {}
     for row, text in zip(rows, said, strict=True):
-        right = exact_match(first_line(text), row.targets, normalize)
-        by_task.setdefault(row.task, []).append(float(right))
+        found = exact_match(first_line(text), row.targets, normalize)
+        by_task.setdefault(row.task, []).append(float(found))
+    return by_task
+
+
+def scored(name: str, rows: Sequence[Row], said: Sequence[str], **facts: Any) -> dict[str, Any]:
+    """Return macro exact match over tasks, with its bootstrap interval."""
+    by_task = marked(rows, said)
     return {
         "method": name,
         **facts,

@@ -80,6 +80,9 @@ def test_what_is_shown() -> None:
     one = shown("q", candidates, few, len, 99)
     assert one.text == "q ? a, b"
     assert [c.text for c in one.left_out] == ["c"]
+    ahead = ProposeConfig(before="? ", between=", ", place="ahead", after="; ", show=1)
+    assert shown("q", candidates, ahead, len, 99).text == "? a (2); q"
+    assert shown("q", candidates, ahead, len, 1).text == "q", "without candidates it stands alone"
 
 
 def test_candidates_that_do_not_fit_are_dropped_least_likely_first() -> None:
@@ -144,22 +147,33 @@ def test_the_second_pass_reads_what_the_first_has_sampled(lm: FrozenLM) -> None:
     assert scores == skill.last.score(read, [["a", "b"]] * 3)
 
 
-def test_a_second_prompt_may_be_written_for_the_input_alone(lm: FrozenLM, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shown_as", "marked"),
+    [
+        ({}, {"prompt_until": "\nCandidates: "}),
+        ({"before": "Candidates: ", "place": "ahead"}, {"prompt_from": "\n\n"}),
+    ],
+)
+def test_a_second_prompt_may_be_written_for_the_input_alone(
+    lm: FrozenLM, tmp_path: Path, shown_as: dict[str, Any], marked: dict[str, str]
+) -> None:
     encoder = load_encoder(str(save_tiny_encoder(tmp_path / "encoder")))
     prompt = {"kind": "idpt", "length": 2, "generator": {"width": 16, "heads": 2, "layers": 1}}
-    prompts = {}
-    for until in (None, "\nCandidates: "):
-        passes = [{"prompt": STATIC, "propose": PROPOSE}, {"prompt": prompt, "prompt_until": until}]
+    prompts = []
+    for marks in ({}, marked):
+        passes = [{"prompt": STATIC, "propose": PROPOSE | shown_as}, {"prompt": prompt, **marks}]
         config = SkillConfig.model_validate({"passes": passes})
         skill = Skill.create(lm, config, lambda _: encoder, torch.Generator().manual_seed(0))
         with torch.no_grad():
             for value in skill.networks()[-1].parameters():
                 value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
-        read = skill.proposed(["the number two"])[0].text
-        assert "\nCandidates: " in read
-        prompts[until] = [skill.prompt([text]).vectors for text in ("the number two", read)]
-    assert torch.equal(*prompts["\nCandidates: "])
-    assert not torch.equal(*prompts[None])
+        text = "the number two\nin words"
+        read = skill.proposed([text])[0].text
+        assert "Candidates: " in read
+        assert text in read
+        prompts.append([skill.prompt([one]).vectors for one in (text, read)])
+    assert not torch.equal(*prompts[0])
+    assert torch.equal(*prompts[1])
 
 
 @pytest.mark.parametrize(
@@ -167,6 +181,7 @@ def test_a_second_prompt_may_be_written_for_the_input_alone(lm: FrozenLM, tmp_pa
     [
         ({"prompt": STATIC, "prompt_until": "Candidates"}, r"propose\.before"),
         ({"prompt_until": "\nCandidates: "}, "no prompt to write"),
+        ({"prompt": STATIC, "prompt_from": "\n"}, r"stand behind \(propose\.place\)"),
     ],
 )
 def test_what_a_producer_cannot_read_until(second: dict[str, Any], message: str) -> None:

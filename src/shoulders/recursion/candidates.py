@@ -31,6 +31,10 @@ class ProposeConfig(BaseModel):
         show: most candidates that are shown, the likeliest ones; None shows all.
         counts: say how often each was sampled.
         before, between: text before the first candidate and between two of them.
+        place: candidates stand `behind` the input or `ahead` of it: then what the answer follows is
+            the input, as in a pass without candidates.
+        after: text between the last candidate and the input, where they stand ahead; one that
+            inputs do not have, for `prompt_from`.
         rounds: how often the second pass answers; all but the last time with `n` samples, which
             are the next round's candidates.
         subset: candidates that each sample of such a round sees; None shows it all.
@@ -49,6 +53,8 @@ class ProposeConfig(BaseModel):
     counts: bool = True
     before: str = "\nCandidates: "
     between: str = " | "
+    place: Literal["behind", "ahead"] = "behind"
+    after: str = "\n\n"
     rounds: int = Field(default=1, ge=1)
     subset: int | None = Field(default=None, ge=1)
     chooser: Chooser = "second_pass"
@@ -115,7 +121,7 @@ def shown(
     room: int,
     order: np.random.Generator | None = None,
 ) -> Shown:
-    """Put candidates behind an input.
+    """Put candidates behind an input, or ahead of it.
 
     Those that do not fit `room` tokens are dropped, the least likely first; the input never is.
 
@@ -133,7 +139,9 @@ def shown(
         line = config.between.join(
             f"{c.text} ({c.count})" if config.counts else c.text for c in listed
         )
-        whole = f"{text}{config.before}{line}" if listed else text
+        ahead = f"{config.before}{line}{config.after}{text}"
+        whole = ahead if config.place == "ahead" else f"{text}{config.before}{line}"
+        whole = whole if listed else text
         if not kept or count_tokens(whole) <= room:
             return Shown(whole, tuple(c for c in candidates if c not in kept))
         kept.pop()

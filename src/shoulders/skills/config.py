@@ -52,6 +52,8 @@ class PassConfig(BaseModel):
         prompt_until: the producer reads the input up to the last occurrence of this text, the LM
             all of it. A pass over candidates (whose `propose.before` it then is) so keeps the
             prompt that it would have without them. None: it reads all, as the LM does.
+        prompt_from: likewise from behind the first occurrence of this text (`propose.after`, where
+            candidates stand ahead of the input).
         link: a network from its states to the next pass's embeddings (neural recursion); `same`
             is the one of the pass before.
         propose: its sampled answers go to the next pass as text (textual recursion).
@@ -61,6 +63,7 @@ class PassConfig(BaseModel):
 
     prompt: dict[str, Any] | None = None
     prompt_until: str | None = Field(default=None, min_length=1)
+    prompt_from: str | None = Field(default=None, min_length=1)
     link: (
         Annotated[ConnectorConfig | LatentConfig, Field(discriminator="kind")]
         | Literal["same"]
@@ -70,9 +73,11 @@ class PassConfig(BaseModel):
 
     def producer_text(self, text: str) -> str:
         """Return what the producer reads of an input."""
-        if self.prompt_until is None or self.prompt_until not in text:
-            return text
-        return text.rpartition(self.prompt_until)[0]
+        if self.prompt_from is not None and self.prompt_from in text:
+            text = text.partition(self.prompt_from)[2]
+        if self.prompt_until is not None and self.prompt_until in text:
+            text = text.rpartition(self.prompt_until)[0]
+        return text
 
     @field_validator("link", mode="before")
     @classmethod
@@ -115,18 +120,28 @@ class SkillConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _until(self) -> Self:
-        marks = [one.propose.before for one in self.passes if one.propose is not None]
+    def _marks(self) -> Self:
+        shown = [one.propose for one in self.passes if one.propose is not None]
+        marks = {
+            "prompt_until": [one.before for one in shown if one.place == "behind"],
+            "prompt_from": [one.after for one in shown if one.place == "ahead"],
+        }
         for number, one in enumerate(self.passes):
-            if one.prompt_until is None:
-                continue
-            if one.prompt is None:
-                raise ValueError(f"passes.{number}.prompt_until: this pass has no prompt to write")
-            if marks and one.prompt_until not in marks:
-                raise ValueError(
-                    f"passes.{number}.prompt_until: {one.prompt_until!r} never stands in its "
-                    f"input; candidates come behind {marks[-1]!r} (propose.before)"
-                )
+            for key, own in marks.items():
+                mark = getattr(one, key)
+                if mark is None:
+                    continue
+                if one.prompt is None:
+                    raise ValueError(f"passes.{number}.{key}: this pass has no prompt to write")
+                if shown and mark not in own:
+                    raise ValueError(
+                        f"passes.{number}.{key}: {mark!r} never stands in its input; candidates "
+                        + (
+                            f"come with {own[-1]!r} (propose.before, propose.after)"
+                            if own
+                            else f"stand {shown[-1].place} (propose.place)"
+                        )
+                    )
         return self
 
     def before_text(self) -> tuple[SkillConfig, ProposeConfig] | None:

@@ -179,7 +179,8 @@ def _candidates(
     with quiet_progress(console, f"candidates of {folder.name}", len(texts)) as advance:
         for start in range(0, len(texts), PART):
             part = texts[start : start + PART]
-            content = json.dumps([propose.model_dump(mode="json"), list(part)])
+            # How they are shown changes nothing about them.
+            content = json.dumps([propose.decoding().model_dump(mode="json"), list(part)])
             key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
             file = cache / f"{key[:32]}.json"
             if not file.is_file():
