@@ -56,7 +56,7 @@ class SearchConfig(_Part):
     Attributes:
         trials: runs per trained method; 0 takes each method's default rates.
         share: of the budget's examples that a trial trains on.
-        widest: rates are multiplied by 1/widest to widest (log-uniform; the first trial by 1).
+        widest: rates are multiplied by 1/widest to widest (on a log scale; the first by 1).
     """
 
     trials: int = Field(default=0, ge=0)

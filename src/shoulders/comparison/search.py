@@ -16,8 +16,9 @@ def best_factor(
 ) -> float:
     """Return what a method's rates are multiplied by: the best of its trials on validation loss.
 
-    The first trial is 1, the method's own rates; the others are optuna's (TPE, seed 0). Finished
-    trials are read from the ledger, and told to the search as if they had just been made.
+    The first trial is 1, the method's own rates, the next two lie half-way to `widest` on either
+    side (so few random draws may all fall together); the others are optuna's (TPE, seed 0).
+    Finished trials are read from the ledger, and told to the search as if they had just been made.
 
     Args:
         method: whose rates.
@@ -39,7 +40,9 @@ def best_factor(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    study.enqueue_trial({"factor": 1.0})
+    half = math.sqrt(config.widest)
+    for factor in (1.0, half, 1 / half):
+        study.enqueue_trial({"factor": factor})
     for number in range(config.trials):
         trial = study.ask()
         factor = trial.suggest_float("factor", 1 / config.widest, config.widest, log=True)
