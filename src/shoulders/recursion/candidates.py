@@ -1,6 +1,6 @@
 """Textual recursion's middle: what a first pass has proposed, as text for a second one.
 
-A pass samples `n` answers; equal ones are merged, counted and put behind the question, and the same
+A pass samples `n` answers; equal ones are merged, counted and put beside the question, and the same
 frozen LM reads both with another prompt (arXiv 2204.10019, section on recursive LMs). With `rounds`
 and `subset` the second pass's own samples become the next round's proposals, each from a few of
 the last (recursive self-aggregation, arXiv 2509.26626).

@@ -107,9 +107,10 @@ async def _check_embeddings(lm: FrozenLM, upstream: Upstream, known: Findings) -
 
 
 async def _loads_prefixes(lm: FrozenLM, upstream: Upstream, known: Findings) -> bool:
-    """Tell whether keys/values that are sent are read: all but the last token of a text, as such.
+    """Tell whether keys/values that are sent are read.
 
-    They are the LM's own, so that rounding moves the answer no further than it moves others.
+    All but the last token of a text are sent as the keys/values that the LM itself computes of
+    them, so that rounding moves the answer no further than it moves others.
     """
     text = TEXTS[0]
     ids = lm.tokenize([text])[0]
