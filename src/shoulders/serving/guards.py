@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -12,6 +14,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from shoulders.errors import ArtefactError, ShouldersError
 from shoulders.serving import replies
@@ -22,6 +25,8 @@ from shoulders.serving.upstream import UpstreamDownError, UpstreamError, Upstrea
 
 LOG = logging.getLogger("shoulders.serving")
 MAX_BODY = 1 << 20  # bytes of a request
+MAX_DRAINED = 16 << 20  # bytes of a refused request that are read, and dropped
+DRAIN_SECONDS = 5.0  # for all of them
 RETRY_AFTER = "2"  # seconds, where the queue is full or vLLM is away
 STATUS: list[tuple[type[Exception], int, str]] = [
     (QueueFullError, 429, "rate_limit_exceeded"),
@@ -81,6 +86,21 @@ def handle_errors(app: FastAPI) -> None:
         return reply(500, "internal_error", "internal error; the server's log says more")
 
 
+async def _drain(request: Request) -> None:
+    """Read on and drop what a client is still sending, within bounds.
+
+    A socket that is closed with bytes unread is reset, and most clients send all before
+    they read: they would see a broken pipe in place of the reason.
+    """
+    drained = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            async for part in request.stream():
+                drained += len(part)
+                if drained > MAX_DRAINED:
+                    return
+
+
 def watch_requests(app: FastAPI) -> None:
     """Give every request an id, cap its size, and log it as one line of JSON."""
 
@@ -96,6 +116,7 @@ def watch_requests(app: FastAPI) -> None:
             return JSONResponse(body, 411)
         if length is not None and (not length.isdigit() or int(length) > MAX_BODY):
             body = replies.error_body(f"a request may be {MAX_BODY} bytes", "too_large", 413)
+            await _drain(request)
             return JSONResponse(body, 413)
         response = await call_next(request)
         response.headers["X-Request-Id"] = request.state.id
