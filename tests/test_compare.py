@@ -22,7 +22,7 @@ from shoulders.comparison.plan import Plan, SearchConfig, make_plan, plan_of_row
 from shoulders.comparison.report import write_report
 from shoulders.comparison.run import run_comparison
 from shoulders.comparison.search import best_factor
-from shoulders.comparison.summary import Line, averaged
+from shoulders.comparison.summary import Difference, Line, averaged
 from shoulders.comparison.verdict import verdict
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import read_rows
@@ -186,7 +186,23 @@ def test_the_verdict_follows_the_numbers() -> None:
         None,
         digest_equal=True,
     )  # fmt: skip
-    assert any("static is level with idpt_kv" in said for said in cheap)
+    assert any("idpt_kv is not surely better than static" in said for said in cheap)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [(0.1, 9.0, "better"), (-9.0, -0.1, "worse"), (-1.9, 1.9, "level"), (-4.8, 0.1, "undecided")],
+)
+def test_a_wide_interval_is_not_called_level(low: float, high: float, word: str) -> None:
+    assert Difference((low + high) / 2, low, high).word == word
+
+
+def test_the_verdict_says_undecided() -> None:
+    near = line("full", "tuned", 205)
+    near.scores["a"].reverse()  # as good as the other, on other rows
+    said = verdict([line("idpt_kv", "frozen", 200), near], None, digest_equal=True)
+    assert said[0].startswith("Undecided between idpt_kv around the frozen LM and")
+    assert "undecided" in said[1]
 
 
 def test_seeds_are_averaged_row_by_row() -> None:
@@ -346,6 +362,46 @@ def test_rivals_lose_nats_as_frozen_methods_do(tmp_path: Path, lm_folder: Path) 
     assert [g["ids"] + g["answer_ids"] for g in given[:8]] == [
         e.input_ids + e.answer_ids for e in wanted
     ]
+
+
+def test_rows_of_like_length_together_are_the_same_steps(
+    tmp_path: Path, lm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shoulders.comparison import tune
+
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "task": "t",
+            "ids": random.integers(5, 20, n).tolist(),
+            "answer_ids": [6, 7, 8][: n % 3 + 1],
+        }
+        for n in random.integers(3, 30, 24)
+    ]
+    settings = {"rows_per_step": 8, "lr": 1e-2, "warmup_steps": 1, "seed": 0}
+    tokenizer = AutoTokenizer.from_pretrained(lm_folder)
+
+    def losses() -> list[float]:
+        model = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
+        watch = tune.Watch(model, tokenizer, rows[:4], 1)
+        tune.fitted(model, tokenizer, rows, settings, tmp_path / "out", watch)
+        return [loss for _, loss in watch.validations]
+
+    split = losses()
+    assert len(split) == 3
+    monkeypatch.setattr(tune, "rows_together", lambda n: n)
+    whole = losses()
+    assert abs(whole[-1] - whole[0]) > 0.01
+    assert split == pytest.approx(whole, abs=1e-4)
+
+
+def test_every_step_keeps_its_rows() -> None:
+    from shoulders.comparison.tune import by_length
+
+    rows = [{"ids": [0] * n, "answer_ids": [1]} for n in (5, 1, 9, 3, 2, 8)]
+    assert [len(row["ids"]) for row in by_length(rows, 3)] == [1, 5, 9, 2, 3, 8]
 
 
 def test_matched_rivals_have_the_size_of_the_network(tmp_path: Path, lm_folder: Path) -> None:

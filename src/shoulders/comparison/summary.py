@@ -11,6 +11,7 @@ from shoulders.comparison.ledger import Ledger
 from shoulders.evaluation.metrics import bootstrap_interval, paired_interval
 
 BYTES = 4  # of a trained parameter, as it is stored
+CLOSE = 2.0  # points: an interval within them on either side says level, a wider one says little
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,15 @@ class Difference:
 
     @property
     def sure(self) -> int:
-        """1: better outside the interval; -1: worse; 0: level."""
+        """1: better outside the interval; -1: worse; 0: neither."""
         return (self.low > 0) - (self.high < 0)
+
+    @property
+    def word(self) -> str:
+        """better, worse, level (so near 0 that it hardly matters) or undecided."""
+        if self.sure:
+            return "better" if self.sure > 0 else "worse"
+        return "level" if max(-self.low, self.high) <= CLOSE else "undecided"
 
     def __str__(self) -> str:
         return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}] points"

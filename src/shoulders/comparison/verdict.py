@@ -29,8 +29,8 @@ def verdict(lines: Sequence[Line], base_perplexity: float | None, digest_equal: 
     if bare and (winner := best([*family["frozen"], *family["tuned"]])):
         gain = difference(winner, bare)
         if gain.sure <= 0:
-            said.insert(0, f"Train nothing yet: {bare.name} ({_score(bare)}) is level with the "
-                           f"best trained method, {winner.name} ({gain}).")  # fmt: skip
+            said.insert(0, f"Train nothing yet: {bare.name} ({_score(bare)}) is not surely beaten "
+                           f"by the best trained method, {winner.name} ({gain}).")  # fmt: skip
         else:
             said.append(f"Training pays: {winner.name} beats {bare.name} by {gain}.")
     said += _more_parameters(lines)
@@ -48,14 +48,19 @@ def _recommended(frozen: Line, tuned: Line, gap: Difference) -> str:
             f"Fine-tuning wins here: use {tuned.name}, if a copy of its weights per task and what "
             f"it forgets can be afforded; of the frozen methods {frozen.name} comes nearest."
         )
+    if gap.word == "undecided":
+        return (
+            f"Undecided between {frozen.name} around the frozen LM and the best fine-tuning, "
+            f"{tuned.name}: begin with {frozen.name}, which leaves the LM as it is; more test rows "
+            "or seeds will tell."
+        )
     reason = "it beats" if gap.sure > 0 else "it is level with"
     return f"Use {frozen.name} around the frozen LM: {reason} the best fine-tuning, {tuned.name}."
 
 
 def _which(frozen: Line, tuned: Line, gap: Difference) -> str:
-    word = {1: "better", 0: "level (the interval holds 0)", -1: "worse"}[gap.sure]
     return (
-        f"{frozen.name} {_score(frozen)} against {tuned.name} {_score(tuned)}: {gap}, {word}; "
+        f"{frozen.name} {_score(frozen)} against {tuned.name} {_score(tuned)}: {gap}, {gap.word}; "
         f"{frozen.trained_parameters:,} and {tuned.trained_parameters:,} trained parameters, "
         f"{frozen.training_seconds:.0f} and {tuned.training_seconds:.0f} s of training, "
         f"{frozen.latency_ms:.0f} and {tuned.latency_ms:.0f} ms an answer."
@@ -80,7 +85,7 @@ def _more_parameters(lines: Sequence[Line]) -> list[str]:
 
 
 def _cheaper(frozen: Sequence[Line], first: Line | None) -> list[str]:
-    """A much smaller method that is level with the best frozen one."""
+    """A much smaller method that is not surely worse than the best frozen one."""
     if first is None:
         return []
     small = [
@@ -92,8 +97,8 @@ def _cheaper(frozen: Sequence[Line], first: Line | None) -> list[str]:
     if chosen is None:
         return []
     return [
-        f"{chosen.name} is level with {first.name} at {chosen.trained_parameters:,} trained "
-        f"parameters ({difference(first, chosen)}): enough where memory per task counts."
+        f"{first.name} is not surely better than {chosen.name}, of {chosen.trained_parameters:,} "
+        f"trained parameters ({difference(first, chosen)}): take that where memory counts."
     ]
 
 
