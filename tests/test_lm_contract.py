@@ -8,8 +8,10 @@ cache filled by hand. Full logits are compared, never means.
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,19 +32,36 @@ from shoulders.lm.pack import Packed, can_pack, pack
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import next_tokens, sample_stream
 from shoulders.lm.score import score
+from shoulders.lm.shard import decoder_layers
+from shoulders.lm.updates import Matrices
 from shoulders.skills.skill import Skill
 from shoulders.training.objective import Example, answer_losses
 
 TOLERANCE = 1e-4
-# Vectors and prefix positions of one row's prompt; nothing, one form, the other, both.
-FORMS = ((0, 0), (1, 0), (3, 0), (5, 0), (0, 1), (0, 4), (0, 6), (2, 3))
+# Vectors and prefix positions of one row's prompt; nothing, one form, the other, both. A third
+# number says whose low-rank updates it has: rows of the same share their matrices.
+FORMS = ((0, 0), (1, 0), (3, 0, 1), (5, 0), (0, 1), (0, 4, 1), (0, 6), (2, 3, 2))
 
 
 # -- the naive reference -----------------------------------------------------------------
 
 
-def make_prompt(lm: FrozenLM, vectors: int, prefix: int, seed: int = 0) -> Prompt:
+@functools.cache
+def make_matrices(lm: FrozenLM, number: int) -> Matrices:
+    """Make random low-rank updates that change an LM's states by a tenth or so."""
+    random = torch.Generator().manual_seed(number)
+    d, rank = lm.hidden_size, 2 + number
+    down = torch.randn(lm.layers, d, rank, generator=random) / d**0.5
+    up = torch.randn(lm.layers, rank, d, generator=random)
+    with torch.no_grad():
+        unit = 0.1 * lm.embedding_scale * torch.rand(lm.layers, generator=random)
+    return Matrices(down, up, unit)
+
+
+def make_prompt(lm: FrozenLM, vectors: int, prefix: int, updates: int = 0, seed: int = 0) -> Prompt:
     """Make one row's random prompt, of the size of real embeddings and keys/values."""
+    if updates:
+        return make_prompt(lm, vectors, prefix, seed=seed).updated(make_matrices(lm, updates))
     random = torch.Generator().manual_seed(1000 * seed + 10 * vectors + prefix)
     d, s = lm.hidden_size, lm.prefix_shape
     x = torch.randn(1, vectors, d, generator=random) * lm.embedding_scale
@@ -63,7 +82,7 @@ def make_prompt(lm: FrozenLM, vectors: int, prefix: int, seed: int = 0) -> Promp
     return Prompt(x, masks[0], kv, masks[1])
 
 
-def make_prompts(lm: FrozenLM, forms: Sequence[tuple[int, int]], seed: int = 0) -> list[Prompt]:
+def make_prompts(lm: FrozenLM, forms: Sequence[tuple[int, ...]], seed: int = 0) -> list[Prompt]:
     return [make_prompt(lm, *form, seed=seed + i) for i, form in enumerate(forms)]
 
 
@@ -84,8 +103,38 @@ def naive_logits(lm: FrozenLM, prompt: Prompt, ids: Sequence[int]) -> Tensor:
         for layer in range(prompt.keys_values.shape[1]):
             keys, values = prompt.keys_values[:, layer].unbind(1)
             cache.update(keys, values, layer)
-    output = lm.model(inputs_embeds=embedded, past_key_values=cache, use_cache=cache is not None)
+    with updated_plainly(lm, prompt):
+        output = lm.model(
+            inputs_embeds=embedded, past_key_values=cache, use_cache=cache is not None
+        )
     return output.logits[0].float()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def updated_plainly(lm: FrozenLM, prompt: Prompt) -> Iterator[None]:
+    """Let every layer end with the prompt's update, written out position by position."""
+    handles = []
+    if prompt.updates is not None:
+        (own,) = prompt.updates.sets
+
+        def change(number: int, output: Any) -> Any:
+            states = output[0] if isinstance(output, tuple) else output
+            new = states.clone()
+            for place in range(states.shape[1]):
+                x = states[0, place].double()
+                normal = x / (x.square().mean() + 1e-6).sqrt()
+                read = own.down[number].double().T @ normal
+                update = own.up[number].double().T @ read * float(own.unit[number])
+                new[0, place] = (x + update).to(states.dtype)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        for number, layer in enumerate(decoder_layers(lm.model)):
+            handles.append(layer.register_forward_hook(lambda _, __, out, n=number: change(n, out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -144,7 +193,8 @@ def combined_logits(
 ) -> list[Tensor]:
     """Return each row's logits at its prompt vectors and tokens, through `combine`."""
     batch = combine(lm, prompt, rows, **options)
-    hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
+    given = batch.embeddings, batch.mask, batch.positions, batch.cache
+    hidden = lm.hidden(*given, updates=prompt.updates)
     spans = []
     for i, ids in enumerate(rows):
         first = int(batch.first_token[i])
@@ -162,7 +212,8 @@ def pack_ids(lm: FrozenLM, prompt: Prompt, rows: Sequence[Sequence[int]]) -> Pac
 def packed_logits(lm: FrozenLM, prompt: Prompt, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return each row's logits at its tokens, through `pack`."""
     batch = pack_ids(lm, prompt, rows)
-    hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache)
+    given = batch.embeddings, batch.mask, batch.positions, batch.cache
+    hidden = lm.hidden(*given, updates=prompt.updates, owner=batch.owner)
     assert len(hidden) == 1
     spans = zip(batch.first_token, rows, strict=True)
     return [lm.logits(hidden[0, first : first + len(ids)]) for first, ids in spans]
@@ -238,6 +289,7 @@ def test_every_part_of_the_prompt_matters(lm: FrozenLM) -> None:
             for i in range(4)
         ),
     ]
+    changed += [prompt.updated(make_matrices(lm, 1)), prompt.updated(make_matrices(lm, 2))]
     for other in changed:
         (moved,) = combined_logits(lm, other, [ids])
         assert float((moved[-1] - found[-1]).abs().max()) > 10 * TOLERANCE
@@ -279,7 +331,7 @@ def test_row_independence_of_the_embedded_lm_in_float32(embedded_lm: FrozenLM, p
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_form_alone_equals_reference(exact_lm: FrozenLM, form: tuple[int, int]) -> None:
+def test_each_form_alone_equals_reference(exact_lm: FrozenLM, form: tuple[int, ...]) -> None:
     lm = exact_lm
     prompt = make_prompt(lm, *form)
     (ids,) = make_rows([9])
@@ -369,8 +421,8 @@ def test_prefix_of_another_shape_is_refused(tiny_lm: Callable[[str], FrozenLM]) 
 # -- packing -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [(0, 0), (5, 0), (0, 6), (2, 3)])
-def test_pack_of_a_shared_prompt_equals_combine(exact_lm: FrozenLM, form: tuple[int, int]) -> None:
+@pytest.mark.parametrize("form", [(0, 0), (5, 0), (0, 6), (2, 3), (0, 2, 1)])
+def test_pack_of_a_shared_prompt_equals_combine(exact_lm: FrozenLM, form: tuple[int, ...]) -> None:
     lm = exact_lm
     prompt = make_prompt(lm, *form)
     rows = make_rows([7, 1, 3, 5])
@@ -387,7 +439,7 @@ def test_pack_of_a_shared_prompt_equals_combine(exact_lm: FrozenLM, form: tuple[
     assert_close(selected[1], packed[0])
 
 
-@pytest.mark.parametrize("form", [(4, 0), (0, 5), "mixture"])
+@pytest.mark.parametrize("form", [(4, 0), (0, 5), (3, 0, 1), (0, 2, 2), "mixture"])
 def test_pack_of_own_prompts_equals_combine(exact_lm: FrozenLM, form: Any) -> None:
     lm = exact_lm
     forms = FORMS if form == "mixture" else [form] * 4
@@ -524,10 +576,12 @@ def with_ends(
     return choose
 
 
-@pytest.mark.parametrize("forms", [[(0, 0)] * 5, [(4, 0)] * 5, [(0, 5)] * 5, FORMS])
+@pytest.mark.parametrize(
+    "forms", [[(0, 0)] * 5, [(4, 0)] * 5, [(0, 5)] * 5, [(0, 5, 1)] * 5, FORMS]
+)
 def test_greedy_equals_loop_without_cache(
     lm: FrozenLM,
-    forms: Sequence[tuple[int, int]],
+    forms: Sequence[tuple[int, ...]],
     with_ends: Callable[[list[list[int]]], set[int]],
 ) -> None:
     steps = 6 if lm.name == "embedded" else 12  # its loop from scratch takes long
@@ -565,7 +619,7 @@ def test_logprob_equals_reference(lm: FrozenLM) -> None:
 
 
 def test_samples_sharing_a_prefill_equal_separate_runs(lm: FrozenLM) -> None:
-    forms = [(0, 0), (3, 0), (0, 4), (2, 3)][-2 if lm.name == "embedded" else 0 :]
+    forms = [(0, 0), (3, 0), (0, 4, 1), (2, 3, 2)][-2 if lm.name == "embedded" else 0 :]
     prompts, rows = make_prompts(lm, forms), make_rows([3, 14, 1, 6][: len(forms)])
     config = DecodingConfig(max_new_tokens=6, temperature=0.9, top_p=0.9, n=3, seed=5)
     found = generate(lm, Prompt.stack(prompts), rows, config)

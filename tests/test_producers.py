@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.errors import RecipeError
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.states import states
 from shoulders.prompts.build import build_producer, producer_config, producer_kinds
 from shoulders.prompts.interface import Producer, Surroundings
 from shoulders.training.objective import Example, answer_losses
@@ -143,8 +145,35 @@ def test_start_is_the_static_prompt_exactly(spec: dict[str, Any], around: Surrou
         if not reads_input(other)
     ]
     same_form = [s for s in static if s.shape[1:] == content(found).shape[1:]]
-    assert len(same_form) == 1
-    assert torch.equal(content(found)[:1], same_form[0])
+    assert same_form
+    assert all(torch.equal(content(found)[:1], other) for other in same_form)
+
+
+def test_untrained_updates_change_nothing(spec: dict[str, Any], around: Surroundings) -> None:
+    if not takes(spec["kind"], "rank"):
+        pytest.skip("a producer without updates")
+    ids = [[5, 9, 20, 33]]
+    with torch.no_grad():
+        for producer, same in ((started(spec, around), True), (moved(spec, around), False)):
+            prompt = producer(TEXTS[:1])
+            assert prompt.updates is not None
+            plain = dataclasses.replace(prompt, updates=None)
+            found, expected = (
+                states(around.lm, p, around.lm.embed_rows(ids), [4]).values for p in (prompt, plain)
+            )
+            assert torch.equal(found, expected) == same
+
+
+@torch.no_grad()
+def test_inputs_of_one_skill_share_their_updates(
+    spec: dict[str, Any], around: Surroundings
+) -> None:
+    if not takes(spec["kind"], "rank"):
+        pytest.skip("a producer without updates")
+    producer, other = moved(spec, around), moved(spec, around)
+    updates = Prompt.stack([producer(TEXTS[:1]), other(TEXTS[:2]), producer(TEXTS)]).updates
+    assert updates is not None
+    assert updates.of == (0, 1, 1, 0, 0, 0, 0)
 
 
 def own_values(lm: FrozenLM, ids: Sequence[int], like: Tensor) -> Tensor:
@@ -233,7 +262,7 @@ def test_state_dict_holds_no_frozen_weights(spec: dict[str, Any], around: Surrou
     producer = build_producer(spec, around)
     trained = {name for name, _ in producer.named_parameters()}
     extra = sum(t.numel() for n, t in producer.state_dict().items() if n not in trained)
-    assert extra <= 2 * around.lm.prefix_shape.layers
+    assert extra <= 3 * around.lm.prefix_shape.layers  # units of keys, values, updates
     frozen = {id(p) for e in producer.encoders() for p in e.model.parameters()}
     frozen |= {id(p) for p in around.lm.model.parameters()}
     assert all(p.requires_grad and id(p) not in frozen for p in producer.parameters())

@@ -13,6 +13,7 @@ import yaml
 
 from shoulders.cli.app import main
 from shoulders.errors import RecipeError
+from shoulders.prompts.build import producer_kinds
 from shoulders.training.reader_recipe import is_reader, read_reader_recipe
 from shoulders.training.recipe import Recipe, make_recipe, read_recipe
 
@@ -135,7 +136,7 @@ def test_without_data_both_kinds_of_it_are_named() -> None:
 def test_an_unknown_kind_lists_the_known_ones(kind: Any) -> None:
     message = _message(lambda v: _prompt(v).update(kind=kind))
     assert "producer kind" in message
-    assert "idpt, idpt_kv, static, static_kv" in message
+    assert f"known: {', '.join(producer_kinds())}" in message
     assert kind != "statik" or "did you mean 'static'?" in message
 
 

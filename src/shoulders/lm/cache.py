@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.updates import Updates
 
 
 class Cache:
@@ -17,10 +18,14 @@ class Cache:
         values: `[layers, 2, slots, room, kv_heads, head_dim]`.
         slots: `[b]` int64, each row's slot.
         lengths: `[b]` int64, positions that each row holds.
+        updates: of each row's states between layers; they are applied to whatever is read.
     """
 
-    def __init__(self, values: Tensor, slots: Tensor, lengths: Tensor) -> None:
+    def __init__(
+        self, values: Tensor, slots: Tensor, lengths: Tensor, updates: Updates | None = None
+    ) -> None:
         self.values, self.slots, self.lengths = values, slots, lengths
+        self.updates = updates
 
     @classmethod
     def of(
@@ -41,11 +46,12 @@ class Cache:
                 zip(prompt.keys_values_mask, lengths.tolist(), strict=True)
             ):
                 values[:, :, row, :length] = arranged[:, :, row, mask]
-        return cls(values, torch.arange(b), lengths)
+        return cls(values, torch.arange(b), lengths, prompt.updates)
 
     def only_first(self) -> Cache:
         """Return a cache of the first row alone, which writes into the same block."""
-        return Cache(self.values, self.slots[:1], self.lengths[:1])
+        updates = self.updates.select([0]) if self.updates else None
+        return Cache(self.values, self.slots[:1], self.lengths[:1], updates)
 
     def copy_first(self, first: Cache) -> None:
         """Give every row what the first one has read since `only_first`."""
@@ -58,6 +64,8 @@ class Cache:
         self.values = self.values[:, :, self.slots.repeat_interleave(n)]
         self.lengths = self.lengths.repeat_interleave(n)
         self.slots = torch.arange(len(self.lengths))
+        if self.updates is not None:
+            self.updates = self.updates.repeat(n)
 
     def grow(self) -> None:
         """Double the room of every row."""
@@ -66,3 +74,5 @@ class Cache:
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these."""
         self.slots, self.lengths = self.slots[rows], self.lengths[rows]
+        if self.updates is not None:
+            self.updates = self.updates.select(rows.tolist())

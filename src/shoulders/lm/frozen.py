@@ -6,6 +6,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ from shoulders.lm.fused import Blocks
 from shoulders.lm.identity import lm_fingerprint, lm_tensors
 from shoulders.lm.int8 import Int8Linear
 from shoulders.lm.lent import device_of, held_tensors, size
+from shoulders.lm.masks import masks_by_position
 from shoulders.lm.quantized import Quantization
-from shoulders.lm.shard import Shards
+from shoulders.lm.shard import Shards, decoder_layers
+from shoulders.lm.updates import LayerHooks, Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,8 @@ class FrozenLM:
         positions: Tensor,
         cache: DynamicCache | None = None,
         taps: Sequence[int] = (),
+        updates: Updates | None = None,
+        owner: Tensor | None = None,
     ) -> Tensor:
         """Run the LM's layers.
 
@@ -213,6 +218,8 @@ class FrozenLM:
             taps: layers to return the states of instead: 0 is what the first layer reads, `i` what
                 the `i`-th has written. The last layer's, before the final norm, is seen through
                 fused layers only (`Blocks`).
+            updates: of the rows' states between layers.
+            owner: `[b, s]`, with updates: the row of each position; by default row `i` is `i`.
 
         Returns:
             Last hidden states after the final norm, `[b, s, d]`; with `k` taps `[k, b, s, d]`.
@@ -220,16 +227,20 @@ class FrozenLM:
         if self.shards is not None:
             self.shards.announce()
         if self.sliding_window and mask.dim() == 2 and mask.shape[1] > self.sliding_window:
-            mask = self._masks_by_position(mask, embeddings.shape[1])
+            layered = getattr(self.model.config, "layer_types", None) is not None
+            mask = masks_by_position(
+                mask, embeddings.shape[1], self.sliding_window, self.dtype, layered=layered
+            )
         arguments: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
-        output = self._body(
-            inputs_embeds=embeddings.to(self.dtype),
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            output_hidden_states=bool(taps),
-            **arguments,
-        )
+        with self._updating(updates, owner, embeddings.shape[:2]):
+            output = self._body(
+                inputs_embeds=embeddings.to(self.dtype),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=bool(taps),
+                **arguments,
+            )
         if taps:
             # Its last entry is normed: not what the last layer has written.
             return torch.stack([output.hidden_states[:-1][i].to(self.device) for i in taps])
@@ -281,22 +292,18 @@ class FrozenLM:
         """Where a device map has put the LM's modules; empty without one."""
         return getattr(self.model, "hf_device_map", None) or {}
 
-    def _masks_by_position(self, mask: Tensor, s: int) -> Any:
-        """Return additive masks for full and sliding layers, counting real positions only.
+    def _updating(
+        self, updates: Updates | None, owner: Tensor | None, shape: tuple[int, ...]
+    ) -> AbstractContextManager[None]:
+        if updates is None:
+            return nullcontext()
+        if owner is None:
+            owner = torch.arange(shape[0], device=self.device)[:, None].expand(shape)
+        return self._hooks.applying(updates, owner)
 
-        transformers' own sliding mask counts places, so that pads between a cached prefix and
-        a row's tokens would push the prefix out of the window too early.
-        """
-        place = torch.arange(mask.shape[1], device=mask.device)
-        position = mask.cumsum(1) - 1
-        seen = (place[None, :] <= place[-s:, None]) & mask.bool()[:, None]
-        near = position[:, None] > position[:, -s:, None] - (self.sliding_window or 0)
-        low = torch.finfo(self.dtype).min
-        zeros = torch.zeros(seen.shape, dtype=self.dtype, device=mask.device)[:, None]
-        full, sliding = (zeros.masked_fill(~m[:, None], low) for m in (seen, seen & near))
-        if getattr(self.model.config, "layer_types", None) is None:
-            return sliding
-        return {"full_attention": full, "sliding_attention": sliding}
+    @functools.cached_property
+    def _hooks(self) -> LayerHooks:
+        return LayerHooks(decoder_layers(self.model))
 
     @torch.no_grad()
     def _check_drivable(self) -> None:

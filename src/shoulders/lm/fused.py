@@ -24,6 +24,7 @@ from shoulders.lm.cache import Cache
 from shoulders.lm.kernels import available
 from shoulders.lm.layout import is_llama_style, laid_out
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.updates import Placed
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class Pack:
         rows: where each row lies.
         shared: positions of a prompt that all rows share.
         first_token: index in `t` of each row's first token.
+        updates: of the rows' states between layers, or None.
     """
 
     embeddings: Tensor
@@ -43,6 +45,7 @@ class Pack:
     rows: Rows
     shared: int
     first_token: list[int]
+    updates: Placed | None = None
 
 
 class Blocks:
@@ -92,7 +95,13 @@ class Blocks:
         embeddings = torch.cat(pieces)
         rows = self._rows(embeddings, spans, q, shared)
         prefix = self._prefix(prompt, len(spans), embeddings)
-        return Pack(embeddings, prefix, rows, shared, first)
+        updates = None
+        if prompt.updates is not None:
+            # What all rows share is updated as the first one is: its updates are theirs.
+            lengths = torch.tensor([length for _, length in spans])
+            owner = torch.arange(len(spans)).repeat_interleave(lengths) - int(shared > 0)
+            updates = prompt.updates.placed(owner.clamp_min(0))
+        return Pack(embeddings, prefix, rows, shared, first, updates)
 
     def hidden(self, pack: Pack, *, recompute: bool = False, taps: Sequence[int] = ()) -> Tensor:
         """Return last hidden states after the final norm, `[t, d]`; with taps `[k, t, d]`.
@@ -107,8 +116,10 @@ class Blocks:
         run = self._functions()
         x, prefixes = pack.embeddings, pack.prefix.unbind(0)
         written = [x]
-        for layer, prefix in zip(self.layers, prefixes, strict=True):
+        for number, (layer, prefix) in enumerate(zip(self.layers, prefixes, strict=True)):
             x = _Block.apply(x, prefix, layer, pack.rows, sizes, run, recompute)
+            if pack.updates is not None:
+                x = pack.updates.applied(number, x)
             if taps:
                 written.append(x)
         return self._result(x, written, taps)
@@ -136,10 +147,15 @@ class Blocks:
         rows = self._cached_rows(x, places, owner, offset, starts, lengths, cache)
         sizes = Sizes(self.heads, self.kv_heads, self.width, self.epsilon, 0)
         slots, run = cache.slots[owner], self._functions()
+        updates = cache.updates.placed(owner) if cache.updates is not None else None
         h, g = self.heads, self.kv_heads
         written = [x]
-        for layer, values in zip(self.layers, cache.values.unbind(0), strict=True):
+        for number, (layer, values) in enumerate(
+            zip(self.layers, cache.values.unbind(0), strict=True)
+        ):
             x, qkv, _ = run.forward(x, values, layer, rows, sizes)
+            if updates is not None:
+                x = updates.applied(number, x)
             split = qkv.view(len(x), h + 2 * g, self.width)
             values[0, slots, places] = split[:, h : h + g]
             values[1, slots, places] = split[:, h + g :]

@@ -34,6 +34,7 @@ class Packed:
         positions: `[1, t]` int64.
         cache: the prefix keys/values of all rows, `q` positions, or None.
         first_token: index in `t` of each row's first token, `b` of them.
+        owner: `[1, t]`, the row that each position belongs to; what all share is the first's.
     """
 
     embeddings: Tensor
@@ -41,6 +42,7 @@ class Packed:
     positions: Tensor
     cache: DynamicCache | None
     first_token: list[int]
+    owner: Tensor
 
 
 def can_pack(lm: FrozenLM, prompt: Prompt, counts: Sequence[int]) -> bool:
@@ -98,6 +100,7 @@ def pack(lm: FrozenLM, prompt: Prompt, embedded: Tensor, counts: Sequence[int]) 
         positions=torch.tensor(position, device=lm.device)[None],
         cache=prefix,
         first_token=first,
+        owner=owners.clamp_min(0).to(lm.device)[None],
     )
 
 

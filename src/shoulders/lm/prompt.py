@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from shoulders.lm.updates import Matrices, Updates
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Prompts for `b` rows: vectors at the input, per-layer keys/values, both, or neither.
+    """Prompts for `b` rows: vectors at the input, per-layer keys/values, updates, or none of them.
 
     Attributes:
         vectors: `[b, p, d]`, in the space of the LM's token embeddings.
@@ -21,6 +23,7 @@ class Prompt:
         keys_values_mask: `[b, q]` bool, True where a row really has that prefix position.
         shared: every row's prompt is the same, with no padding, so that it need be computed
             only once.
+        updates: of the states between the LM's layers, where there are any.
 
     `p` and `q` may be 0, so that a batch can mix rows of any form.
     """
@@ -30,6 +33,7 @@ class Prompt:
     keys_values: Tensor
     keys_values_mask: Tensor
     shared: bool = False
+    updates: Updates | None = None
 
     def __post_init__(self) -> None:
         b = self.vectors.shape[0]
@@ -44,6 +48,8 @@ class Prompt:
             )
         if self.keys_values_mask.shape != (b, self.keys_values.shape[4]):
             raise ValueError("keys_values_mask must be [b, q]")
+        if self.updates is not None and len(self.updates.of) != b:
+            raise ValueError(f"updates of {len(self.updates.of)} rows for {b} prompts")
 
     @classmethod
     def of_vectors(cls, vectors: Tensor) -> Prompt:
@@ -77,7 +83,12 @@ class Prompt:
             keys_values=self.keys_values.expand(rows, -1, -1, -1, -1, -1),
             keys_values_mask=self.keys_values_mask.expand(rows, -1),
             shared=True,
+            updates=self.updates.select([0] * rows) if self.updates else None,
         )
+
+    def updated(self, matrices: Matrices) -> Prompt:
+        """Return these prompts with low-rank updates of the states between the LM's layers."""
+        return replace(self, updates=Updates.alike(matrices, self.rows))
 
     @classmethod
     def empty(cls, rows: int, device: torch.device | str = "cpu") -> Prompt:
@@ -95,6 +106,7 @@ class Prompt:
             vector_mask=_stack_left_padded([p.vector_mask for p in prompts], dim=1),
             keys_values=_stack_left_padded([p.keys_values for p in prompts], dim=4),
             keys_values_mask=_stack_left_padded([p.keys_values_mask for p in prompts], dim=1),
+            updates=Updates.stack([p.updates for p in prompts], [p.rows for p in prompts]),
         )
 
     @property
@@ -115,6 +127,7 @@ class Prompt:
             keys_values=self.keys_values[index],
             keys_values_mask=self.keys_values_mask[index],
             shared=self.shared,
+            updates=self.updates.select(index.tolist()) if self.updates else None,
         )
 
 

@@ -150,7 +150,10 @@ class ModelReading:
         assert batch.cache is not None  # keep_cache
         self._cache, self._mask = batch.cache, batch.mask
         self.lengths = batch.lengths
-        states = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache, taps)
+        self._updates = prompt.updates
+        states = lm.hidden(
+            batch.embeddings, batch.mask, batch.positions, batch.cache, taps, prompt.updates
+        )
         width = states.shape[-2]
         self.states = torch.cat([states[..., i, width - n :, :] for i, n in enumerate(counts)], -2)
 
@@ -158,19 +161,28 @@ class ModelReading:
         """See `Reading`."""
         self._cache.batch_repeat_interleave(n)
         self._mask = self._mask.repeat_interleave(n, 0)
+        if self._updates is not None:
+            self._updates = self._updates.repeat(n)
         self.lengths = self.lengths.repeat_interleave(n)
 
     def keep(self, rows: Tensor) -> None:
         """See `Reading`."""
         self._cache.batch_select_indices(rows)
         self._mask, self.lengths = self._mask[rows], self.lengths[rows]
+        if self._updates is not None:
+            self._updates = self._updates.select(rows.tolist())
 
     @torch.no_grad()
     def append(self, embeddings: Tensor) -> None:
         """See `Reading`."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(embeddings), 1)], 1)
         states = self._lm.hidden(
-            embeddings[:, None], self._mask, self.lengths[:, None], self._cache, self._taps
+            embeddings[:, None],
+            self._mask,
+            self.lengths[:, None],
+            self._cache,
+            self._taps,
+            self._updates,
         )
         self.states = states[..., 0, :]
         self.lengths = self.lengths + 1

@@ -60,7 +60,8 @@ def score(
     batch = combine(lm, prompt, token_ids, pad="left", keep_cache=True)
     cache = batch.cache
     assert cache is not None  # keep_cache
-    hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, cache)
+    updates = prompt.updates
+    hidden = lm.hidden(batch.embeddings, batch.mask, batch.positions, cache, updates=updates)
     logits = lm.logits(hidden[:, -1])
     first, first_choice = torch.log_softmax(logits, -1), logits.argmax(-1)
 
@@ -86,7 +87,9 @@ def score(
         mask = torch.cat([batch.mask[owner], real[:, :-1].long()], 1)
         steps = torch.arange(ids.shape[1] - 1, device=lm.device)
         positions = (batch.lengths[owner][:, None] + steps) * real[:, :-1]
-        hidden = lm.hidden(lm.embed(ids[:, :-1]), mask, positions, cache)
+        if updates is not None:
+            updates = updates.select(owner.tolist())
+        hidden = lm.hidden(lm.embed(ids[:, :-1]), mask, positions, cache, updates=updates)
         at = real[:, 1:]
         token_logprobs[:, 1:][at], chosen[:, 1:][at] = _judged(lm, hidden[at], ids[:, 1:][at])
     sums = (token_logprobs * real).sum(1).tolist()

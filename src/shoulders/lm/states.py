@@ -55,10 +55,14 @@ def states(
         return States(lm.blocks.hidden(rows, recompute=recompute, taps=taps), rows.first_token)
     if can_pack(lm, prompt, counts):
         row = pack(lm, prompt, embedded, counts)
-        values = lm.hidden(row.embeddings, row.mask, row.positions, row.cache, taps)
+        values = lm.hidden(
+            row.embeddings, row.mask, row.positions, row.cache, taps, prompt.updates, row.owner
+        )
         return States(values[..., 0, :, :], row.first_token)
     batch = combine_embedded(lm, prompt, embedded, counts)
-    values = lm.hidden(batch.embeddings, batch.mask, batch.positions, batch.cache, taps)
+    values = lm.hidden(
+        batch.embeddings, batch.mask, batch.positions, batch.cache, taps, prompt.updates
+    )
     width = values.shape[-2]
     starts = [i * width + first for i, first in enumerate(batch.first_token.tolist())]
     return States(values.flatten(-3, -2), starts)

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -291,4 +292,4 @@ def as_prefix(lm: FrozenLM, prompt: Prompt) -> Prompt:
         lm.blocks.read(vectors.to(lm.dtype), [len(vectors)], cache)
     # [layers, 2, 1, room, heads, e] -> [1, layers, 2, heads, room, e]
     values = cache.values[:, :, 0, :length].transpose(2, 3)[None]
-    return Prompt.of_keys_values(values.clone())
+    return replace(Prompt.of_keys_values(values.clone()), updates=prompt.updates)

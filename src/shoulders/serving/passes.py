@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.updates import Updates
 from shoulders.recursion.chain import carried
 from shoulders.recursion.memory import Memory
 from shoulders.serving.pool import Pool
@@ -117,10 +118,11 @@ class Passes:
         taps: tuple[int, ...] = (),
     ) -> list[Tensor]:
         """Read one pass; prompt vectors stand before a row's first piece."""
-        pieces, before = [], []
+        pieces, before, updates = [], [], []
         for row, own in zip(rows, current, strict=True):
             entry = row.entry
             prompt = entry.prompt if level == LAST else entry.hops[level].prompt
+            updates.append(prompt.updates)
             vectors = prompt.vectors[0, prompt.vector_mask[0]] if row.tokens == 0 else None
             if vectors is not None and len(vectors):
                 pieces.append(torch.cat([vectors.to(own), own]))
@@ -130,7 +132,8 @@ class Passes:
                 before.append(0)
         slots = [row.slots[level] for row in rows]
         counts = [len(piece) for piece in pieces]
-        states = self._pool(level).read(torch.cat(pieces), counts, slots, taps)
+        together = Updates.stack(updates, [1] * len(rows))
+        states = self._pool(level).read(torch.cat(pieces), counts, slots, taps, together)
         found = states.split(counts, -2)
         return [own[..., p:, :] for own, p in zip(found, before, strict=True)]
 

@@ -12,6 +12,7 @@ from shoulders.lm.cache import Cache
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.fused import Blocks
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.updates import Updates
 
 STEP = 64  # positions by which the room of slots grows
 
@@ -82,14 +83,21 @@ class Pool:
             self._lengths, self._free = self._lengths[:0], []
 
     def read(
-        self, x: Tensor, counts: list[int], slots: list[int], taps: tuple[int, ...] = ()
+        self,
+        x: Tensor,
+        counts: list[int],
+        slots: list[int],
+        taps: tuple[int, ...] = (),
+        updates: Updates | None = None,
     ) -> Tensor:
         """Read `counts[r]` further positions `x [t, d]` of the rows in some slots.
+
+        `updates` are those of the rows' states between layers.
 
         Returns their hidden states, see `Blocks.read`.
         """
         index = torch.tensor(slots)
-        cache = Cache(self._values, index, self._lengths[index])
+        cache = Cache(self._values, index, self._lengths[index], updates)
         states = self._blocks.read(x.to(self._lm.dtype), counts, cache, taps)
         self._lengths[index] = cache.lengths
         return states

@@ -61,7 +61,12 @@ class VllmEngine:
         return bool(self._run(self._upstream.healthy()).result())
 
     def takes(self, prompt: Prompt) -> bool:
-        """Tell whether the server can read a prompt: keys/values need our connector in it."""
+        """Tell whether the server can read a prompt.
+
+        Keys/values need our connector in it; updates between its layers it has no place for.
+        """
+        if prompt.updates is not None:
+            return False
         return prompt.keys_values_mask.shape[1] == 0 or (
             self.findings.prefixes and prompt.vector_mask.shape[1] == 0
         )

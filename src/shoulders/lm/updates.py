@@ -1,0 +1,147 @@
+"""Low-rank updates of the states between the LM's layers: beside the weights, never in them.
+
+What layer `l` has written, `x`, goes on as `x + u B A n(x)`: `n` divides a position by its root
+mean square, `A` and `B` are a small trained pair of matrices for every layer, and `u` is the
+layer's own unit. It is an adapter in series (Houlsby et al. 2019, arXiv 1902.00751), without its
+nonlinearity and once a layer. Rows of other skills in the same batch go on as they are, or with
+matrices of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-6
+# From so many positions on a product's sums are the same, whatever their number: see `steady`.
+MANY = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrices:
+    """The pairs of one producer; rows that share them are computed together.
+
+    Attributes:
+        down: `A` of every layer, `[layers, d, r]`.
+        up: `B`, `[layers, r, d]`.
+        unit: `u`, `[layers]`.
+    """
+
+    down: Tensor
+    up: Tensor
+    unit: Tensor
+
+    def update(self, layer: int, x: Tensor) -> Tensor:
+        """Return `u B A n(x)` of states `[t, d]`."""
+        t = len(x)
+        wide = x.float()
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
+        if t < MANY and not torch.is_grad_enabled():
+            # A position's sums must not tell how many others stand beside it (promise 3).
+            normal = torch.cat([normal, normal.new_zeros(MANY - t, x.shape[1])])
+        read = normal.to(x.dtype) @ self.down[layer].to(x)
+        return (read @ self.up[layer].to(x))[:t] * self.unit[layer].to(x)
+
+
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """The updates of `b` rows.
+
+    Attributes:
+        sets: the matrices that rows use, each once.
+        of: for each row the index of its own among them, -1 for a row without updates.
+    """
+
+    sets: tuple[Matrices, ...]
+    of: tuple[int, ...]
+
+    @classmethod
+    def alike(cls, matrices: Matrices, rows: int) -> Updates:
+        """Return updates of `rows` rows with the same matrices."""
+        return cls((matrices,), (0,) * rows)
+
+    @classmethod
+    def stack(cls, several: Sequence[Updates | None], rows: Sequence[int]) -> Updates | None:
+        """Join updates along the rows; None stands for so many `rows` without any."""
+        sets: list[Matrices] = []
+        of: list[int] = []
+        for own, count in zip(several, rows, strict=True):
+            if own is None:
+                of += [-1] * count
+                continue
+            sets += [matrices for matrices in own.sets if matrices not in sets]
+            of += [-1 if i < 0 else sets.index(own.sets[i]) for i in own.of]
+        return cls(tuple(sets), tuple(of)) if sets else None
+
+    def select(self, rows: Sequence[int]) -> Updates:
+        """Return the updates of some rows, in that order."""
+        return Updates(self.sets, tuple(self.of[i] for i in rows))
+
+    def repeat(self, n: int) -> Updates:
+        """Return these updates with every row `n` times."""
+        return self.select([row for row in range(len(self.of)) for _ in range(n)])
+
+    def placed(self, owner: Tensor) -> Placed:
+        """Return them for positions of the rows `owner`, `[t]` int64."""
+        return Placed(self, owner)
+
+
+class Placed:
+    """Updates of positions: which matrices belong to which of them."""
+
+    def __init__(self, updates: Updates, owner: Tensor) -> None:
+        used = torch.tensor(updates.of, device=owner.device)[owner]
+        self._parts: list[tuple[Matrices, Tensor | None]] = []
+        for index, matrices in enumerate(updates.sets):
+            mine = used == index
+            if bool(mine.all()):  # no need to pick positions out and put them back
+                self._parts.append((matrices, None))
+            elif bool(mine.any()):
+                self._parts.append((matrices, mine.nonzero()[:, 0]))
+
+    def applied(self, layer: int, x: Tensor) -> Tensor:
+        """Return the states `[t, d]` that a layer has written, with their updates."""
+        for matrices, places in self._parts:
+            if places is None:
+                x = x + matrices.update(layer, x)
+            else:
+                x = x.index_add(0, places, matrices.update(layer, x[places]))
+        return x
+
+
+class LayerHooks:
+    """Applies updates in a Hugging Face model's own layers, for one call at a time.
+
+    The hooks stay on the layers and do nothing unless their thread is inside `applying`.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._now = threading.local()
+        for number, layer in enumerate(layers):
+            layer.register_forward_hook(self._hook(number))
+
+    @contextmanager
+    def applying(self, updates: Updates, owner: Tensor) -> Iterator[None]:
+        """Apply them to whatever this thread runs; `owner` `[b, s]` is each position's row."""
+        self._now.placed = updates.placed(owner.flatten())
+        try:
+            yield
+        finally:
+            self._now.placed = None
+
+    def _hook(self, number: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            placed: Placed | None = getattr(self._now, "placed", None)
+            if placed is None:
+                return output
+            states = output[0] if isinstance(output, tuple) else output
+            new = placed.applied(number, states.flatten(0, -2)).view(states.shape)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        return hook
