@@ -25,6 +25,7 @@ PROPOSE = {"n": 8, "temperature": 0.8, "max_new_tokens": 24}
 # Where every search begins: the settings of recipes/, and PEFT's own examples.
 PREFIX_RATES: dict[str, Any] = {"lr": 3e-2}
 WRITTEN_RATES: dict[str, Any] = {"lr": 1e-2, "lr_for": {"generator": 5e-4, "project": 1e-4}}
+RANK, UPDATES_RATE = 64, 1e-3
 LORA_RATE, FULL_RATE = 5e-4, 1e-4
 
 
@@ -62,8 +63,8 @@ class Method:
 def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
     """Return the methods of a plan in its order; matched ones are given their size here.
 
-    `static_kv_matched` is as long, and `lora_matched` of the rank, that comes nearest to the
-    trained parameters of `idpt_kv`.
+    `static_kv_matched` is as long, and `static_lowrank_matched` and `lora_matched` are of the rank,
+    that comes nearest to the trained parameters of `idpt_kv`.
     """
     encoder = functools.cache(load_encoder)
     return [_method(name, plan, lm, encoder) for name in plan.methods]
@@ -94,17 +95,27 @@ def _method(name: str, plan: Plan, lm: FrozenLM, encoder: Callable[[str], Frozen
     if name == "static_kv_matched":
         long = prompt("static_kv", plan, length=_matching_length(plan, lm, encoder))
         return Method(name, "frozen", [{"prompt": long}], PREFIX_RATES)
+    if name in ("static_lowrank", "static_lowrank_matched"):
+        matched = name == "static_lowrank_matched"
+        rank = _matching_updates(plan, lm, encoder) if matched else RANK
+        beside = [{"prompt": prompt("static_lowrank", plan, rank=rank)}]
+        return Method(name, "frozen", beside, {**PREFIX_RATES, "lr_for": {"updates": UPDATES_RATE}})
+    if name == "idpt_lowrank":
+        both = [{"prompt": prompt(name, plan, generator=GENERATOR, rank=RANK)}]
+        inside = {f"prefix.{part}": rate for part, rate in WRITTEN_RATES["lr_for"].items()}
+        rates = {"lr": WRITTEN_RATES["lr"], "lr_for": {**inside, "updates": UPDATES_RATE}}
+        return Method(name, "frozen", both, rates)
     if name == "idpt_kv_small":
         small = prompt("idpt_kv", plan, generator=SMALL)
         return Method(name, "frozen", [{"prompt": small}], WRITTEN_RATES)
-    rates: dict[str, dict[str, Any]] = {
+    first: dict[str, dict[str, Any]] = {
         "static": {"lr": 0.3},
         "static_kv": PREFIX_RATES,
         "idpt": {"lr": 1.0, "lr_for": {"generator": 1.5e-3, "project": 1.5e-3}},
         "idpt_kv": WRITTEN_RATES,
-    }[name]
+    }
     more = {"generator": GENERATOR} if name.startswith("idpt") else {}
-    return Method(name, "frozen", [{"prompt": prompt(name, plan, **more)}], rates)
+    return Method(name, "frozen", [{"prompt": prompt(name, plan, **more)}], first[name])
 
 
 def prompt(kind: str, plan: Plan, **settings: Any) -> dict[str, Any]:
@@ -126,6 +137,13 @@ def _matching_length(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEn
     wanted = parameters([{"prompt": prompt("idpt_kv", plan, generator=GENERATOR)}], lm, encoder)
     here = parameters([{"prompt": prompt("static_kv", plan)}], lm, encoder)
     return max(plan.length, round(wanted * plan.length / here))
+
+
+def _matching_updates(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
+    """Return the rank at which a static prefix with updates has as many parameters as `idpt_kv`."""
+    wanted = parameters([{"prompt": prompt("idpt_kv", plan, generator=GENERATOR)}], lm, encoder)
+    prefix = parameters([{"prompt": prompt("static_kv", plan)}], lm, encoder)
+    return max(1, round((wanted - prefix) / (2 * lm.layers * lm.hidden_size)))
 
 
 def _matching_rank(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:

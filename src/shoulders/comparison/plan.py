@@ -21,10 +21,11 @@ from shoulders.training.recipe import explain, located, read_values
 LEAST_ROWS = 10  # distinct rows: fewer cannot be split into three
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 BARE = ("zero_shot", "few_shot")
-FROZEN = ("static", "static_kv", "idpt", "idpt_kv", "static_kv_matched", "idpt_kv_small",
-          "textual", "neural")  # fmt: skip
+FROZEN = ("static", "static_kv", "static_lowrank", "idpt", "idpt_kv", "idpt_lowrank",
+          "static_kv_matched", "static_lowrank_matched", "idpt_kv_small", "textual",
+          "neural")  # fmt: skip
 TUNED = ("lora_r4", "lora_r16", "lora_r64", "lora_matched", "full")
-DEFAULT = (*BARE, "static", "static_kv", "idpt", "idpt_kv", "lora_r16", "full")
+DEFAULT = (*BARE, "static", "static_kv", "static_lowrank", "idpt", "idpt_kv", "lora_r16", "full")
 
 
 class _Part(BaseModel):

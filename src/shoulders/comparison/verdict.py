@@ -71,7 +71,8 @@ def _more_parameters(lines: Sequence[Line]) -> list[str]:
     """Is it the input that helps, or just more trained parameters?"""
     by_name = {line.name: line for line in lines}
     said = []
-    for one, other in (("idpt_kv", "static_kv_matched"), ("idpt_kv", "static_kv"),
+    for one, other in (("idpt_kv", "static_kv_matched"), ("idpt_kv", "static_lowrank_matched"),
+                       ("idpt_kv", "static_kv"), ("idpt_lowrank", "static_lowrank"),
                        ("idpt", "static")):  # fmt: skip
         if one in by_name and other in by_name:
             a, b = by_name[one], by_name[other]
