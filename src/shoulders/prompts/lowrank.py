@@ -10,12 +10,15 @@ from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
 from shoulders.lm.updates import Matrices
 
+ALPHA = 64  # the rank at which a unit is just what the layer adds
+
 
 class LowRank(nn.Module):
     """A pair of matrices of rank `r` for each of the LM's layers, `2 layers d r` numbers.
 
     The second one starts at zero, so that training starts from the LM as it is. Updates are counted
-    in what each layer itself adds to a position.
+    in what each layer itself adds to a position, divided by their rank as LoRA's are, so that one
+    learning rate suits every rank.
     """
 
     unit: Tensor
@@ -39,7 +42,7 @@ class LowRank(nn.Module):
         seen = states(lm, nothing, lm.embed(ids), counts, taps=taps).values[..., : len(ids), :]
         # The last layer's states are not to be had from every LM: it counts as the one before it.
         added = (seen[1:] - seen[:-1]).float().square().mean(-1).sqrt().median(-1).values
-        self.unit.copy_(torch.cat([added, added[-1:]]))
+        self.unit.copy_(torch.cat([added, added[-1:]]) * (ALPHA / self.down.shape[2]))
 
     def forward(self, prompt: Prompt) -> Prompt:
         """Return prompts with these updates."""
