@@ -1,4 +1,4 @@
-"""What a producer is. A fifth one is one file in `shoulders.prompts.producers`."""
+"""What a producer is. A further one is one file in `shoulders.prompts.producers`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Producer(Protocol):
     """A trainable `torch.nn.Module`: input texts -> prompts.
 
     It is given inputs and never targets (promise 2), and row `i` of its result depends on
-    text `i` alone (promise 3). Whether the result is vectors at the input or keys/values of
-    every layer is its own business: combiner, decoder and artefact treat all alike.
+    text `i` alone (promise 3). Whether the result is vectors at the input, keys/values of every
+    layer or updates of their states is its own business: combiner, decoder and artefact treat
+    all alike.
     """
 
     length: int
