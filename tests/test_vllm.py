@@ -91,6 +91,7 @@ def skills(folder: Path, lm: FrozenLM) -> Iterator[dict[str, Skill]]:
         "idpt": [{"prompt": idpt}],
         "static_kv": [{"prompt": {"kind": "static_kv", "length": 3}}],
         "idpt_kv": [{"prompt": {"kind": "idpt_kv", "length": 2, "generator": generator}}],
+        "lowrank": [{"prompt": {"kind": "static_lowrank", "length": 3, "rank": 2}}],
         "neural": [{"link": {"heads": 2, "skip": False}}, {"prompt": static}],
         "textual": [{"prompt": static, "propose": PROPOSE}, {"prompt": idpt}],
     }
@@ -192,7 +193,7 @@ def test_answers_are_the_local_engines(
         assert found.logprob == pytest.approx(alone.logprob, abs=1e-4)
         assert answers.text() == alone.text, "its pieces are the whole"
         assert job.prompt_tokens > 0
-    per_text = len(AWAY) + 1  # the textual one asks twice, the neural one stays here
+    per_text = len(AWAY) + 1  # the textual one asks twice, neural and low-rank ones stay here
     assert len(fake.requests) == per_text * len(TEXTS)
     assert engine.jobs == engine.running == 0
 

@@ -7,7 +7,6 @@ import inspect
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,18 +20,10 @@ from shoulders.lm.identity import lm_fingerprint, lm_tensors
 from shoulders.lm.int8 import Int8Linear
 from shoulders.lm.lent import device_of, held_tensors, size
 from shoulders.lm.masks import masks_by_position
+from shoulders.lm.prefix_shape import PrefixShape, prefix_shape
 from shoulders.lm.quantized import Quantization
 from shoulders.lm.shard import Shards, decoder_layers
 from shoulders.lm.updates import LayerHooks, Updates
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixShape:
-    """Shape of one position of the LM's key/value cache: `[layers, 2, kv_heads, head_dim]`."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
 
 
 class FrozenLM:
@@ -131,24 +122,7 @@ class FrozenLM:
     @functools.cached_property
     def prefix_shape(self) -> PrefixShape:
         """Shape of the key/value cache; raises `LMError` where layers differ in shape or place."""
-        if len({d for d in self._placed.values() if d not in ("cpu", "disk")}) > 1:
-            raise LMError(
-                f"{self.name}: its layers compute on several devices, where a key/value prefix "
-                "does not follow them; use a producer of input vectors, or another device_map"
-            )
-        cache = self.new_cache()
-        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        ones = torch.ones_like(ids)
-        with torch.no_grad():
-            self.hidden(self.embed(ids), ones, torch.zeros_like(ids), cache)
-        shapes = {(layer.keys.shape, layer.values.shape) for layer in cache.layers}
-        if len(shapes) != 1 or len({s for pair in shapes for s in pair}) != 1:
-            raise LMError(
-                f"{self.name}: its layers cache keys/values of different shapes, so a "
-                "key/value prefix does not fit; use a producer of input vectors"
-            )
-        _, kv_heads, _, head_dim = next(iter(shapes))[0]
-        return PrefixShape(len(cache.layers), kv_heads, head_dim)
+        return prefix_shape(self)
 
     @functools.cached_property
     def embedding_scale(self) -> float:
@@ -288,7 +262,7 @@ class FrozenLM:
     # -- inside --------------------------------------------------------------------------
 
     @property
-    def _placed(self) -> dict[str, Any]:
+    def placed(self) -> dict[str, Any]:
         """Where a device map has put the LM's modules; empty without one."""
         return getattr(self.model, "hf_device_map", None) or {}
 
