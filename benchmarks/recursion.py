@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/recursion.py neural --skill runs/multitask_neural --split test
 
 `textual`: over n samples of the first pass, the second pass beside the first pass's greedy answer,
-the majority of the samples (self-consistency) and the likeliest of them; and quality against mean
-passes through the gate. `neural`: the trained recursion beside its own last pass alone, and with
+the majority of the samples (self-consistency), the likeliest of them, and the share of rows where
+any of them is right, which no choosing can exceed; and quality against mean passes through the
+gate. `neural`: the trained recursion beside its own last pass alone, and with
 the Connector's output replaced by zeros, by another row's, by noise of its size: a gain that
 survives these placebos is not the recursion's; other skills of the same LM may be asked `--beside`.
 """
@@ -50,6 +51,7 @@ from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 CHOOSERS: tuple[Chooser, ...] = ("majority", "likeliest")
+CEILING = "any of them"
 PLACEBOS = ("zeros", "another row's", "noise")
 
 
@@ -114,6 +116,7 @@ def textual(
         for chooser in CHOOSERS:
             said = [chosen(own, chooser).text if own else "" for own in candidates]
             results.append(scored(chooser, rows, said, n=n, passes=1))
+        results.append(scored(CEILING, rows, best_of(rows, candidates), n=n, passes=1))
         room = skill.input_room(EVALUATION_DECODING.max_new_tokens)
         read = [
             shown(t, own, config, skill.count_tokens, room).text
@@ -124,6 +127,14 @@ def textual(
         seconds = [several[0].text for several in answers]
         results.append(scored("second pass", rows, seconds, n=n, passes=2))
     return results + gated(skill, rows, greedy, seconds, options)
+
+
+def best_of(rows: Sequence[Row], candidates: Sequence[Sequence[Candidate]]) -> list[str]:
+    """Return for each row a right candidate, if there is one."""
+    return [
+        next((c.text for c in own if exact_match(first_line(c.text), row.targets, normalize)), "")
+        for row, own in zip(rows, candidates, strict=True)
+    ]
 
 
 def proposed(samples: Sequence[Completion]) -> list[Candidate]:
@@ -249,7 +260,7 @@ def plot(path: Path, form: str, results: Sequence[dict[str, Any]]) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=form == "textual")
     if form == "textual":
-        for method in ("second pass", *CHOOSERS):
+        for method in ("second pass", *CHOOSERS, CEILING):
             own = [r for r in results if r["method"] == method]
             left.plot([r["n"] for r in own], [r["exact_match"] for r in own], "o-", label=method)
         first = results[0]
