@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/producers.py --runs runs/producers
 
-Each variant is 100 steps of 16 rows in int8, seed 0, all else as in `recipes/multitask_*.yaml`; what
-is compared is the loss on validation rows (6 a task: differences below 0.05 mean little). Test files
-are never read. Finished runs are kept, so that it can be stopped and started again.
+Each variant is 100 steps of 16 rows in int8, seed 0, all else as in `recipes/multitask_*.yaml`;
+what is compared is the loss on validation rows (6 a task: differences below 0.05 mean little). Test
+files are never read. Finished runs are kept, so that it can be stopped and started again.
 """
 
 from __future__ import annotations
