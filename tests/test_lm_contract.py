@@ -418,6 +418,22 @@ def test_prefix_of_another_shape_is_refused(tiny_lm: Callable[[str], FrozenLM]) 
         combine(tiny_lm("llama"), prompt, [[5, 6]])
 
 
+@torch.no_grad()
+def test_states_between_layers_are_the_updated_ones(exact_lm: FrozenLM) -> None:
+    lm, (ids,) = exact_lm, make_rows([4])
+    matrices, embedded = make_matrices(lm, 1), lm.embed_rows([ids])
+    plain, found = (
+        states.states(lm, prompt, embedded, [4], taps=(0, 1)).values[:, :4]
+        for prompt in (Prompt.empty(1), Prompt.empty(1).updated(matrices))
+    )
+    assert torch.equal(found[0], plain[0])
+    x = plain[1].double()
+    normal = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    change = normal @ matrices.down[0].double() @ matrices.up[0].double() * float(matrices.unit[0])
+    assert float(change.abs().max()) > 0.01 * float(x.std())
+    assert_close(found[1].double(), x + change)
+
+
 # -- packing -----------------------------------------------------------------------------
 
 

@@ -124,7 +124,8 @@ class LayerHooks:
     def __init__(self, layers: nn.ModuleList) -> None:
         self._now = threading.local()
         for number, layer in enumerate(layers):
-            layer.register_forward_hook(self._hook(number))
+            # First: transformers' own hooks, which keep states (`taps`), must see updated ones.
+            layer.register_forward_hook(self._hook(number), prepend=True)
 
     @contextmanager
     def applying(self, updates: Updates, owner: Tensor) -> Iterator[None]:
