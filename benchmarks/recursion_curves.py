@@ -30,6 +30,18 @@ SHOULDERS = [sys.executable, "-m", "shoulders"]
 STEPS = 200
 NEURAL, RIVAL = "multitask_neural", "multitask_neural_matched"
 CONNECTOR = "skill.passes.0.link"
+START = "Read the instruction and give only the short answer."
+WRITTEN = (
+    f"{{kind: idpt_kv, length: 10, init: {{source: text, text: {START}}}, "
+    "generator: {width: 228, layers: 2, heads: 6}}"
+)
+GENTLE = (
+    "training.optimizer={kind: adamw, lr: 5.0e-3, lr_for: {generator: 2.5e-4, project: 5.0e-5}}"
+)
+GENTLE_BOTH = (
+    "training.optimizer={kind: adamw, lr: 5.0e-3, lr_for: {passes.0.link: 5.0e-4, "
+    "passes.1.prompt.generator: 2.5e-4, passes.1.prompt.project: 5.0e-5}}"
+)
 # name: recipe, settings, rows per task (None: all)
 VARIANTS: dict[str, tuple[str, list[str], int | None]] = {
     "one pass": (RIVAL, [], None),
@@ -42,6 +54,14 @@ VARIANTS: dict[str, tuple[str, list[str], int | None]] = {
     "Connector 4 x 576": (
         NEURAL,
         [f"{CONNECTOR}.layers=4", f"{CONNECTOR}.width=576", f"{CONNECTOR}.heads=9"],
+        None,
+    ),
+    # A warm start: 200 further steps on other rows from the trained "one pass", with and without a
+    # Connector that begins at nothing.
+    "one pass, on from one": (RIVAL, ["start={passes.0.prompt: ONE PASS}", GENTLE], None),
+    "two passes, on from one": (
+        NEURAL,
+        ["start={passes.1.prompt: ONE PASS}", f"skill.passes.1.prompt={WRITTEN}", GENTLE_BOTH],
         None,
     ),
     "Connector's rate x 4": (NEURAL, ["training.optimizer.lr_for={passes.0.link: 2.0e-3}"], None),
@@ -89,6 +109,7 @@ def variant(name: str, options: argparse.Namespace) -> dict[str, Any]:
     seen = {(row["task"], row["input"]) for row in lines(train)}
     new = [row for row in lines(validation) if (row["task"], row["input"]) not in seen]
     write_text(judged, "".join(json.dumps(row) + "\n" for row in new))
+    first = options.runs.resolve() / "one_pass"
     if not (folder / "skill.json").is_file():
         values = [
             f"training.steps={STEPS}",
@@ -96,7 +117,8 @@ def variant(name: str, options: argparse.Namespace) -> dict[str, Any]:
             f"data.train=[{rows}]",
             f"data.validation=[{judged}]",
             "start={}",
-            *settings,
+            *(setting.replace("ONE PASS", str(first)) for setting in settings),
+            *(["training.seed=1"] if any("ONE PASS" in setting for setting in settings) else []),
         ]
         sets = [part for value in values for part in ("--set", value)]
         command = [*SHOULDERS, "train", ROOT / f"recipes/{recipe}.yaml", "--out", folder]
