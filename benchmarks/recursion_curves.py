@@ -162,10 +162,15 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
     for name in ("one pass", "two passes", "Connector's rate x 4"):
         if name in by_name:
             over_steps.plot(*zip(*by_name[name]["curve"], strict=True), marker="o", label=name)
+    for name in ("one pass, on from one", "two passes, on from one"):
+        if name in by_name:  # after the steps of what they go on from
+            points = [(STEPS + step, loss) for step, loss in by_name[name]["curve"]]
+            over_steps.plot(*zip(*points, strict=True), "--", marker="o", label=name)
     over_steps.set(xlabel="steps of 16 rows", ylabel="validation loss, nats")
     over_steps.legend()
     for form in ("one pass", "two passes"):
-        own = [r for r in results if r["variant"].split(",")[0] == form]
+        own = [r for r in results if r["variant"] == form or r["variant"].startswith(f"{form}, ")]
+        own = [r for r in own if not r["variant"].endswith("on from one")]
         points = sorted((r["rows"], r["curve"][-1][1]) for r in own)
         over_rows.plot(*zip(*points, strict=True), marker="o", label=form)
     over_rows.set(xlabel="training rows", xscale="log")
