@@ -67,6 +67,7 @@ def test_rows_are_the_demos_or_a_users(tmp_path: Path) -> None:
     assert (row["text"], row["answer"]) == ("hot\nAnswer:", " cold")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "figure"),
     [("train", "real_tokens_per_s"), ("generate", "new_tokens_per_s")],

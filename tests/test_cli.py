@@ -377,6 +377,7 @@ def test_eval_json_has_the_documented_keys(run: Command, skill: Path, data: Path
         assert text in result.out
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_to_the_last_digit(
     folder: Path, skill: Path, data: Path, run: Command, one_thread: None
 ) -> None:

@@ -81,6 +81,7 @@ def shoulders(cache: Path, *arguments: object) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_a_reader_is_trained_saved_asked_and_scored(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(tmp_path))
     cache, out, index = tmp_path / "cache", tmp_path / "out", tmp_path / "index"

@@ -306,6 +306,7 @@ def test_candidates_come_from_a_pass_that_has_not_seen_the_row(trained: Path) ->
     assert seen == 24
 
 
+@pytest.mark.slow
 def test_killed_at_any_stage_it_ends_the_same(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = trained / "given" / "textual.yaml"
