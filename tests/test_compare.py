@@ -197,6 +197,14 @@ def test_a_wide_interval_is_not_called_level(low: float, high: float, word: str)
     assert Difference((low + high) / 2, low, high).word == word
 
 
+def test_the_verdict_tells_the_input_from_the_size() -> None:
+    static, written = line("static_lowrank_matched", "frozen", 240), line("idpt_kv", "frozen", 200)
+    said = verdict([static, written, line("static_kv", "frozen", 100)], None, digest_equal=True)
+    assert any("input helps: idpt_kv against static_kv" in one for one in said)
+    assert any("does not read the input: static_lowrank_matched" in s and s.endswith("better.")
+               for s in said)  # fmt: skip
+
+
 def test_the_verdict_says_undecided() -> None:
     near = line("full", "tuned", 205)
     near.scores["a"].reverse()  # as good as the other, on other rows

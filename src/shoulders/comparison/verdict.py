@@ -71,7 +71,7 @@ def _more_parameters(lines: Sequence[Line]) -> list[str]:
     """Is it the input that helps, or just more trained parameters?"""
     by_name = {line.name: line for line in lines}
     said = []
-    for one, other in (("idpt_kv", "static_kv_matched"), ("idpt_kv", "static_lowrank_matched"),
+    for one, other in (("idpt_kv", "static_kv_matched"),
                        ("idpt_kv", "static_kv"), ("idpt_lowrank", "static_lowrank"),
                        ("idpt", "static")):  # fmt: skip
         if one in by_name and other in by_name:
@@ -82,6 +82,13 @@ def _more_parameters(lines: Sequence[Line]) -> list[str]:
                 f"Depending on the input {word}: {one} against {other} {gap} "
                 f"({a.trained_parameters:,} and {b.trained_parameters:,} trained parameters)."
             )
+    one, other = by_name.get("static_lowrank_matched"), by_name.get("idpt_kv")
+    if one and other:
+        gap = difference(one, other)
+        said.append(
+            f"As many parameters in a method that does not read the input: {one.name} against "
+            f"{other.name} {gap}, {gap.word}."
+        )
     return said
 
 
