@@ -82,12 +82,12 @@ def _more_parameters(lines: Sequence[Line]) -> list[str]:
                 f"Depending on the input {word}: {one} against {other} {gap} "
                 f"({a.trained_parameters:,} and {b.trained_parameters:,} trained parameters)."
             )
-    one, other = by_name.get("static_lowrank_matched"), by_name.get("idpt_kv")
-    if one and other:
-        gap = difference(one, other)
+    static, written = by_name.get("static_lowrank_matched"), by_name.get("idpt_kv")
+    if static and written:
+        gap = difference(static, written)
         said.append(
-            f"As many parameters in a method that does not read the input: {one.name} against "
-            f"{other.name} {gap}, {gap.word}."
+            f"As many parameters in a method that does not read the input: {static.name} against "
+            f"{written.name} {gap}, {gap.word}."
         )
     return said
 
