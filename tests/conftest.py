@@ -86,6 +86,8 @@ def _tiny_config(arch: str, vocabulary: int) -> Any:
     }
     if arch == "llama":
         return LlamaConfig(**common)
+    if arch == "llama64":  # sizes that fit the tiles of a processor's matrix unit
+        return LlamaConfig(**common | {"hidden_size": 64, "intermediate_size": 128})
     if arch == "qwen2":
         return Qwen2Config(**common)
     if arch == "qwen3":

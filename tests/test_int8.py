@@ -184,10 +184,12 @@ def test_rows_of_a_pack_are_bit_equal_to_rows_alone(
             assert float((state - alone).abs().max()) <= 1e-4
 
 
+@pytest.mark.parametrize("arch", ["llama", "llama64"])
 def test_compiled_layers_are_near_the_plain_ones(
-    fresh_lm: Callable[..., FrozenLM], monkeypatch: pytest.MonkeyPatch
+    fresh_lm: Callable[..., FrozenLM], monkeypatch: pytest.MonkeyPatch, arch: str
 ) -> None:
-    lm = int8_of(fresh_lm("llama"))
+    monkeypatch.setattr("shoulders.lm.head.available", lambda: None)  # has a test of its own
+    lm = int8_of(fresh_lm(arch))
 
     def run() -> list[Tensor]:
         prompt = prompt_for(lm, len(ROWS))
@@ -197,9 +199,27 @@ def test_compiled_layers_are_near_the_plain_ones(
 
     compiled = run()
     monkeypatch.setattr(fused, "available", lambda: None)
+    lm.blocks = fused.Blocks.of(lm.model)
     for mine, theirs in zip(compiled, run(), strict=True):
         # A level may fall to the other side where both sum in another order.
         assert float((mine - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_losses_of_a_packed_head_are_near_those_of_logits(
+    fresh_lm: Callable[..., FrozenLM],
+) -> None:
+    lm = int8_of(fresh_lm("llama64"))
+    states = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    targets = torch.arange(9) * 30
+    plain = torch.nn.functional.cross_entropy(lm.logits(states), targets, reduction="none")
+    found = lm.losses(states, targets)
+    weights = torch.arange(1.0, 10.0)
+    mine, theirs = (
+        torch.autograd.grad((losses * weights).sum(), states)[0] for losses in (found, plain)
+    )
+    # What rounding the head's weights to bfloat16 changes.
+    assert float((found - plain).abs().max()) < 0.02 * float(plain.abs().max())
+    assert float((mine - theirs).norm() / theirs.norm()) < 0.02
 
 
 def test_recomputed_gradients_are_bit_equal(

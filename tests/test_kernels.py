@@ -88,6 +88,61 @@ def test_products_are_scaled_and_added_to(compiled: Kernels) -> None:
     )
 
 
+@pytest.fixture
+def tiled(compiled: Kernels) -> Kernels:
+    if not compiled.tiles:
+        pytest.skip("this processor has no AMX")
+    return compiled
+
+
+@pytest.mark.parametrize("m", [1, 15, 16, 31, 32, 33, 70])
+@pytest.mark.parametrize(("n", "k"), [(64, 192), (192, 64)])
+def test_products_in_tiles(tiled: Kernels, m: int, n: int, k: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    levels = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=random)
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=random)
+    assert kernels.fits_tiles(weight)
+    laid = kernels.packed(weight)
+    exact = (levels.long() @ weight.long().T).int()
+    assert torch.equal(tiled.tile_product(levels, laid), exact)
+    scale, channel, bias, rest = drawn(m), drawn(n, seed=1), drawn(n, seed=2), drawn(m, n, seed=3)
+    for some in (
+        (channel, None, None),
+        (channel, bias, None),
+        (None, None, rest),
+        (channel, bias, rest),
+    ):
+        mine = tiled.tile_product(levels, laid, scale, *some)
+        assert close(mine, tiled.rescale(exact, scale, *some), 1e-6)
+
+
+@pytest.mark.parametrize("m", [1, 17, 32, 50, 64, 130])
+def test_losses_of_a_head_in_tiles(tiled: Kernels, m: int) -> None:
+    states, weight = drawn(m, 64, scale=2.0), drawn(224, 64, seed=1).bfloat16()
+    targets = torch.randint(0, 224, (m,), generator=torch.Generator().manual_seed(2))
+    laid, back = kernels.packed(weight), kernels.packed(weight.T)
+    losses, gradient = tiled.head_losses(states, laid, back, targets)
+    wide = states.double().requires_grad_(True)
+    wanted = torch.nn.functional.cross_entropy(wide @ weight.double().T, targets, reduction="none")
+    wanted.sum().backward()
+    assert gradient is not None
+    assert wide.grad is not None
+    # 16 bits of a state and of a logit's gradient are left; float32 sums.
+    assert close(losses.double(), wanted.detach(), 1e-4)
+    assert close(gradient.double(), wide.grad, 1e-4)
+    alone, none = tiled.head_losses(states[:1].contiguous(), laid, None, targets[:1])
+    assert none is None
+    assert torch.equal(alone, losses[:1]), "a row depends on what stands beside it"
+
+
+def test_nan_in_a_state_reaches_its_own_loss_only(tiled: Kernels) -> None:
+    states, weight = drawn(5, 64), drawn(64, 64, seed=1).bfloat16()
+    states[2, 3] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]
+    laid, targets = kernels.packed(weight), torch.arange(5)
+    losses, _ = tiled.head_losses(states, laid, None, targets)
+    assert torch.isfinite(losses).tolist() == [True, True, False, True, True]
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0, 300.0])
 def test_gates_and_their_gradient(compiled: Kernels, size: float) -> None:
     gate_up = drawn(6, 100, scale=size).requires_grad_()

@@ -11,14 +11,19 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from shoulders.lm.block import Layer, Matrix, Rows, Sizes, multiplied
-from shoulders.lm.kernels import Kernels
+from shoulders.lm.kernels import Kernels, fits_tiles, packed
 
 
 class Block8:
-    """`forward` and `backward` as in `shoulders.lm.block`."""
+    """`forward` and `backward` as in `shoulders.lm.block`.
+
+    Where the processor has AMX, weights are packed for its tiles when they are first multiplied,
+    once for each direction: a byte more for every weight that is read, two for one trained through.
+    """
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
+        self._packed: dict[tuple[int, bool], Tensor] = {}
 
     def forward(
         self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
@@ -45,7 +50,7 @@ class Block8:
         assert channel is not None
         product, scale = self._back(gradient, layer.down)
         levels, scale = kernels.gate_back_round(product, scale, gate_up, channel)
-        product = multiplied(levels, layer.gate_up.values)
+        product = self._multiplied_back(levels, layer.gate_up)
         g_middle = kernels.norm_back(
             product, scale, middle, layer.feed_norm, sizes.epsilon, gradient
         )
@@ -59,10 +64,28 @@ class Block8:
     def _times(
         self, rounded: tuple[Tensor, Tensor], matrix: Matrix, rest: Tensor | None = None
     ) -> Tensor:
-        levels, scale = rounded
+        (levels, scale), kernels = rounded, self._kernels
+        if self._tiled(matrix):
+            weights = self._laid(matrix.values, back=False)
+            return kernels.tile_product(levels, weights, scale, matrix.scale, matrix.bias, rest)
         product = multiplied(levels, matrix.values.T)
-        return self._kernels.rescale(product, scale, matrix.scale, matrix.bias, rest)
+        return kernels.rescale(product, scale, matrix.scale, matrix.bias, rest)
 
     def _back(self, gradient: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
         levels, scale = self._kernels.round_rows(gradient, matrix.scale)
-        return multiplied(levels, matrix.values), scale
+        return self._multiplied_back(levels, matrix), scale
+
+    def _multiplied_back(self, levels: Tensor, matrix: Matrix) -> Tensor:
+        if self._tiled(matrix):
+            return self._kernels.tile_product(levels, self._laid(matrix.values, back=True))
+        return multiplied(levels, matrix.values)
+
+    def _tiled(self, matrix: Matrix) -> bool:
+        return self._kernels.tiles and fits_tiles(matrix.values)
+
+    def _laid(self, weight: Tensor, *, back: bool) -> Tensor:
+        key = weight.data_ptr(), back
+        found = self._packed.get(key)
+        if found is None:  # two streams may both pack it: the same bytes
+            found = self._packed[key] = packed(weight.T if back else weight)
+        return found

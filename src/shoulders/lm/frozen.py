@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from shoulders.errors import LMError
 from shoulders.fingerprint import digest
 from shoulders.lm.fused import Blocks
+from shoulders.lm.head import Head
 from shoulders.lm.identity import lm_fingerprint, lm_tensors
 from shoulders.lm.int8 import Int8Linear
 from shoulders.lm.lent import device_of, held_tensors, size
@@ -230,6 +231,12 @@ class FrozenLM:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap is not None else logits
 
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return negative log-likelihoods `[n]` of `targets [n]` at hidden states `[n, d]`."""
+        if self._packed_head is not None:
+            return self._packed_head.losses(hidden, targets)
+        return nn.functional.cross_entropy(self.logits(hidden), targets, reduction="none")
+
     def settle(self) -> None:
         """Return when no process needs this one any more for the layers that they share."""
         if self.shards is not None:
@@ -258,6 +265,11 @@ class FrozenLM:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    @functools.cached_property
+    def _packed_head(self) -> Head | None:
+        capped = getattr(self.model.config, "final_logit_softcapping", None) is not None
+        return None if capped or self.precision != "int8" else Head.of(self._head)
 
     # -- inside --------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ all rows share is computed once. Other LMs, and other devices, keep to the Huggi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -113,7 +114,7 @@ class Blocks:
         a third more work for a tenth of the memory.
         """
         sizes = Sizes(self.heads, self.kv_heads, self.width, self.epsilon, pack.shared)
-        run = self._functions()
+        run = self._functions
         x, prefixes = pack.embeddings, pack.prefix.unbind(0)
         written = [x]
         for number, (layer, prefix) in enumerate(zip(self.layers, prefixes, strict=True)):
@@ -146,7 +147,7 @@ class Blocks:
         places = cache.lengths[owner] + offset
         rows = self._cached_rows(x, places, owner, offset, starts, lengths, cache)
         sizes = Sizes(self.heads, self.kv_heads, self.width, self.epsilon, 0)
-        slots, run = cache.slots[owner], self._functions()
+        slots, run = cache.slots[owner], self._functions
         updates = cache.updates.placed(owner) if cache.updates is not None else None
         h, g = self.heads, self.kv_heads
         written = [x]
@@ -201,6 +202,7 @@ class Blocks:
             cache.slots,
         )
 
+    @functools.cached_property
     def _functions(self) -> _Functions:
         first = self.layers[0]
         kernels = available() if first.attention_norm.dtype == torch.float32 else None

@@ -141,11 +141,17 @@ def _precision(dtype: Precision, device: Any) -> Any:
         return torch.float32
     if dtype == "bfloat16":
         return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if fast_bfloat16(device.type) else torch.float32
+
+
+def fast_bfloat16(device: str | None = None) -> bool:
+    """Tell whether the hardware multiplies bfloat16 faster than float32."""
+    import torch
+
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
+        return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = capabilities.get("amx_tile") or capabilities.get("avx512_bf16")
-    return torch.bfloat16 if fast else torch.float32
+    return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))
 
 
 def _explain(name: str, error: Exception) -> str:

@@ -70,4 +70,4 @@ def answer_losses(
         places += range(first, first + len(example.answer_ids))
     chosen = read.values[torch.tensor(places, device=lm.device)]
     targets = torch.tensor([i for e in examples for i in e.answer_ids], device=lm.device)
-    return torch.nn.functional.cross_entropy(lm.logits(chosen), targets, reduction="none")
+    return lm.losses(chosen, targets)
