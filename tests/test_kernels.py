@@ -114,6 +114,8 @@ def test_products_in_tiles(tiled: Kernels, m: int, n: int, k: int) -> None:
     ):
         mine = tiled.tile_product(levels, laid, scale, *some)
         assert close(mine, tiled.rescale(exact, scale, *some), 1e-6)
+        halved = tiled.tile_product(levels, laid, scale, *some, half=True)
+        assert torch.equal(halved, mine.bfloat16())
 
 
 @pytest.mark.parametrize("m", [1, 17, 32, 50, 64, 130])

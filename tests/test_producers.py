@@ -369,36 +369,29 @@ def test_cache_is_used_by_producers_without_encoder_prompt(
 def test_attention_is_what_the_prompt_is_written_with(
     spec: dict[str, Any], around: Surroundings
 ) -> None:
-    """Against the softmax by hand, of what the last layer's attention is given in `forward`."""
+    """Against torch's own attention module, with pads, of what the last layer is given."""
     if "generator" not in spec:
         pytest.skip("reads no input")
     producer: Any = moved(spec, around)
     generator = producer.generator
-    attention = generator.layers[-1].attention
+    last = generator.layers[-1]
     given: list[Any] = []
-    hook = attention.register_forward_hook(
-        lambda _, args, kwargs, out: given.append((*args, kwargs["key_padding_mask"], out[0])),
-        with_kwargs=True,
-    )
+    hooks = [
+        last.register_forward_hook(lambda _, args, out: given.extend(args)),
+        last.attention.out_proj.register_forward_hook(lambda _, args, out: given.append(out)),
+    ]
     producer(TEXTS)
-    hook.remove()
-    ((query, memory, _, padding, read),) = given
-    width, heads = attention.embed_dim, attention.num_heads
-    q, k, v = (
-        torch.nn.functional.linear(x, w, b).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for x, w, b in zip(
-            (query, memory, memory),
-            attention.in_proj_weight.split(width),
-            attention.in_proj_bias.split(width),
-            strict=True,
-        )
-    )
-    logits = q @ k.transpose(-1, -2) * (width // heads) ** -0.5
-    by_hand = logits.masked_fill(padding[:, None, None], float("-inf")).softmax(-1)
-    mixed = attention.out_proj((by_hand @ v).transpose(1, 2).flatten(-2))
+    for hook in hooks:
+        hook.remove()
+    read, x, memory, mask = given
+    padding = ~mask
+    padded = memory.new_full((*mask.shape, memory.shape[-1]), 7.0)  # what pads hold is not read
+    padded[mask] = memory
+    query = last.attention_norm(x)
+    mixed, weights = last.attention(query, padded, padded, key_padding_mask=padding)
     torch.testing.assert_close(mixed, read, rtol=1e-4, atol=1e-5)  # it is what forward does
     found = generator.attention(TEXTS)
-    torch.testing.assert_close(found, by_hand.mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, weights, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.sum(-1), torch.ones(len(TEXTS), LENGTH))
     for row, text in enumerate(TEXTS):
         tokens = generator.tokens(text)

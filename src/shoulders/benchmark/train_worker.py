@@ -15,6 +15,7 @@ from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.fit import example_of
+from shoulders.training.memory import keep_freed_memory
 from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer
 from shoulders.training.step import gradients, split
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rows-per-step", type=int, required=True)
     options = parser.parse_args()
 
+    keep_freed_memory()
     skill = new_skill(options)
     assert skill.trained is not None
     rates = {"static": 0.1, "idpt": 0.1}

@@ -55,7 +55,6 @@ static void gather(const rows_t *rows, size r, size head, size values, float *pl
  * keys or values serves all of them, and their sums do not wait for each other. Each is written for
  * a constant count, so that its sums stay in registers. */
 #define MOST 4
-#define INLINE static inline __attribute__((always_inline))
 
 /* y[c, 0..m) <- factor * (x[c, e] . turned [e, n]), and something in y up to a multiple of WIDE:
  * whole vectors always, since n is such a multiple. */

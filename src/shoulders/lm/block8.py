@@ -36,7 +36,7 @@ class Block8:
         read = kernels.attend(qkv, prefix, rows, sizes)
         middle = self._times(kernels.round_rows(read), layer.output, rest=x)
         levels = kernels.norm_round(middle, layer.feed_norm, sizes.epsilon)
-        gate_up = self._times(levels, layer.gate_up)
+        gate_up = self._times(levels, layer.gate_up, half=True)
         y = self._times(kernels.gate_round(gate_up), layer.down, rest=middle)
         return y, qkv, (x, prefix, qkv, middle, gate_up)
 
@@ -62,12 +62,23 @@ class Block8:
         return g_x, g_prefix
 
     def _times(
-        self, rounded: tuple[Tensor, Tensor], matrix: Matrix, rest: Tensor | None = None
+        self,
+        rounded: tuple[Tensor, Tensor],
+        matrix: Matrix,
+        rest: Tensor | None = None,
+        *,
+        half: bool = False,
     ) -> Tensor:
+        """Return `x W^T + bias + rest`; with `half` in bfloat16 where tiles make it.
+
+        What is kept for the way back costs as much to write and to read as the products take: half
+        of most of it is kept (the gates, whose product is rounded to eight bits next).
+        """
         (levels, scale), kernels = rounded, self._kernels
         if self._tiled(matrix):
             weights = self._laid(matrix.values, back=False)
-            return kernels.tile_product(levels, weights, scale, matrix.scale, matrix.bias, rest)
+            scales = scale, matrix.scale, matrix.bias
+            return kernels.tile_product(levels, weights, *scales, rest, half=half)
         product = multiplied(levels, matrix.values.T)
         return kernels.rescale(product, scale, matrix.scale, matrix.bias, rest)
 

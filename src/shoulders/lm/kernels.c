@@ -26,6 +26,17 @@ static uint32_t bits_of(float value) {
     return bits;
 }
 
+/* The upper half of a float: bfloat16. */
+typedef uint16_t half_t;
+
+static inline half_t to_half(float x) {
+    uint32_t bits = bits_of(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0; /* rounding could carry a NaN away */
+    return (half_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float of_half(half_t x) { return of_bits((uint32_t)x << 16); }
+
 /* Round one row to levels; returns its scale. */
 static float rounded(const float *x, int8_t *levels, size n) {
     uint32_t largest = 0;
@@ -96,31 +107,56 @@ void rescale(const int32_t *product, const float *scale, const float *channel, c
     }
 }
 
-/* levels, scale [m, n] <- silu(gate) * up, from gate_up [m, 2 n]. */
-void gate_round(const float *gate_up, int8_t *levels, float *scale, float *row, size m, size n) {
+/* Value i of floats, or of halves. Written for a constant `half`. */
+#define INLINE static inline __attribute__((always_inline))
+INLINE float value_of(const void *x, size i, int half) {
+    return half ? of_half(((const half_t *)x)[i]) : ((const float *)x)[i];
+}
+
+INLINE void gate_rows(const void *gate_up, int half, int8_t *levels, float *scale, float *row,
+                      size m, size n) {
     for (size j = 0; j < m; j++) {
-        const float *gate = gate_up + j * 2 * n, *up = gate + n;
-        for (size i = 0; i < n; i++) row[i] = gate[i] * sigmoid(gate[i]) * up[i];
+        size gate = j * 2 * n, up = gate + n;
+        for (size i = 0; i < n; i++) {
+            float g = value_of(gate_up, gate + i, half);
+            row[i] = g * sigmoid(g) * value_of(gate_up, up + i, half);
+        }
         scale[j] = rounded(row, levels + j * n, n);
+    }
+}
+
+/* levels, scale [m, n] <- silu(gate) * up, from gate_up [m, 2 n], floats or halves. */
+void gate_round(const void *gate_up, int64_t half, int8_t *levels, float *scale, float *row, size m,
+                size n) {
+    if (half) gate_rows(gate_up, 1, levels, scale, row, m, n);
+    else gate_rows(gate_up, 0, levels, scale, row, m, n);
+}
+
+INLINE void gate_back_rows(const int32_t *product, const float *product_scale, const void *gate_up,
+                           int half, const float *channel, int8_t *levels, float *scale,
+                           float *row, size m, size n) {
+    for (size j = 0; j < m; j++) {
+        size gates = j * 2 * n, ups = gates + n;
+        const int32_t *from = product + j * n;
+        float s = product_scale[j];
+        for (size i = 0; i < n; i++) {
+            float gate = value_of(gate_up, gates + i, half), up = value_of(gate_up, ups + i, half);
+            float g = (float)from[i] * s, on = sigmoid(gate);
+            row[i] = g * up * on * (1.0f + gate * (1.0f - on)) * channel[i];
+            row[n + i] = g * gate * on * channel[n + i];
+        }
+        scale[j] = rounded(row, levels + j * 2 * n, 2 * n);
     }
 }
 
 /* levels, scale [m, 2 n] <- gradient of gate_up * channel [2 n], where the gradient of
  * silu(gate) * up is product [m, n] * product_scale [m]. */
-void gate_back_round(const int32_t *product, const float *product_scale, const float *gate_up,
-                     const float *channel, int8_t *levels, float *scale, float *row, size m,
-                     size n) {
-    for (size j = 0; j < m; j++) {
-        const float *gate = gate_up + j * 2 * n, *up = gate + n;
-        const int32_t *from = product + j * n;
-        float s = product_scale[j];
-        for (size i = 0; i < n; i++) {
-            float g = (float)from[i] * s, on = sigmoid(gate[i]);
-            row[i] = g * up[i] * on * (1.0f + gate[i] * (1.0f - on)) * channel[i];
-            row[n + i] = g * gate[i] * on * channel[n + i];
-        }
-        scale[j] = rounded(row, levels + j * 2 * n, 2 * n);
-    }
+void gate_back_round(const int32_t *product, const float *product_scale, const void *gate_up,
+                     int64_t half, const float *channel, int8_t *levels, float *scale, float *row,
+                     size m, size n) {
+    if (half)
+        gate_back_rows(product, product_scale, gate_up, 1, channel, levels, scale, row, m, n);
+    else gate_back_rows(product, product_scale, gate_up, 0, channel, levels, scale, row, m, n);
 }
 
 /* y [m, n] <- rest + gradient of x through its RMS norm, where the norm's output has the

@@ -35,8 +35,6 @@ _PANEL, _BYTES, _GROUP = 32, 64, 64
 _POINTERS = {
     "round_rows": 5,
     "rescale": 6,
-    "gate_round": 4,
-    "gate_back_round": 7,
 }
 
 
@@ -60,7 +58,9 @@ class Kernels:
         ]
         self._c.norm_back.argtypes = [*[pointer] * 4, real, *[pointer] * 3, size, size]
         self._c.rotate.argtypes = [pointer, pointer, pointer, real, *[size] * 4]
-        self._c.tile_product.argtypes = [*[pointer] * 8, *[size] * 3]
+        self._c.gate_round.argtypes = [pointer, size, *[pointer] * 3, *[size] * 2]
+        self._c.gate_back_round.argtypes = [*[pointer] * 3, size, *[pointer] * 4, *[size] * 2]
+        self._c.tile_product.argtypes = [*[pointer] * 7, size, pointer, *[size] * 3]
         self._c.head_losses.argtypes = [*[pointer] * 8, *[size] * 3]
         self.tiles = bool(self._c.tiles_ready())
         self._c.attend.argtypes = [*[pointer] * 9, *[size] * 6]
@@ -106,18 +106,22 @@ class Kernels:
         channel: Tensor | None = None,
         bias: Tensor | None = None,
         rest: Tensor | None = None,
+        *,
+        half: bool = False,
     ) -> Tensor:
         """Return int8 `levels [m, k]` times packed weights `[n, k]`: `[m, n]` int32.
 
-        With `scale [m]` float32, as `rescale` makes it of them. Only where `tiles` is set.
+        With `scale [m]` float32, as `rescale` makes it of them; with `half` that in bfloat16. Only
+        where `tiles` is set.
         """
         m, k = levels.shape
         n = packed.shape[0] * _PANEL
-        y = torch.empty(m, n, dtype=torch.int32 if scale is None else torch.float32)
+        dtype = torch.bfloat16 if half else torch.float32
+        y = torch.empty(m, n, dtype=torch.int32 if scale is None else dtype)
         room = torch.empty(_PANEL * k, dtype=torch.int8)
         self._c.tile_product(
             *(_at(levels), _at(packed), _at(scale), _at(channel), _at(bias), _at(rest)),
-            *(_at(y), _at(room), m, n, k),
+            *(_at(y), half, _at(room), m, n, k),
         )
         return y
 
@@ -142,10 +146,14 @@ class Kernels:
         return losses, gradient
 
     def gate_round(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        """Return levels and scales of `silu(gate) * up`, from `gate_up [m, 2 n]`."""
+        """Return levels and scales of `silu(gate) * up`, from `gate_up [m, 2 n]`.
+
+        Here and in `gate_back_round` that may be bfloat16.
+        """
         m, n = gate_up.shape[0], gate_up.shape[1] // 2
         levels, scale, row = _room(m, n)
-        self._c.gate_round(_at(gate_up), _at(levels), _at(scale), _at(row), m, n)
+        half = gate_up.dtype == torch.bfloat16
+        self._c.gate_round(_at(gate_up), half, _at(levels), _at(scale), _at(row), m, n)
         return levels, scale
 
     def gate_back_round(
@@ -157,8 +165,9 @@ class Kernels:
         """
         m, n = product.shape
         levels, out, row = _room(m, 2 * n)
+        half = gate_up.dtype == torch.bfloat16
         self._c.gate_back_round(
-            *(_at(product), _at(scale), _at(gate_up), _at(channel)),
+            *(_at(product), _at(scale), _at(gate_up), half, _at(channel)),
             *(_at(levels), _at(out), _at(row), m, n),
         )
         return levels, out

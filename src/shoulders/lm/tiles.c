@@ -63,12 +63,12 @@ static void tile_sums(const int8_t *a, size stride, const int8_t *panel, size k,
 }
 
 /* y [m, n] <- a [m, k] times packed weights [n, k]: int32 sums, or, with `scale` [m], floats as
- * `rescale` makes of them. k is a multiple of 64 and n of 32; y begins at a multiple of 64 bytes.
+ * `rescale` makes of them, or the halves of those. k is a multiple of 64 and n of 32; y begins at a multiple of 64 bytes.
  * room: 32 k bytes. Floats go past the caches: those kept for the way back fill them otherwise,
  * and reading what is to be overwritten took longer than the product. */
 void tile_product(const int8_t *a, const int8_t *packed, const float *scale, const float *channel,
-                  const float *bias, const float *rest, void *y, int8_t *room, size m, size n,
-                  size k) {
+                  const float *bias, const float *rest, void *y, int64_t half, int8_t *room,
+                  size m, size n, size k) {
     configure();
     int32_t sums[PANEL * PANEL] __attribute__((aligned(64)));
     size whole_rows = m / PANEL * PANEL, left = m - whole_rows;
@@ -92,33 +92,29 @@ void tile_product(const int8_t *a, const int8_t *packed, const float *scale, con
                     memcpy((int32_t *)y + at, sum, PANEL * 4);
                     continue;
                 }
-                float *to = (float *)y + at;
-                __m512 own = _mm512_set1_ps(scale[i + r]);
+                __m512 own = _mm512_set1_ps(scale[i + r]), two[2];
                 for (size c = 0; c < PANEL; c += 16) {
                     __m512 value = _mm512_mul_ps(
                         _mm512_cvtepi32_ps(_mm512_load_si512(sum + c)), own);
                     if (channel) value = _mm512_mul_ps(value, _mm512_loadu_ps(channel + j + c));
                     if (bias) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + j + c));
                     if (rest) value = _mm512_add_ps(value, _mm512_loadu_ps(rest + at + c));
-                    _mm512_stream_ps(to + c, value);
+                    two[c / 16] = value;
+                }
+                if (half) {
+                    __m512bh both = _mm512_cvtne2ps_pbh(two[1], two[0]);
+                    _mm512_stream_si512((__m512i *)((half_t *)y + at), (__m512i)both);
+                } else {
+                    _mm512_stream_ps((float *)y + at, two[0]);
+                    _mm512_stream_ps((float *)y + at + 16, two[1]);
                 }
             }
         }
     _tile_release();
 }
 
-/* A float is split into two bfloat16, which hold 16 bits of it together. */
-typedef uint16_t half_t;
-
-static inline half_t to_half(float x) {
-    uint32_t bits = bits_of(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0; /* rounding could carry a NaN away */
-    return (half_t)((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline float of_half(half_t x) { return of_bits((uint32_t)x << 16); }
-
-/* high + low [32, stride] <- x [rows, n], zeros where there is no row. */
+/* A float is split into two halves, which hold 16 bits of it together.
+ * high + low [32, stride] <- x [rows, n], zeros where there is no row. */
 static void split_rows(const float *x, half_t *high, half_t *low, size rows, size n, size stride) {
     for (size r = 0; r < PANEL; r++)
         for (size i = 0; i < n; i++) {
@@ -211,9 +207,9 @@ void head_losses(const float *x, const half_t *packed, const half_t *packed_back
 #else
 int tiles_ready(void) { return 0; }
 void tile_product(const int8_t *a, const int8_t *packed, const float *scale, const float *channel,
-                  const float *bias, const float *rest, void *y, int8_t *room, size m, size n,
-                  size k) {
-    (void)a, (void)packed, (void)scale, (void)channel, (void)bias, (void)rest, (void)y;
+                  const float *bias, const float *rest, void *y, int64_t half, int8_t *room,
+                  size m, size n, size k) {
+    (void)half, (void)a, (void)packed, (void)scale, (void)channel, (void)bias, (void)rest, (void)y;
     (void)room, (void)m, (void)n, (void)k;
 }
 void head_losses(const float *x, const uint16_t *packed, const uint16_t *packed_back,

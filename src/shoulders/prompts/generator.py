@@ -120,14 +120,17 @@ class PromptGenerator(nn.Module):
         return [f"<soft {i}>" for i in range(1, soft + 1)] + [decode([one]) for one in ids]
 
     def _given(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries `[b, p, w]`, the encoded texts `[b, t, w]` and their mask `[b, t]`."""
+        """Return queries `[b, p, w]`, the texts' real positions `[n, w]`, and where they are.
+
+        The last one is `[b, t]`, True at the `n` real positions.
+        """
         if self._cache is not None:
             states, mask = self._cache.states(texts)
         else:
             assert self.encoder_prompt is not None
             ids = self._encoder.tokenize(texts, room=len(self.encoder_prompt))
             states, mask = self._encoder.states(ids, self.encoder_prompt)
-        memory = self.read_norm(self.read(states))
+        memory = self.read_norm(self.read(states[mask]))  # no pads are computed
         return self.queries.expand(len(texts), -1, -1), memory, mask
 
 
@@ -144,18 +147,34 @@ class CrossAttentionLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """Map `x [b, p, w]`, `memory [b, t, w]`, `mask [b, t]` (True = real) to `[b, p, w]`."""
-        read, _ = self.attention(
-            self.attention_norm(x), memory, memory, key_padding_mask=~mask, need_weights=False
+        """Map `x [b, p, w]`, given `memory [n, w]`, to `[b, p, w]`.
+
+        `memory` holds the `n` positions at which `mask [b, t]` is True, row after row.
+        """
+        queries, keys, values = self._projected(x, memory, mask)
+        read = nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask[:, None, None]
         )
-        x = x + read
+        x = x + self.attention.out_proj(read.transpose(1, 2).flatten(2))
         fed: Tensor = x + self.feed(self.feed_norm(x))
         return fed
 
     def weights(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """Return the attention weights of `forward`, mean over heads, `[b, p, t]`."""
-        _, weights = self.attention(
-            self.attention_norm(x), memory, memory, key_padding_mask=~mask, need_weights=True
+        queries, keys, _ = self._projected(x, memory, mask)
+        scores = queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
+        return scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1).mean(1)
+
+    def _projected(self, x: Tensor, memory: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries `[b, h, p, w / h]`, keys and values `[b, h, t, w / h]`."""
+        own, width = self.attention, x.shape[-1]
+        weight, bias = own.in_proj_weight, own.in_proj_bias
+        queries = nn.functional.linear(self.attention_norm(x), weight[:width], bias[:width])
+        real = nn.functional.linear(memory, weight[width:], bias[width:])
+        both = real.new_zeros(*mask.shape, 2 * width)
+        both[mask] = real
+        queries, keys, values = (
+            part.unflatten(2, (own.num_heads, -1)).transpose(1, 2)
+            for part in (queries, *both.split(width, 2))
         )
-        found: Tensor = weights
-        return found
+        return queries, keys, values

@@ -24,6 +24,7 @@ from shoulders.files import remove_partial, writing_to
 from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
+from shoulders.training.memory import keep_freed_memory
 from shoulders.training.monitor import monitor_of
 from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
@@ -110,6 +111,7 @@ def fit(
             save_checkpoint(out, progress, copied(producer), best, optimizer, stored)
 
     clock = [time.monotonic()]
+    keep_freed_memory()
     with (
         monitor_of(processes, out, config, progress.step, console) as monitor,
         Streams.of(skill.lm, config.streams) as passes,
