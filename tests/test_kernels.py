@@ -11,6 +11,7 @@ from torch import Tensor
 from shoulders.lm import block, kernels
 from shoulders.lm.block import Rows, Saved, Sizes
 from shoulders.lm.kernels import Kernels
+from shoulders.lm.tiles import Tiles, fits_tiles, packed
 
 EPSILON = 1e-5
 
@@ -89,22 +90,22 @@ def test_products_are_scaled_and_added_to(compiled: Kernels) -> None:
 
 
 @pytest.fixture
-def tiled(compiled: Kernels) -> Kernels:
-    if not compiled.tiles:
+def tiles(compiled: Kernels) -> Tiles:
+    if compiled.tiles is None:
         pytest.skip("this processor has no AMX")
-    return compiled
+    return compiled.tiles
 
 
 @pytest.mark.parametrize("m", [1, 15, 16, 31, 32, 33, 70])
 @pytest.mark.parametrize(("n", "k"), [(64, 192), (192, 64)])
-def test_products_in_tiles(tiled: Kernels, m: int, n: int, k: int) -> None:
+def test_products_in_tiles(compiled: Kernels, tiles: Tiles, m: int, n: int, k: int) -> None:
     random = torch.Generator().manual_seed(0)
     levels = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=random)
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=random)
-    assert kernels.fits_tiles(weight)
-    laid = kernels.packed(weight)
+    assert fits_tiles(weight)
+    laid = packed(weight)
     exact = (levels.long() @ weight.long().T).int()
-    assert torch.equal(tiled.tile_product(levels, laid), exact)
+    assert torch.equal(tiles.product(levels, laid), exact)
     scale, channel, bias, rest = drawn(m), drawn(n, seed=1), drawn(n, seed=2), drawn(m, n, seed=3)
     for some in (
         (channel, None, None),
@@ -112,18 +113,48 @@ def test_products_in_tiles(tiled: Kernels, m: int, n: int, k: int) -> None:
         (None, None, rest),
         (channel, bias, rest),
     ):
-        mine = tiled.tile_product(levels, laid, scale, *some)
-        assert close(mine, tiled.rescale(exact, scale, *some), 1e-6)
-        halved = tiled.tile_product(levels, laid, scale, *some, half=True)
+        mine = tiles.product(levels, laid, scale, *some)
+        assert close(mine, compiled.rescale(exact, scale, *some), 1e-6)
+        halved = tiles.product(levels, laid, scale, *some, half=True)
         assert torch.equal(halved, mine.bfloat16())
 
 
+@pytest.mark.parametrize("m", [1, 16, 33, 70])
+def test_products_of_halves_in_tiles(tiles: Tiles, m: int) -> None:
+    x, weight = drawn(m, 96).bfloat16(), drawn(64, 96, seed=1).bfloat16()
+    bias, rest, laid = drawn(64, seed=2), drawn(m, 64, seed=3), packed(weight)
+    plain = x.double() @ weight.double().T
+    assert close(tiles.product(x, laid).double(), plain, 1e-6)
+    both = tiles.product(x, laid, None, None, bias, rest)
+    assert close(both.double(), plain + bias + rest, 1e-6)
+    assert torch.equal(tiles.product(x, laid, None, None, bias, rest, half=True), both.bfloat16())
+    assert torch.equal(tiles.product(x[:1].contiguous(), laid), tiles.product(x, laid)[:1])
+    wide = drawn(m, 96, seed=4)
+    assert close(tiles.split_product(wide, laid).double(), wide.double() @ weight.double().T, 3e-5)
+
+
+def test_norms_and_gates_in_halves(tiles: Tiles) -> None:
+    x, weight, rest = drawn(5, 40).requires_grad_(True), drawn(40, seed=1), drawn(5, 40, seed=2)
+    plain = block.norm(x, weight, EPSILON)
+    assert close(tiles.norm_half(x.detach(), weight, EPSILON).float(), plain, 5e-3)
+    gradient = drawn(5, 40, seed=3)
+    (own,) = torch.autograd.grad(plain, x, gradient)
+    mine = tiles.norm_back(gradient, x.detach(), weight, EPSILON, rest)
+    assert close(mine, rest + own)
+    gate_up = drawn(5, 80, seed=4).bfloat16()
+    gates = gate_up.float().requires_grad_(True)
+    plain = torch.nn.functional.silu(gates[:, :40]) * gates[:, 40:]
+    assert close(tiles.gate_half(gate_up).float(), plain, 5e-3)
+    (own,) = torch.autograd.grad(plain, gates, gradient)
+    assert close(tiles.gate_back_half(gradient, gate_up).float(), own, 5e-3)
+
+
 @pytest.mark.parametrize("m", [1, 17, 32, 50, 64, 130])
-def test_losses_of_a_head_in_tiles(tiled: Kernels, m: int) -> None:
+def test_losses_of_a_head_in_tiles(tiles: Tiles, m: int) -> None:
     states, weight = drawn(m, 64, scale=2.0), drawn(224, 64, seed=1).bfloat16()
     targets = torch.randint(0, 224, (m,), generator=torch.Generator().manual_seed(2))
-    laid, back = kernels.packed(weight), kernels.packed(weight.T)
-    losses, gradient = tiled.head_losses(states, laid, back, targets)
+    laid, back = packed(weight), packed(weight.T)
+    losses, gradient = tiles.head_losses(states, laid, back, targets)
     wide = states.double().requires_grad_(True)
     wanted = torch.nn.functional.cross_entropy(wide @ weight.double().T, targets, reduction="none")
     wanted.sum().backward()
@@ -132,16 +163,16 @@ def test_losses_of_a_head_in_tiles(tiled: Kernels, m: int) -> None:
     # 16 bits of a state and of a logit's gradient are left; float32 sums.
     assert close(losses.double(), wanted.detach(), 1e-4)
     assert close(gradient.double(), wide.grad, 1e-4)
-    alone, none = tiled.head_losses(states[:1].contiguous(), laid, None, targets[:1])
+    alone, none = tiles.head_losses(states[:1].contiguous(), laid, None, targets[:1])
     assert none is None
     assert torch.equal(alone, losses[:1]), "a row depends on what stands beside it"
 
 
-def test_nan_in_a_state_reaches_its_own_loss_only(tiled: Kernels) -> None:
+def test_nan_in_a_state_reaches_its_own_loss_only(tiles: Tiles) -> None:
     states, weight = drawn(5, 64), drawn(64, 64, seed=1).bfloat16()
     states[2, 3] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]
-    laid, targets = kernels.packed(weight), torch.arange(5)
-    losses, _ = tiled.head_losses(states, laid, None, targets)
+    laid, targets = packed(weight), torch.arange(5)
+    losses, _ = tiles.head_losses(states, laid, None, targets)
     assert torch.isfinite(losses).tolist() == [True, True, False, True, True]
 
 

@@ -11,19 +11,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from shoulders.lm.block import Layer, Matrix, Rows, Sizes, multiplied
-from shoulders.lm.kernels import Kernels, fits_tiles, packed
+from shoulders.lm.kernels import Kernels
+from shoulders.lm.laid import Laid
 
 
 class Block8:
     """`forward` and `backward` as in `shoulders.lm.block`.
 
-    Where the processor has AMX, weights are packed for its tiles when they are first multiplied,
-    once for each direction: a byte more for every weight that is read, two for one trained through.
+    Where the processor has AMX, products are those of `shoulders.lm.tiles`.
     """
 
     def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
-        self._packed: dict[tuple[int, bool], Tensor] = {}
+        self._kernels, self._laid = kernels, Laid()
 
     def forward(
         self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
@@ -75,10 +74,10 @@ class Block8:
         of most of it is kept (the gates, whose product is rounded to eight bits next).
         """
         (levels, scale), kernels = rounded, self._kernels
-        if self._tiled(matrix):
-            weights = self._laid(matrix.values, back=False)
+        if kernels.tiles is not None and self._laid.fits(matrix.values):
+            weights = self._laid.forward(matrix.values)
             scales = scale, matrix.scale, matrix.bias
-            return kernels.tile_product(levels, weights, *scales, rest, half=half)
+            return kernels.tiles.product(levels, weights, *scales, rest, half=half)
         product = multiplied(levels, matrix.values.T)
         return kernels.rescale(product, scale, matrix.scale, matrix.bias, rest)
 
@@ -87,16 +86,7 @@ class Block8:
         return self._multiplied_back(levels, matrix), scale
 
     def _multiplied_back(self, levels: Tensor, matrix: Matrix) -> Tensor:
-        if self._tiled(matrix):
-            return self._kernels.tile_product(levels, self._laid(matrix.values, back=True))
+        tiles = self._kernels.tiles
+        if tiles is not None and self._laid.fits(matrix.values):
+            return tiles.product(levels, self._laid.back(matrix.values))
         return multiplied(levels, matrix.values)
-
-    def _tiled(self, matrix: Matrix) -> bool:
-        return self._kernels.tiles and fits_tiles(matrix.values)
-
-    def _laid(self, weight: Tensor, *, back: bool) -> Tensor:
-        key = weight.data_ptr(), back
-        found = self._packed.get(key)
-        if found is None:  # two streams may both pack it: the same bytes
-            found = self._packed[key] = packed(weight.T if back else weight)
-        return found

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from shoulders.lm import block
-from shoulders.lm.block import Layer, Rows, Sizes
+from shoulders.lm.block import Layer, Matrix, Rows, Sizes
 from shoulders.lm.block8 import Block8
+from shoulders.lm.block16 import Block16
 from shoulders.lm.block32 import Block32
 from shoulders.lm.cache import Cache
 from shoulders.lm.kernels import available
 from shoulders.lm.layout import is_llama_style, laid_out
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.tiles import Tiles, fits_tiles
 from shoulders.lm.updates import Placed
 
 
@@ -62,6 +64,12 @@ class Blocks:
         self.width = attention.head_dim
         self.epsilon = first.input_layernorm.variance_epsilon
         self.layers = [laid_out(layer) for layer in self._body.layers]
+        stored = self.layers[0].attention_norm.dtype
+        self._tiles = tiles_for(self.layers) if stored == torch.bfloat16 else None
+        # Of what goes in and comes out: float32 between bfloat16 products in tiles.
+        self.dtype = stored if self._tiles is None else torch.float32
+        if self._tiles is not None:
+            self.layers = [in_float32(layer) for layer in self.layers]
 
     @classmethod
     def of(cls, model: Any) -> Blocks | None:
@@ -79,6 +87,7 @@ class Blocks:
 
     def pack(self, prompt: Prompt, embedded: Tensor, counts: Sequence[int]) -> Pack:
         """Lay `b` rows of `[prompt ; embeddings]` end to end; `embedded` is `[t, d]`, without."""
+        embedded = embedded.to(self.dtype)
         q, p = prompt.keys_values.shape[4], prompt.vectors.shape[1]
         shared = p if prompt.shared else 0
         pieces, first, spans, at, start = [], [], [], 0, shared
@@ -140,7 +149,7 @@ class Blocks:
         Returns:
             Last hidden states after the final norm, `[t, d]`; with taps `[k, t, d]`.
         """
-        lengths = torch.tensor(counts)
+        x, lengths = x.to(self.dtype), torch.tensor(counts)
         starts = lengths.cumsum(0) - lengths
         owner = torch.arange(len(counts)).repeat_interleave(lengths)
         offset = torch.arange(len(x)) - starts[owner]
@@ -204,11 +213,11 @@ class Blocks:
 
     @functools.cached_property
     def _functions(self) -> _Functions:
-        first = self.layers[0]
-        kernels = available() if first.attention_norm.dtype == torch.float32 else None
-        if kernels is None:
+        if self.dtype != torch.float32 or (kernels := available()) is None:
             return block
-        return Block32(kernels) if first.qkv.scale is None else Block8(kernels)
+        if self._tiles is not None:
+            return Block16(kernels, self._tiles)
+        return Block32(kernels) if self.layers[0].qkv.scale is None else Block8(kernels)
 
     def _prefix(self, prompt: Prompt, b: int, like: Tensor) -> Tensor:
         """Return `[layers, 2, b, q, kv_heads, head_dim]`; a shared row comes first."""
@@ -247,6 +256,26 @@ class Blocks:
             torch.tensor([start for start, _ in spans]),
             torch.tensor([length for _, length in spans]),
         )
+
+
+def tiles_for(layers: Sequence[Layer]) -> Tiles | None:
+    """Return the processor's tiles, where it has them and every matrix fits."""
+    kernels = available()
+    if kernels is None or kernels.tiles is None:
+        return None
+    matrices = [m for layer in layers for m in layer if isinstance(m, Matrix)]
+    return kernels.tiles if all(fits_tiles(m.values) for m in matrices) else None
+
+
+def in_float32(layer: Layer) -> Layer:
+    """Return a layer whose norms and biases are float32; its matrices stay as they are."""
+
+    def wide(part: Tensor | Matrix) -> Any:
+        if isinstance(part, Tensor):
+            return part.float()
+        return part._replace(bias=None if part.bias is None else part.bias.float())
+
+    return Layer(*(wide(part) for part in layer))
 
 
 class _Functions(Protocol):

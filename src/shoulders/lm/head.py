@@ -1,6 +1,6 @@
-"""The LM's head for training in int8 where the processor has AMX: losses without kept logits.
+"""The LM's head where the processor has AMX: logits, and losses that keep none.
 
-The head's weights are rounded to bfloat16, which is what an LM is identified by; states and the
+The head's weights are taken in bfloat16, which is what an LM is identified by; states and the
 gradients of logits are split into two bfloat16 each, which hold 16 bits of a float32 together. A
 loss's gradient is a multiple of what is known as soon as the logits are, so both are computed at
 once and no logits are kept (the idea of Liger Kernel's fused cross-entropy, arXiv 2410.10989).
@@ -8,52 +8,65 @@ once and no logits are kept (the idea of Liger Kernel's fused cross-entropy, arX
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoulders.lm.kernels import Kernels, available, fits_tiles, packed
+from shoulders.lm.kernels import available
+from shoulders.lm.tiles import Tiles, fits_tiles, packed
 
 
 class Head:
-    """A head `[vocabulary, d]` without bias, packed for tiles."""
+    """A head `[vocabulary, d]` without bias, packed for tiles; for training once more, turned."""
 
-    def __init__(self, kernels: Kernels, weight: Tensor) -> None:
-        rounded = weight.detach().bfloat16()
-        self._kernels = kernels
-        self._forward, self._back = packed(rounded), packed(rounded.T)
+    def __init__(self, tiles: Tiles, weight: Tensor) -> None:
+        self._tiles, self._weight = tiles, weight
+        self._forward = packed(weight.bfloat16())
 
     @classmethod
     def of(cls, head: Any) -> Head | None:
         """Pack a linear layer, or return None where that does not fit or there are no tiles."""
-        weight, kernels = head.weight, available()
-        if kernels is None or not kernels.tiles or getattr(head, "bias", None) is not None:
+        kernels = available()
+        if kernels is None or kernels.tiles is None or getattr(head, "bias", None) is not None:
             return None
-        plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
-        return cls(kernels, weight) if plain and fits_tiles(weight.bfloat16()) else None
+        weight = head.weight.detach()
+        plain = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
+        return cls(kernels.tiles, weight) if plain and fits_tiles(weight.bfloat16()) else None
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return float32 logits `[n, vocabulary]` of states `[n, d]`; no gradient goes back."""
+        return self._tiles.split_product(states.detach().float().contiguous(), self._forward)
 
     def losses(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Return negative log-likelihoods `[n]` of `targets [n]`, for float32 states `[n, d]`."""
-        losses: Tensor = _HeadLosses.apply(
-            states, targets, self._kernels, self._forward, self._back
-        )
+        """Return negative log-likelihoods `[n]` of `targets [n]`, for states `[n, d]`."""
+        losses: Tensor = _HeadLosses.apply(states.float(), targets, self)
         return losses
+
+    @functools.cached_property
+    def _back(self) -> Tensor:
+        return packed(self._weight.bfloat16().T)
+
+    def losses_and_gradient(
+        self, states: Tensor, targets: Tensor, *, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return losses `[n]` and, if wanted, their gradients `[n, d]`."""
+        back = self._back if gradient else None
+        return self._tiles.head_losses(
+            states.contiguous(), self._forward, back, targets.contiguous()
+        )
 
 
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, targets: Tensor, kernels: Kernels, head: Tensor, back: Tensor
-    ) -> Tensor:
-        wanted = back if ctx.needs_input_grad[0] else None
-        losses, gradient = kernels.head_losses(
-            states.contiguous(), head, wanted, targets.contiguous()
-        )
+    def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        losses, gradient = head.losses_and_gradient(states, targets, gradient=wanted)
         ctx.save_for_backward(*(() if gradient is None else (gradient,)))
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (own,) = ctx.saved_tensors
-        return own * gradients[0][:, None], None, None, None, None
+        return own * gradients[0][:, None], None, None

@@ -23,15 +23,14 @@ from torch import Tensor
 from shoulders.errors import ShouldersError
 from shoulders.files import atomic_path, cache_folder
 from shoulders.lm.block import Rows, Sizes
+from shoulders.lm.tiles import Tiles
 
 _FLAGS = (
     *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math", "-mprefer-vector-width=512"),
 )
-_SOURCES = ("kernels.c", "attention.c", "tiles.c")  # one after the other, as one
+_SOURCES = ("kernels.c", "halves.c", "attention.c", "tiles.c")  # one after the other, as one
 _WIDE = 32  # as in attention.c
-# As in tiles.c: columns of a panel, bytes of a tile's row, rows of the head at a time.
-_PANEL, _BYTES, _GROUP = 32, 64, 64
 _POINTERS = {
     "round_rows": 5,
     "rescale": 6,
@@ -39,7 +38,11 @@ _POINTERS = {
 
 
 class Kernels:
-    """The compiled functions; tensors are contiguous, on the CPU, float32 unless said otherwise."""
+    """The compiled functions; tensors are contiguous, on the CPU, float32 unless said otherwise.
+
+    Attributes:
+        tiles: products in the processor's matrix unit, or None where it has none.
+    """
 
     def __init__(self, library: Path) -> None:
         self._c = ctypes.CDLL(str(library))
@@ -60,9 +63,7 @@ class Kernels:
         self._c.rotate.argtypes = [pointer, pointer, pointer, real, *[size] * 4]
         self._c.gate_round.argtypes = [pointer, size, *[pointer] * 3, *[size] * 2]
         self._c.gate_back_round.argtypes = [*[pointer] * 3, size, *[pointer] * 4, *[size] * 2]
-        self._c.tile_product.argtypes = [*[pointer] * 7, size, pointer, *[size] * 3]
-        self._c.head_losses.argtypes = [*[pointer] * 8, *[size] * 3]
-        self.tiles = bool(self._c.tiles_ready())
+        self.tiles = Tiles(self._c) if self._c.tiles_ready() else None
         self._c.attend.argtypes = [*[pointer] * 9, *[size] * 6]
         self._c.attend_back.argtypes = [*[pointer] * 10, *[size] * 6]
 
@@ -97,53 +98,6 @@ class Kernels:
             *(_at(product), _at(scale), _at(channel), _at(bias), _at(rest), _at(y)), *product.shape
         )
         return y
-
-    def tile_product(
-        self,
-        levels: Tensor,
-        packed: Tensor,
-        scale: Tensor | None = None,
-        channel: Tensor | None = None,
-        bias: Tensor | None = None,
-        rest: Tensor | None = None,
-        *,
-        half: bool = False,
-    ) -> Tensor:
-        """Return int8 `levels [m, k]` times packed weights `[n, k]`: `[m, n]` int32.
-
-        With `scale [m]` float32, as `rescale` makes it of them; with `half` that in bfloat16. Only
-        where `tiles` is set.
-        """
-        m, k = levels.shape
-        n = packed.shape[0] * _PANEL
-        dtype = torch.bfloat16 if half else torch.float32
-        y = torch.empty(m, n, dtype=torch.int32 if scale is None else dtype)
-        room = torch.empty(_PANEL * k, dtype=torch.int8)
-        self._c.tile_product(
-            *(_at(levels), _at(packed), _at(scale), _at(channel), _at(bias), _at(rest)),
-            *(_at(y), half, _at(room), m, n, k),
-        )
-        return y
-
-    def head_losses(
-        self, states: Tensor, packed: Tensor, packed_back: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return losses `[m]` of `targets [m]` and, with `packed_back`, gradients `[m, k]`.
-
-        The head's bfloat16 weights `[n, k]` are packed, and so is their transpose. Only where
-        `tiles` is set.
-        """
-        (m, k), n = states.shape, packed.shape[0] * _PANEL
-        losses = torch.empty(m)
-        gradient = None if packed_back is None else torch.empty(m, k)
-        rows = -(-min(m, _GROUP) // _PANEL) * _PANEL
-        logits = torch.empty(rows, n)
-        room = torch.empty(2 * rows * (max(n, k) + _PANEL), dtype=torch.bfloat16)
-        self._c.head_losses(
-            *(_at(states), _at(packed), _at(packed_back), _at(targets), _at(losses)),
-            *(_at(gradient), _at(logits), _at(room), m, n, k),
-        )
-        return losses, gradient
 
     def gate_round(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         """Return levels and scales of `silu(gate) * up`, from `gate_up [m, 2 n]`.
@@ -225,23 +179,6 @@ class Kernels:
             *(b, q, sizes.shared, sizes.heads, sizes.kv_heads, sizes.width),
         )
         return g_qkv, g_prefix
-
-
-def fits_tiles(weight: Tensor) -> bool:
-    """Tell whether a weight `[n, k]`, int8 or bfloat16, and its transpose can be packed."""
-    return all(
-        size % (_BYTES // weight.element_size()) == 0 == size % _PANEL for size in weight.shape
-    )
-
-
-def packed(weight: Tensor) -> Tensor:
-    """Return weights `[n, k]`, int8 or bfloat16, laid out for tiles: `[n / 32, ...]`.
-
-    A tile's row holds four (int8) or two (bfloat16) neighbours in `k` of 16 columns.
-    """
-    (n, k), beside = weight.shape, 4 // weight.element_size()
-    panels = weight.reshape(n // _PANEL, 2, 16, k // (16 * beside), 16, beside)
-    return panels.permute(0, 3, 1, 4, 2, 5).contiguous()
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def begun(
     longest = max(counts) + int(prompt.lengths().max()) + room
     in_window = lm.sliding_window is None or longest <= lm.sliding_window
     if lm.blocks is not None and in_window:
-        return BlocksReading(lm, lm.blocks, prompt, embedded, counts, room, taps)
+        return BlocksReading(lm.blocks, prompt, embedded, counts, room, taps)
     return ModelReading(lm, prompt, embedded, counts, taps)
 
 
@@ -77,7 +77,6 @@ class BlocksReading:
 
     def __init__(
         self,
-        lm: FrozenLM,
         blocks: Blocks,
         prompt: Prompt,
         embedded: Tensor,
@@ -89,17 +88,17 @@ class BlocksReading:
         longest = max(counts) + int(prompt.lengths().max())
         # Most answers are short: room for a long one is made when it is needed.
         first_room = longest + min(room, FIRST_ROOM)
-        self._cache = Cache.of(prompt, blocks.cache_shape, first_room, lm.dtype)
+        self._cache = Cache.of(prompt, blocks.cache_shape, first_room, blocks.dtype)
         vectors: list[Tensor] = []
         if prompt.shared and prompt.vectors.shape[1]:
             # Read once what all rows begin with.
             first = self._cache.only_first()
-            blocks.read(prompt.vectors[0].to(lm.dtype), [prompt.vectors.shape[1]], first)
+            blocks.read(prompt.vectors[0].to(blocks.dtype), [prompt.vectors.shape[1]], first)
             self._cache.copy_first(first)
         elif prompt.vectors.shape[1]:
             both = zip(prompt.vectors, prompt.vector_mask, strict=True)
-            vectors = [own[mask].to(lm.dtype) for own, mask in both]
-        pieces: list[Tensor] = list(embedded.to(lm.dtype).split(list(counts)))
+            vectors = [own[mask].to(blocks.dtype) for own, mask in both]
+        pieces: list[Tensor] = list(embedded.to(blocks.dtype).split(list(counts)))
         if vectors:
             own = [len(v) for v in vectors]
             pieces = [piece for pair in zip(vectors, pieces, strict=True) for piece in pair]

@@ -33,9 +33,10 @@ static void configure(void) {
     _tile_loadconfig(&shapes);
 }
 
-/* Sums [32, 32] of 32 rows of a (16, unless `two`) with one panel. */
-static void tile_sums(const int8_t *a, size stride, const int8_t *panel, size k, int two,
-                      int32_t *sums, size to) {
+/* Sums [32, 32] of 32 rows of a (16, unless `two`) with one panel: of int8, or of halves. k and
+ * the stride are in bytes. Written for constant `two` and `halves`. */
+INLINE void tile_sums(const char *a, size stride, const char *panel, size k, int two, int halves,
+                      void *sums, size to) {
     _tile_zero(0);
     _tile_zero(1);
     if (two) {
@@ -46,32 +47,56 @@ static void tile_sums(const int8_t *a, size stride, const int8_t *panel, size k,
         _tile_loadd(4, a + i, stride);
         _tile_loadd(6, panel, BYTES);
         _tile_loadd(7, panel + ROWS * BYTES, BYTES);
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbssd(1, 4, 7);
-        if (two) {
-            _tile_loadd(5, a + ROWS * stride + i, stride);
-            _tile_dpbssd(2, 5, 6);
-            _tile_dpbssd(3, 5, 7);
+        if (two) _tile_loadd(5, a + ROWS * stride + i, stride);
+        if (halves) {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (two) {
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        } else {
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            if (two) {
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
+            }
         }
     }
-    _tile_stored(0, sums, to * 4);
-    _tile_stored(1, sums + ROWS, to * 4);
+    char *at = sums;
+    _tile_stored(0, at, to * 4);
+    _tile_stored(1, at + ROWS * 4, to * 4);
     if (two) {
-        _tile_stored(2, sums + ROWS * to, to * 4);
-        _tile_stored(3, sums + ROWS * to + ROWS, to * 4);
+        _tile_stored(2, at + ROWS * to * 4, to * 4);
+        _tile_stored(3, at + ROWS * to * 4 + ROWS * 4, to * 4);
     }
 }
 
-/* y [m, n] <- a [m, k] times packed weights [n, k]: int32 sums, or, with `scale` [m], floats as
- * `rescale` makes of them, or the halves of those. k is a multiple of 64 and n of 32; y begins at a multiple of 64 bytes.
- * room: 32 k bytes. Floats go past the caches: those kept for the way back fill them otherwise,
- * and reading what is to be overwritten took longer than the product. */
-void tile_product(const int8_t *a, const int8_t *packed, const float *scale, const float *channel,
-                  const float *bias, const float *rest, void *y, int64_t half, int8_t *room,
-                  size m, size n, size k) {
+static void tile_sums_of(const char *a, const char *panel, size k, int two, int halves, void *sums,
+                         size to) {
+    if (halves) {
+        if (two) tile_sums(a, k, panel, k, 1, 1, sums, to);
+        else tile_sums(a, k, panel, k, 0, 1, sums, to);
+    } else {
+        if (two) tile_sums(a, k, panel, k, 1, 0, sums, to);
+        else tile_sums(a, k, panel, k, 0, 0, sums, to);
+    }
+}
+
+/* y [m, n] <- a [m, k] times packed weights [n, k], plus bias [n] and rest [m, n] where given.
+ *
+ * int8: int32 sums, or, with `scale` [m], floats as `rescale` makes of them. `halves`: floats. With
+ * `half` floats are rounded to halves. k, in bytes, is a multiple of 64 and n of 32; y begins at a
+ * multiple of 64 bytes. room: 32 k bytes. Floats go past the caches: those kept for the way
+ * back fill them otherwise, and reading what is to be overwritten took longer than the product. */
+void tile_product(const char *a, const char *packed, int64_t halves, const float *scale,
+                  const float *channel, const float *bias, const float *rest, void *y,
+                  int64_t half, char *room, size m, size n, size k) {
     configure();
     int32_t sums[PANEL * PANEL] __attribute__((aligned(64)));
     size whole_rows = m / PANEL * PANEL, left = m - whole_rows;
+    int as_they_are = !scale && !bias && !rest && !half;
     if (left) { /* the last rows, filled up with zeros */
         memcpy(room, a + whole_rows * k, left * k);
         memset(room + left * k, 0, (PANEL - left) * k);
@@ -79,23 +104,24 @@ void tile_product(const int8_t *a, const int8_t *packed, const float *scale, con
     for (size j = 0; j < n; j += PANEL, packed += PANEL * k)
         for (size i = 0; i < m; i += PANEL) {
             size rows = m - i < PANEL ? m - i : PANEL;
-            const int8_t *from = rows < PANEL ? room : a + i * k;
-            if (!scale && rows == PANEL) {
-                tile_sums(from, k, packed, k, 1, (int32_t *)y + i * n + j, n);
+            const char *from = rows < PANEL ? room : a + i * k;
+            if (as_they_are && rows == PANEL) {
+                tile_sums_of(from, packed, k, 1, halves, (int32_t *)y + i * n + j, n);
                 continue;
             }
-            tile_sums(from, k, packed, k, rows > ROWS, sums, PANEL);
+            tile_sums_of(from, packed, k, rows > ROWS, halves, sums, PANEL);
             for (size r = 0; r < rows; r++) {
                 const int32_t *sum = sums + r * PANEL;
                 size at = (i + r) * n + j;
-                if (!scale) {
+                if (as_they_are) {
                     memcpy((int32_t *)y + at, sum, PANEL * 4);
                     continue;
                 }
-                __m512 own = _mm512_set1_ps(scale[i + r]), two[2];
+                __m512 own = _mm512_set1_ps(scale ? scale[i + r] : 1.0f), two[2];
                 for (size c = 0; c < PANEL; c += 16) {
-                    __m512 value = _mm512_mul_ps(
-                        _mm512_cvtepi32_ps(_mm512_load_si512(sum + c)), own);
+                    __m512i bits = _mm512_load_si512(sum + c);
+                    __m512 value = halves ? _mm512_castsi512_ps(bits)
+                                          : _mm512_mul_ps(_mm512_cvtepi32_ps(bits), own);
                     if (channel) value = _mm512_mul_ps(value, _mm512_loadu_ps(channel + j + c));
                     if (bias) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + j + c));
                     if (rest) value = _mm512_add_ps(value, _mm512_loadu_ps(rest + at + c));
@@ -126,7 +152,7 @@ static void split_rows(const float *x, half_t *high, half_t *low, size rows, siz
 }
 
 /* y [rows, n] <- (high + low) [32, k] times one panel, into its columns from j on. */
-static void half_panel(const half_t *high, const half_t *low, size stride, const half_t *panel,
+static void split_panel(const half_t *high, const half_t *low, size stride, const half_t *panel,
                        float *y, size rows, size n, size k, size j) {
     float sums[PANEL * PANEL] __attribute__((aligned(64)));
     size bytes = stride * 2;
@@ -161,8 +187,8 @@ static void half_panel(const half_t *high, const half_t *low, size stride, const
 /* y [m, n] <- x [m, k] times packed bfloat16 weights [n, k]; n and k are multiples of 32.
  * room: whole(m) * (k + 32) * 2 halves, whole(m) being m rounded up to 32. Rows of the room are
  * 64 bytes longer than k, lest they all fall into one set of the cache. */
-static void half_product(const float *x, const half_t *packed, float *y, half_t *room, size m,
-                         size n, size k) {
+void split_product(const float *x, const half_t *packed, float *y, half_t *room, size m, size n,
+                   size k) {
     size stride = k + PANEL, blocks = (m + PANEL - 1) / PANEL;
     half_t *low = room + blocks * PANEL * stride;
     for (size b = 0; b < blocks; b++) {
@@ -173,7 +199,7 @@ static void half_product(const float *x, const half_t *packed, float *y, half_t 
     for (size j = 0; j < n; j += PANEL, packed += PANEL * k)
         for (size b = 0; b < blocks; b++) {
             size rows = m - b * PANEL < PANEL ? m - b * PANEL : PANEL, at = b * PANEL * stride;
-            half_panel(room + at, low + at, stride, packed, y + b * PANEL * n, rows, n, k, j);
+            split_panel(room + at, low + at, stride, packed, y + b * PANEL * n, rows, n, k, j);
         }
     _tile_release();
 }
@@ -187,7 +213,7 @@ void head_losses(const float *x, const half_t *packed, const half_t *packed_back
                  size m, size n, size k) {
     for (size i = 0; i < m; i += GROUP) {
         size rows = m - i < GROUP ? m - i : GROUP;
-        half_product(x + i * k, packed, logits, room, rows, n, k);
+        split_product(x + i * k, packed, logits, room, rows, n, k);
         for (size r = 0; r < rows; r++) {
             float *y = logits + r * n, largest = y[0], sum = 0.0f, own = y[targets[i + r]];
             for (size j = 1; j < n; j++) largest = y[j] > largest ? y[j] : largest;
@@ -201,21 +227,9 @@ void head_losses(const float *x, const half_t *packed, const half_t *packed_back
             for (size j = 0; j < n; j++) y[j] *= inverse;
             y[targets[i + r]] -= 1.0f;
         }
-        if (g) half_product(logits, packed_back, g + i * k, room, rows, k, n);
+        if (g) split_product(logits, packed_back, g + i * k, room, rows, k, n);
     }
 }
 #else
 int tiles_ready(void) { return 0; }
-void tile_product(const int8_t *a, const int8_t *packed, const float *scale, const float *channel,
-                  const float *bias, const float *rest, void *y, int64_t half, int8_t *room,
-                  size m, size n, size k) {
-    (void)half, (void)a, (void)packed, (void)scale, (void)channel, (void)bias, (void)rest, (void)y;
-    (void)room, (void)m, (void)n, (void)k;
-}
-void head_losses(const float *x, const uint16_t *packed, const uint16_t *packed_back,
-                 const int64_t *targets, float *losses, float *g, float *logits, uint16_t *room,
-                 size m, size n, size k) {
-    (void)x, (void)packed, (void)packed_back, (void)targets, (void)losses, (void)g;
-    (void)logits, (void)room, (void)m, (void)n, (void)k;
-}
 #endif

@@ -286,10 +286,10 @@ def as_prefix(lm: FrozenLM, prompt: Prompt) -> Prompt:
     """Return the keys/values that an LM computes of a prompt of one row, as a prefix."""
     assert lm.blocks is not None  # see `Engine`
     length = int(prompt.lengths()[0])
-    cache = Cache.of(prompt, lm.blocks.cache_shape, max(1, length), lm.dtype)
+    cache = Cache.of(prompt, lm.blocks.cache_shape, max(1, length), lm.blocks.dtype)
     vectors = prompt.vectors[0, prompt.vector_mask[0]]
     if len(vectors):
-        lm.blocks.read(vectors.to(lm.dtype), [len(vectors)], cache)
+        lm.blocks.read(vectors.to(lm.blocks.dtype), [len(vectors)], cache)
     # [layers, 2, 1, room, heads, e] -> [1, layers, 2, heads, room, e]
     values = cache.values[:, :, 0, :length].transpose(2, 3)[None]
     return replace(Prompt.of_keys_values(values.clone()), updates=prompt.updates)

@@ -144,7 +144,7 @@ class Passes:
     def _pool(self, level: int) -> Pool:
         if level not in self.pools:
             assert self._lm.blocks is not None  # the engine gives workers no other LM
-            self.pools[level] = Pool(self._lm, self._lm.blocks)
+            self.pools[level] = Pool(self._lm.blocks)
         return self.pools[level]
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from shoulders.lm.cache import Cache
-from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.fused import Blocks
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.updates import Updates
@@ -21,14 +20,13 @@ class Pool:
     """Slots of equal room, as many and as long as the rows in them need.
 
     Args:
-        lm: whose keys/values they hold; its layers must be fused (`blocks`).
-        blocks: its layers.
+        blocks: fused layers of the LM whose keys/values they hold.
     """
 
-    def __init__(self, lm: FrozenLM, blocks: Blocks) -> None:
-        self._lm, self._blocks = lm, blocks
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
         layers, kv_heads, width = blocks.cache_shape
-        self._values = torch.zeros(layers, 2, 0, 0, kv_heads, width, dtype=lm.dtype)
+        self._values = torch.zeros(layers, 2, 0, 0, kv_heads, width, dtype=blocks.dtype)
         self._lengths = torch.zeros(0, dtype=torch.long)
         self._free: list[int] = []
 
@@ -98,7 +96,7 @@ class Pool:
         """
         index = torch.tensor(slots)
         cache = Cache(self._values, index, self._lengths[index], updates)
-        states = self._blocks.read(x.to(self._lm.dtype), counts, cache, taps)
+        states = self._blocks.read(x.to(self._blocks.dtype), counts, cache, taps)
         self._lengths[index] = cache.lengths
         return states
 

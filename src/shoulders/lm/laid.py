@@ -1,0 +1,36 @@
+"""Weights packed for tiles when they are first multiplied, once for each direction."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from shoulders.lm.tiles import fits_tiles, packed
+
+
+class Laid:
+    """Packed copies of frozen weights, by where those lie.
+
+    An LM that is read has one copy more of its layers' weights, one trained through two.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[int, bool], Tensor] = {}
+
+    def fits(self, weight: Tensor) -> bool:
+        """Tell whether a weight `[n, k]` can be packed."""
+        return fits_tiles(weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return `weight [n, k]` packed, for `x W^T`."""
+        return self._of(weight, back=False)
+
+    def back(self, weight: Tensor) -> Tensor:
+        """Return its transpose packed, for `g W`."""
+        return self._of(weight, back=True)
+
+    def _of(self, weight: Tensor, *, back: bool) -> Tensor:
+        key = weight.data_ptr(), back
+        found = self._packed.get(key)
+        if found is None:  # two threads may both pack it: the same bytes
+            found = self._packed[key] = packed(weight.T if back else weight)
+        return found

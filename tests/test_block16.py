@@ -1,0 +1,85 @@
+"""bfloat16 layers in the processor's tiles: against the same weights in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoulders.lm.block16 import Block16
+from shoulders.lm.decode import DecodingConfig, generate
+from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.kernels import available
+from shoulders.lm.prompt import Prompt
+from shoulders.lm.states import states
+from shoulders.training.objective import Example, answer_losses
+
+ROWS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [5, 6]]
+EXAMPLES = [Example("", row, [20 + i, 30, 0], "task") for i, row in enumerate(ROWS)]
+
+
+@pytest.fixture
+def lm(fresh_lm: Callable[..., FrozenLM]) -> FrozenLM:
+    compiled = available()
+    if compiled is None or compiled.tiles is None:
+        pytest.skip("this processor has no AMX")
+    found = fresh_lm("llama64", dtype="bfloat16")
+    assert found.blocks is not None
+    assert isinstance(found.blocks._functions, Block16)
+    return found
+
+
+def prompt_for(lm: FrozenLM, rows: int) -> Prompt:
+    """Return random vectors and prefixes, leaves that take gradients."""
+    random, shape = torch.Generator().manual_seed(0), lm.prefix_shape
+    size = rows, shape.layers, 2, shape.kv_heads, 3, shape.head_dim
+    vectors = lm.embedding_scale * torch.randn(rows, 2, lm.hidden_size, generator=random)
+    keys_values = 0.3 * torch.randn(size, generator=random)
+    return Prompt(
+        vectors.requires_grad_(True),
+        torch.ones(rows, 2, dtype=torch.bool),
+        keys_values.requires_grad_(True),
+        torch.ones(rows, 3, dtype=torch.bool),
+    )
+
+
+def figures(lm: FrozenLM, *, recompute: bool = False) -> list[Tensor]:
+    prompt = prompt_for(lm, len(ROWS))
+    losses = answer_losses(lm, prompt, EXAMPLES, recompute=recompute)
+    leaves = torch.autograd.grad(losses.sum(), [prompt.vectors, prompt.keys_values])
+    return [losses.detach(), *leaves]
+
+
+def test_losses_and_gradients_are_near_those_of_float32(lm: FrozenLM) -> None:
+    mine = figures(lm)
+    wide = FrozenLM(lm.model.float(), lm.tokenizer, lm.name)  # the same weights
+    for one, other in zip(mine, figures(wide), strict=True):
+        assert one.dtype == torch.float32
+        assert float((one - other).norm() / other.norm()) < 0.03
+
+
+def test_recomputed_gradients_are_bit_equal(lm: FrozenLM) -> None:
+    for plain, again in zip(figures(lm), figures(lm, recompute=True), strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_a_row_is_what_it_is_alone(lm: FrozenLM) -> None:
+    prompt = prompt_for(lm, len(ROWS))
+    together = answer_losses(lm, prompt, EXAMPLES).view(len(ROWS), -1)
+    for row, example in enumerate(EXAMPLES):
+        alone = answer_losses(lm, prompt.select([row]), [example])
+        assert torch.equal(alone, together[row])
+
+
+def test_cached_answers_equal_a_loop_without_a_cache(lm: FrozenLM) -> None:
+    with torch.no_grad():
+        prompt = prompt_for(lm, len(ROWS))
+        answers = generate(lm, prompt, ROWS, DecodingConfig(max_new_tokens=6))
+        for row, ids in enumerate(ROWS):
+            own, read = prompt.select([row]), list(ids)
+            for token in answers[row][0].token_ids:
+                whole = states(lm, own, lm.embed_rows([read]), [len(read)]).values[-1:]
+                assert int(lm.logits(whole).argmax()) == token
+                read.append(token)
