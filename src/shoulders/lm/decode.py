@@ -182,13 +182,13 @@ def choose(lm: FrozenLM, logits: Tensor, running: Sequence[Running]) -> Tensor:
         uniforms = [running[i].random.random() for i in rows] if temperature else []
         own = torch.tensor(rows, device=logits.device)
         chosen[own] = next_tokens(logits if alike else logits[own], uniforms, temperature, top_p)
-    every = torch.log_softmax(logits, -1)
-    logprobs = every.gather(1, chosen[:, None])[:, 0].tolist()
+    whole = logits.logsumexp(-1)
+    logprobs = (logits.gather(1, chosen[:, None])[:, 0] - whole).tolist()
     for i, (state, token) in enumerate(zip(running, chosen.tolist(), strict=True)):
         state.ids.append(token)
         state.logprob += logprobs[i]
         if state.config.top_logprobs:
-            values, ids = every[i].topk(state.config.top_logprobs)
+            values, ids = (logits[i] - whole[i]).topk(state.config.top_logprobs)
             state.logprobs.append(logprobs[i])
             state.top.append(tuple(zip(ids.tolist(), values.tolist(), strict=True)))
     return chosen
