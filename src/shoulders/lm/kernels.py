@@ -27,7 +27,7 @@ from shoulders.lm.tiles import Tiles
 
 _FLAGS = (
     *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-signed-zeros", "-fassociative-math", "-mprefer-vector-width=512"),
+    *("-fno-signed-zeros", "-fassociative-math"),
 )
 _SOURCES = ("kernels.c", "halves.c", "attention.c", "tiles.c")  # one after the other, as one
 _WIDE = 32  # as in attention.c

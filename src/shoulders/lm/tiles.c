@@ -5,7 +5,8 @@
  * sums share what is loaded. Weights are packed once (`shoulders.lm.kernels.packed`): panels of 32
  * columns, so that a panel is read once, stays near, and serves all rows.
  */
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) \
+    && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
