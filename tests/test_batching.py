@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoulders.data.batching import length_grouped
+from shoulders.data.batching import evenly_grouped, length_grouped
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=80)
 
@@ -74,3 +74,29 @@ def test_grouping_pads_far_less_than_random_batches_do() -> None:
 def test_impossible_limits_are_refused(lengths: list[int], tokens: int, rows: int) -> None:
     with pytest.raises(ValueError, match=r"at least 1|negative"):
         length_grouped(lengths, tokens, rows)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=90),
+    multiple=st.integers(1, 4),
+    each=st.integers(0, 50),
+)
+def test_evenly_grouped_batches_hold_every_row_within_limits(
+    lengths: list[int], multiple: int, each: int
+) -> None:
+    batches = evenly_grouped(lengths, 1000, 16, multiple, each)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 1500
+        assert len(batch) <= 16
+    ends = [lengths[i] for batch in batches for i in batch]
+    assert ends == sorted(ends)
+
+
+def test_two_streams_get_as_much_to_do() -> None:
+    lengths = [20] * 50 + [100] * 14
+    costs = [
+        sum(lengths[i] + 24 for i in batch) for batch in evenly_grouped(lengths, 2048, 64, 2, 24)
+    ]
+    assert len(costs) == 2
+    assert max(costs) < 1.1 * min(costs)

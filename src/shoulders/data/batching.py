@@ -32,6 +32,34 @@ def length_grouped(lengths: Sequence[int], max_tokens: int, max_rows: int) -> li
     return batches
 
 
+def evenly_grouped(
+    lengths: Sequence[int], max_tokens: int, max_rows: int, multiple: int, each: int
+) -> list[list[int]]:
+    """Split row indices as `length_grouped` does, into batches that take about as long.
+
+    Their number is a `multiple`, so that as many streams end together; a row costs its length and
+    `each` more, for what is generated. A batch may be half as large again as `max_tokens`.
+    """
+    count = len(length_grouped(lengths, max_tokens, max_rows))
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    total = sum(lengths) + each * len(lengths)
+    while True:
+        count = min(len(lengths), -(-count // multiple) * multiple)
+        batches: list[list[int]] = [[] for _ in range(count)]
+        before = 0
+        for index in order:
+            cost = lengths[index] + each
+            # The batch in whose share the row's middle lies.
+            batches[min(count - 1, (2 * before + cost) * count // (2 * max(1, total)))].append(index)
+            before += cost
+        batches = [batch for batch in batches if batch]
+        most = max((len(batch) * lengths[batch[-1]] for batch in batches), default=0)
+        widest = max(map(len, batches), default=0)
+        if count == len(lengths) or (most <= 1.5 * max_tokens and widest <= max_rows):
+            return batches
+        count += 1
+
+
 def balanced(lengths: Sequence[int], most: int, multiple: int = 1) -> list[list[int]]:
     """Split row indices into packs of nearly equal total length.
 

@@ -20,8 +20,8 @@ from shoulders.lm.tiles import Tiles
 class Block16:
     """`forward` and `backward` as in `shoulders.lm.block`, of float32 states."""
 
-    def __init__(self, kernels: Kernels, tiles: Tiles) -> None:
-        self._kernels, self._tiles, self._laid = kernels, tiles, Laid()
+    def __init__(self, kernels: Kernels, tiles: Tiles, laid: Laid) -> None:
+        self._kernels, self._tiles, self._laid = kernels, tiles, laid
 
     def forward(
         self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes

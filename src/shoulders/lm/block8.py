@@ -21,8 +21,8 @@ class Block8:
     Where the processor has AMX, products are those of `shoulders.lm.tiles`.
     """
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels, self._laid = kernels, Laid()
+    def __init__(self, kernels: Kernels, laid: Laid) -> None:
+        self._kernels, self._laid = kernels, laid
 
     def forward(
         self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes

@@ -24,6 +24,8 @@ from shoulders.lm.block16 import Block16
 from shoulders.lm.block32 import Block32
 from shoulders.lm.cache import Cache
 from shoulders.lm.kernels import available
+from shoulders.lm.laid import Laid
+from shoulders.lm.layers import Layers
 from shoulders.lm.layout import is_llama_style, laid_out
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.tiles import Tiles, fits_tiles
@@ -64,6 +66,7 @@ class Blocks:
         self.width = attention.head_dim
         self.epsilon = first.input_layernorm.variance_epsilon
         self.layers = [laid_out(layer) for layer in self._body.layers]
+        self._laid = Laid()
         stored = self.layers[0].attention_norm.dtype
         self._tiles = tiles_for(self.layers) if stored == torch.bfloat16 else None
         # Of what goes in and comes out: float32 between bfloat16 products in tiles.
@@ -159,6 +162,10 @@ class Blocks:
         slots, run = cache.slots[owner], self._functions
         updates = cache.updates.placed(owner) if cache.updates is not None else None
         h, g = self.heads, self.kv_heads
+        if self._whole is not None and updates is None and not taps:
+            x = self._whole.read(x, cache.values, rows, places, sizes)
+            cache.lengths = cache.lengths + lengths
+            return self._result(x, [], ())
         written = [x]
         for number, (layer, values) in enumerate(
             zip(self.layers, cache.values.unbind(0), strict=True)
@@ -216,8 +223,18 @@ class Blocks:
         if self.dtype != torch.float32 or (kernels := available()) is None:
             return block
         if self._tiles is not None:
-            return Block16(kernels, self._tiles)
-        return Block32(kernels) if self.layers[0].qkv.scale is None else Block8(kernels)
+            return Block16(kernels, self._tiles, self._laid)
+        if self.layers[0].qkv.scale is None:
+            return Block32(kernels)
+        return Block8(kernels, self._laid)
+
+    @functools.cached_property
+    def _whole(self) -> Layers | None:
+        kernels = available()
+        narrow = self._tiles is not None or self.layers[0].qkv.scale is not None
+        if kernels is None or not narrow or tiles_for(self.layers) is None:
+            return None
+        return Layers(kernels, self.layers, self._laid)
 
     def _prefix(self, prompt: Prompt, b: int, like: Tensor) -> Tensor:
         """Return `[layers, 2, b, q, kv_heads, head_dim]`; a shared row comes first."""

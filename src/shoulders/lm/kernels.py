@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,13 @@ _FLAGS = (
     *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math"),
 )
-_SOURCES = ("kernels.c", "halves.c", "attention.c", "tiles.c")  # one after the other, as one
+_SOURCES = (
+    "kernels.c",
+    "halves.c",
+    "attention.c",
+    "tiles.c",
+    "layers.c",
+)  # one after the other, as one
 _WIDE = 32  # as in attention.c
 _POINTERS = {
     "round_rows": 5,
@@ -63,6 +70,9 @@ class Kernels:
         self._c.rotate.argtypes = [pointer, pointer, pointer, real, *[size] * 4]
         self._c.gate_round.argtypes = [pointer, size, *[pointer] * 3, *[size] * 2]
         self._c.gate_back_round.argtypes = [*[pointer] * 3, size, *[pointer] * 4, *[size] * 2]
+        if self._c.tiles_ready():
+            first: list[Any] = [pointer, size, size, pointer, pointer, size]
+            self._c.read_layers.argtypes = [*first, *[pointer] * 7, real, pointer, *[size] * 9]
         self.tiles = Tiles(self._c) if self._c.tiles_ready() else None
         self._c.attend.argtypes = [*[pointer] * 9, *[size] * 6]
         self._c.attend_back.argtypes = [*[pointer] * 10, *[size] * 6]
@@ -158,7 +168,7 @@ class Kernels:
         """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""
         out = torch.empty(len(qkv), sizes.heads * sizes.width)
         b, q, group = len(rows.start), prefix.shape[2], sizes.heads // sizes.kv_heads
-        room = torch.empty(_most_seen(rows) * (3 * sizes.width + group))
+        room = torch.empty(self.most_seen(rows) * (3 * sizes.width + group))
         self._c.attend(
             *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
             *(_at(rows.seen), _at(rows.slot), _at(out), _at(room), b, q, sizes.shared),
@@ -172,13 +182,36 @@ class Kernels:
         """Return the gradients of rotated `qkv` and of `prefix`, given that of `attend`."""
         g_qkv, g_prefix = torch.empty_like(qkv), torch.empty_like(prefix)
         (b, q), group = prefix.shape[1:3], sizes.heads // sizes.kv_heads
-        room = torch.empty(_most_seen(rows) * (6 * sizes.width + 2 * group))
+        room = torch.empty(self.most_seen(rows) * (6 * sizes.width + 2 * group))
         self._c.attend_back(
             *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
             *(_at(gradient), _at(g_qkv), _at(g_prefix[0]), _at(g_prefix[1]), _at(room)),
             *(b, q, sizes.shared, sizes.heads, sizes.kv_heads, sizes.width),
         )
         return g_qkv, g_prefix
+
+    def read_layers(
+        self,
+        table: Tensor,
+        halves: bool,
+        x: Tensor,
+        values: Tensor,
+        places: Tensor,
+        rows: Rows,
+        epsilon: float,
+        room: Tensor,
+        *counts: int,
+    ) -> None:
+        """Read all layers into `x` and a cache's `values`, see `shoulders.lm.layers`."""
+        tensors = (places, rows.cos, rows.sin, rows.start, rows.length, rows.seen, rows.slot)
+        self._c.read_layers(
+            *(_at(table), len(table), halves, _at(x), _at(values), values[0, 0].numel()),
+            *(*(_at(tensor) for tensor in tensors), epsilon, _at(room), *counts),
+        )
+
+    def most_seen(self, rows: Rows) -> int:
+        """Return the most positions that a row sees, in whole vectors."""
+        return -(-rows.mask.shape[3] // _WIDE) * _WIDE
 
 
 @functools.cache
@@ -213,11 +246,6 @@ def _processor_flags() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _most_seen(rows: Rows) -> int:
-    """Return the most positions that a row sees, in whole vectors."""
-    return -(-rows.mask.shape[3] // _WIDE) * _WIDE
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -20,6 +20,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def streams_for(lm: FrozenLM) -> int:
+    """Return how many streams pay: as many as threads, four at most, for fused layers."""
+    return min(torch.get_num_threads(), MOST) if lm.blocks is not None else 1
+
+
 class Streams:
     """A pool of `count` threads; with one, work is done where it is asked for.
 
@@ -36,9 +41,8 @@ class Streams:
 
     @classmethod
     def of(cls, lm: FrozenLM, wanted: int | None = None) -> Streams:
-        """Open `wanted` streams; None: as many as threads, four at most, for fused layers."""
-        fused = lm.blocks is not None
-        return cls(wanted or (min(torch.get_num_threads(), MOST) if fused else 1))
+        """Open `wanted` streams; None: as many as pay, see `streams_for`."""
+        return cls(wanted or streams_for(lm))
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield `function(item)` for every item, in order."""

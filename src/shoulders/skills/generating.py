@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shoulders.data.batching import length_grouped
+from shoulders.data.batching import evenly_grouped, length_grouped
 from shoulders.lm.decode import Completion, DecodingConfig, generate
-from shoulders.lm.streams import Streams
+from shoulders.lm.streams import Streams, streams_for
 from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ def generated(
     """
     results: list[list[Completion]] = [[] for _ in texts]
     rows_at_once = max(1, most // decoding.n)
-    batches = length_grouped([len(i) for i in ids], BATCH_TOKENS, rows_at_once)
+    limits = [len(i) for i in ids], BATCH_TOKENS, rows_at_once
+    batches = length_grouped(*limits)
+    if len(batches) > 1 and skill.lm.blocks is not None:
+        batches = evenly_grouped(*limits, streams_for(skill.lm), decoding.max_new_tokens)
 
     def one(rows: list[int]) -> list[list[Completion]]:
         own = [texts[i] for i in rows]

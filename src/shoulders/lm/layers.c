@@ -1,0 +1,72 @@
+/* All layers of a Llama-style LM over a cache, without gradients, in one call: what Python would do
+ * between some ten functions a layer takes longer than they do for a few rows. Compiled behind
+ * tiles.c, whose types and functions (and those of kernels.c, halves.c, attention.c) it uses.
+ */
+#if defined(ROWS)
+typedef struct {
+    const char *packed;
+    const float *scale, *bias;
+} matrix_t;
+
+typedef struct {
+    const float *attention_norm, *feed_norm;
+    matrix_t qkv, output, gate_up, down;
+} layer_t;
+
+/* Take so many bytes of the room, from a multiple of 64 on. */
+static void *taken(char **room, size bytes) {
+    char *at = *room;
+    *room += (bytes + 63) / 64 * 64;
+    return at;
+}
+
+/* y [t, n] <- what was rounded last, [t, k], times a matrix. */
+static void times_matrix(const void *levels, const float *scale, const matrix_t *by, int halves,
+                         const float *rest, void *y, int half, char *spare, size t, size n,
+                         size k) {
+    tile_product(levels, by->packed, halves, halves ? 0 : scale, by->scale, by->bias, rest, y, half,
+                 spare, t, n, halves ? 2 * k : k);
+}
+
+/* x [t, d] <- the last layer's output; the cache [layers, 2, block], block being slots times q
+ * positions of [g, e], takes the keys and values of position i at places[i]. Weights are int8, or
+ * halves with scales of NULL. f: width of the feed-forward network. room: see
+ * `shoulders.lm.layers`. Rows are as in `attend`. */
+void read_layers(const layer_t *layers, size count, int64_t halves, float *x, float *cache,
+                 size block, const int64_t *places, const float *cosine, const float *sine,
+                 const int64_t *start, const int64_t *length, const int64_t *seen,
+                 const int64_t *slot, float epsilon, char *room, size most, size t, size b, size q,
+                 size d, size f, size h, size g, size e) {
+    size all = h + 2 * g, widest = d > f ? d : f;
+    widest = h * e > widest ? h * e : widest;
+    void *levels = taken(&room, t * widest * 2);
+    float *scale = taken(&room, t * 4), *row = taken(&room, widest * 4);
+    float *qkv = taken(&room, t * all * e * 4), *read = taken(&room, t * h * e * 4);
+    float *middle = taken(&room, t * d * 4);
+    half_t *gate_up = taken(&room, t * 2 * f * 2);
+    float *attending = taken(&room, most * (3 * e + h / g) * 4);
+    char *spare = taken(&room, PANEL * widest * 2);
+    for (size l = 0; l < count; l++) {
+        const layer_t *own = layers + l;
+        float *keys = cache + l * 2 * block, *values = keys + block;
+        if (halves) norm_half(x, own->attention_norm, epsilon, levels, t, d);
+        else norm_round(x, own->attention_norm, epsilon, levels, scale, row, t, d);
+        times_matrix(levels, scale, &own->qkv, halves, 0, qkv, 0, spare, t, all * e, d);
+        rotate(qkv, cosine, sine, 1.0f, t, h + g, all, e);
+        attend(qkv, keys, values, start, length, seen, slot, read, attending, b, q, 0, h, g, e);
+        if (halves) for (size i = 0; i < t * h * e; i++) ((half_t *)levels)[i] = to_half(read[i]);
+        else round_rows(read, 0, levels, scale, row, t, h * e);
+        times_matrix(levels, scale, &own->output, halves, x, middle, 0, spare, t, d, h * e);
+        if (halves) norm_half(middle, own->feed_norm, epsilon, levels, t, d);
+        else norm_round(middle, own->feed_norm, epsilon, levels, scale, row, t, d);
+        times_matrix(levels, scale, &own->gate_up, halves, 0, gate_up, 1, spare, t, 2 * f, d);
+        if (halves) gate_half(gate_up, levels, t, f);
+        else gate_round(gate_up, 1, levels, scale, row, t, f);
+        times_matrix(levels, scale, &own->down, halves, middle, x, 0, spare, t, d, f);
+        for (size i = 0; i < t; i++) {
+            memcpy(keys + places[i] * g * e, qkv + (i * all + h) * e, g * e * 4);
+            memcpy(values + places[i] * g * e, qkv + (i * all + h + g) * e, g * e * 4);
+        }
+    }
+}
+#endif
