@@ -25,7 +25,7 @@ from shoulders.lm.combine import combine
 from shoulders.lm.decode import DecodingConfig, generate
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.lent import LentLinear, held_tensors
-from shoulders.lm.load import load_lm
+from shoulders.lm.load import fast_bfloat16, load_lm
 from shoulders.lm.prompt import Prompt
 from shoulders.skills.artefact import read_artefact
 from shoulders.training.objective import Example, answer_losses
@@ -244,6 +244,8 @@ def test_a_model_of_transformers_that_is_quantised_is_not_laid_out(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
+    if way == "bitsandbytes-4" and fast_bfloat16("cpu"):
+        pytest.skip("bitsandbytes' own layers pack their weights here, and fail on so small ones")
     lm = load(way)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama" / way, dtype=torch.float32)
     assert FrozenLM(model, lm.tokenizer, "as it is").blocks is None

@@ -218,7 +218,8 @@ def test_a_prompted_first_pass_cannot_be_remembered(
 
 def test_eval_of_text_prints_perplexity(lm: FrozenLM, folder: Path, tmp_path: Path) -> None:
     arguments = ["eval", "base", "--data", str(folder / "held.txt"), "--lm", lm.name,
-                 "--chunk", "9", "--json", str(tmp_path / "found.json")]  # fmt: skip
+                 "--chunk", "9", "--dtype", "float32",
+                 "--json", str(tmp_path / "found.json")]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "found.json").read_text())

@@ -50,7 +50,8 @@ def evenly_grouped(
         for index in order:
             cost = lengths[index] + each
             # The batch in whose share the row's middle lies.
-            batches[min(count - 1, (2 * before + cost) * count // (2 * max(1, total)))].append(index)
+            share = (2 * before + cost) * count // (2 * max(1, total))
+            batches[min(count - 1, share)].append(index)
             before += cost
         batches = [batch for batch in batches if batch]
         most = max((len(batch) * lengths[batch[-1]] for batch in batches), default=0)
