@@ -13,6 +13,7 @@ from shoulders.lm.decode import DecodingConfig, generate
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.kernels import available
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.reading import begun
 from shoulders.lm.states import states
 from shoulders.training.objective import Example, answer_losses
 
@@ -83,3 +84,20 @@ def test_cached_answers_equal_a_loop_without_a_cache(lm: FrozenLM) -> None:
                 whole = states(lm, own, lm.embed_rows([read]), [len(read)]).values[-1:]
                 assert int(lm.logits(whole).argmax()) == token
                 read.append(token)
+
+
+@torch.no_grad()
+def test_one_call_for_all_layers_is_bit_equal_to_one_each(lm: FrozenLM) -> None:
+    assert lm.blocks is not None
+    prompt, found = prompt_for(lm, len(ROWS)), []
+    assert lm.blocks._whole is not None
+    for _ in range(2):
+        reading = begun(lm, prompt, lm.embed_rows(ROWS), [len(row) for row in ROWS], 4)
+        states = [reading.states]
+        reading.append(lm.embed_rows([[3, 4, 5, 6]]))
+        reading.keep(torch.tensor([0, 3]))
+        reading.append(lm.embed_rows([[7, 8]]))
+        found.append([*states, reading.states])
+        lm.blocks.__dict__["_whole"] = None  # then layer by layer
+    for whole, single in zip(*found, strict=True):
+        assert torch.equal(whole, single)

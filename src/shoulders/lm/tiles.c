@@ -1,8 +1,8 @@
-/* Products in AMX tiles: int8, and bfloat16 for the LM's head. Compiled behind kernels.c, whose
+/* Products in AMX tiles: int8 and bfloat16. Compiled behind kernels.c, whose
  * types and functions it uses.
  *
  * A tile has 16 rows of 64 bytes. Two tiles of rows meet two of columns at a time, so that four
- * sums share what is loaded. Weights are packed once (`shoulders.lm.kernels.packed`): panels of 32
+ * sums share what is loaded. Weights are packed once (`shoulders.lm.tiles.packed`): panels of 32
  * columns, so that a panel is read once, stays near, and serves all rows.
  */
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) \
