@@ -405,6 +405,34 @@ def test_rows_of_like_length_together_are_the_same_steps(
     assert split == pytest.approx(whole, abs=1e-4)
 
 
+def test_a_rival_loses_what_its_own_loss_says(lm_folder: Path) -> None:
+    """Logits of the answers alone give the loss, and the gradients, of the model's own."""
+    from transformers import AutoModelForCausalLM
+
+    from shoulders.comparison.tune import answer_loss, with_answers_kept
+
+    model = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
+    ids = torch.randint(5, 20, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 12, [1] * 10 + [0] * 2, [1] * 9 + [0] * 3])
+    labels = torch.full((3, 12), -100)
+    labels[0, 8:], labels[1, 7:10], labels[2, 8:9] = ids[0, 8:], ids[1, 7:10], ids[2, 8:9]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    results = []
+    for kept in (False, True):
+        model.zero_grad()
+        if kept:
+            asked = with_answers_kept(dict(batch))
+            wanted = asked.pop("labels")
+            outputs = model(**asked)
+            assert outputs.logits.shape[1] == 12 - 6
+            loss = answer_loss(outputs, wanted, torch.tensor(8))
+        else:
+            loss = model(**batch).loss
+        loss.backward()
+        results.append((loss, [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_every_step_keeps_its_rows() -> None:
     from shoulders.comparison.tune import by_length
 
