@@ -30,7 +30,7 @@ from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, str
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.pack import Packed, can_pack, pack
 from shoulders.lm.prompt import Prompt
-from shoulders.lm.sampling import next_tokens, sample_stream
+from shoulders.lm.sampling import likeliest, next_tokens, sample_stream
 from shoulders.lm.score import score
 from shoulders.lm.shard import decoder_layers
 from shoulders.lm.updates import Matrices
@@ -724,6 +724,25 @@ def test_next_tokens_equal_numpy(temperature: float, top_p: float) -> None:
         assert found.tolist() == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_likeliest_equals_argmax_and_logsumexp(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr("shoulders.lm.sampling.available", lambda: None)
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 1301, generator=random) * 5
+    logits[1, [700, 1200]] = 60.0  # the first of equal ones
+    logits[2] = -logits[2].abs() - 50
+    logits[3], logits[3, 1300] = -torch.inf, 2.0
+    logits[4, 600] = torch.nan
+    logits[5] = -0.0
+    ids, whole = likeliest(logits)
+    assert ids.tolist() == logits.argmax(-1).tolist()
+    assert ids[4] == 600
+    torch.testing.assert_close(whole, logits.logsumexp(-1), rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
 def test_next_tokens_have_the_right_frequencies() -> None:
     """Evenly spaced draws hit each kept token in proportion to its probability."""
     probabilities = np.array([0.4, 0.25, 0.2, 0.1, 0.05])
@@ -742,7 +761,6 @@ def test_next_tokens_at_the_edges() -> None:
     assert next_tokens(logits, [0.0], 1.0, 1.0).tolist() == [1]
     assert next_tokens(logits, [math.nextafter(1, 0)], 1.0, 1.0).tolist() == [2]
     assert next_tokens(logits, [math.nextafter(1, 0)], 1.0, 0.9).tolist() == [0]
-    assert next_tokens(logits, [], 0.0, 0.1).tolist() == [1]
     huge = torch.tensor([[-1e30, 3.0, 1e4]])
     assert next_tokens(huge, [0.999], 0.01, 0.999).tolist() == [2]
 

@@ -77,14 +77,14 @@ INLINE void dots_of(const float *restrict x, const float *restrict turned, float
     }
 }
 
-/* y [c, e] <- p [c, m] . plain [m, e]; rows of p are n apart. */
+/* y [c, e] <- p [c, m] . plain [m, e]; rows of p are n apart, those of plain `apart`. */
 INLINE void weighted_of(const float *restrict p, const float *restrict plain, float *restrict y,
-                        size m, size n, size e, int count) {
+                        size m, size n, size e, size apart, int count) {
     size d = 0;
     for (; d + WIDE <= e; d += WIDE) {
         vector first[MOST] = {{0}}, second[MOST] = {{0}};
         const float *at = plain + d;
-        for (size j = 0; j < m; j++, at += e) {
+        for (size j = 0; j < m; j++, at += apart) {
             vector one = *(const vector *)at, two = *(const vector *)(at + LANES);
             for (int c = 0; c < count; c++) {
                 first[c] += p[c * n + j] * one;
@@ -99,7 +99,7 @@ INLINE void weighted_of(const float *restrict p, const float *restrict plain, fl
     for (; d < e; d++)
         for (int c = 0; c < count; c++) {
             float sum = 0.0f;
-            for (size j = 0; j < m; j++) sum += p[c * n + j] * plain[j * e + d];
+            for (size j = 0; j < m; j++) sum += p[c * n + j] * plain[j * apart + d];
             y[c * e + d] = sum;
         }
 }
@@ -146,8 +146,8 @@ static void dots(const float *x, const float *turned, float factor, float *y, si
 }
 
 static void weighted(const float *p, const float *plain, float *y, size m, size n, size e,
-                     size count) {
-#define WEIGHTED(c, k) weighted_of(p + c * n, plain, y + c * e, m, n, e, k)
+                     size apart, size count) {
+#define WEIGHTED(c, k) weighted_of(p + c * n, plain, y + c * e, m, n, e, apart, k)
     AT_ONCE(WEIGHTED)
 }
 
@@ -168,30 +168,51 @@ static void softmax(float *y, size m) {
     for (size j = 0; j < m; j++) y[j] *= inverse;
 }
 
-static float dot(const float *restrict x, const float *restrict y, size e) {
-    float sum = 0.0f;
-    for (size d = 0; d < e; d++) sum += x[d] * y[d];
-    return sum;
+/* p [count, n] <- factor * (x [count, e] . m keys), which lie `apart` floats from each other. Of
+ * what will be read next, as many pieces of as many floats are fetched meanwhile. */
+INLINE void dots_where_they_lie(const float *restrict x, const float *restrict keys, float factor,
+                                float *restrict p, size m, size n, size e, size apart,
+                                const float *next_keys, const float *next_values, int count) {
+    for (size j = 0; j < m; j++, keys += apart) {
+        if (next_keys)
+            for (size d = 0; d < e; d += LANES) {
+                __builtin_prefetch(next_keys + j * apart + d, 0, 2);
+                __builtin_prefetch(next_values + j * apart + d, 0, 2);
+            }
+        for (int c = 0; c < count; c++) {
+            float sum = 0.0f;
+            for (size d = 0; d < e; d++) sum += x[c * e + d] * keys[d];
+            p[c * n + j] = factor * sum;
+        }
+    }
 }
 
 /* A row of one position reads its prefix where it lies: nothing is gathered for one query. */
 static void attend_one(const rows_t *rows, size r, float factor, float *out, float *p) {
-    size e = rows->e, all = rows->h + 2 * rows->g, group = rows->h / rows->g;
-    size before = of_prefix(rows, r);
+    size e = rows->e, all = rows->h + 2 * rows->g, count = rows->h / rows->g, apart = rows->g * e;
+    size before = of_prefix(rows, r), n = before + 1;
     const float *own = rows->qkv + rows->start[r] * all * e;
-    for (size head = 0; head < rows->g; head++)
-        for (size query = head * group; query < (head + 1) * group; query++) {
-            const float *x = own + query * e;
-            float *to = out + (rows->start[r] * rows->h + query) * e;
-            for (size j = 0; j < before; j++)
-                p[j] = factor * dot(x, in_prefix(rows, rows->prefix_keys, r, j, head), e);
-            p[before] = factor * dot(x, own + (rows->h + head) * e, e);
-            softmax(p, before + 1);
-            const float *value = own + (rows->h + rows->g + head) * e;
-            for (size d = 0; d < e; d++) to[d] = p[before] * value[d];
-            for (size j = 0; j < before; j++)
-                spread(p + j, in_prefix(rows, rows->prefix_values, r, j, head), to, 1, 1, e, 1);
+    for (size head = 0; head < rows->g; head++) {
+        const float *x = own + head * count * e, *key = own + (rows->h + head) * e;
+        const float *value = key + rows->g * e;
+        const float *keys = in_prefix(rows, rows->prefix_keys, r, 0, head);
+        const float *values = in_prefix(rows, rows->prefix_values, r, 0, head);
+        const float *next_keys = 0, *next_values = 0;
+        if (r + 1 < rows->b) {
+            next_keys = in_prefix(rows, rows->prefix_keys, r + 1, 0, head);
+            next_values = in_prefix(rows, rows->prefix_values, r + 1, 0, head);
         }
+        float *to = out + (rows->start[r] * rows->h + head * count) * e;
+#define WHERE_THEY_LIE(c, k)                                                                      \
+    dots_where_they_lie(x + c * e, keys, factor, p + c * n, before, n, e, apart,                  \
+                        c ? 0 : next_keys, next_values, k);                                       \
+    dots_where_they_lie(x + c * e, key, factor, p + c * n + before, 1, n, e, apart, 0, 0, k)
+        AT_ONCE(WHERE_THEY_LIE)
+        for (size c = 0; c < count; c++) softmax(p + c * n, n);
+        weighted(p, values, to, before, n, e, apart, count);
+        for (size c = 0; c < count; c++)
+            for (size d = 0; d < e; d++) to[c * e + d] += p[c * n + before] * value[d];
+    }
 }
 
 /* out [t, h, e]; room: n (3 e + h / g) floats, n the most that a row sees, in whole vectors. */
@@ -218,7 +239,7 @@ void attend(const float *qkv, const float *prefix_keys, const float *prefix_valu
                 const float *queries = qkv + ((start[r] + i) * all + head * group) * e;
                 dots(queries, k_turned, factor, p, m, n, e, group);
                 for (size c = 0; c < group; c++) softmax(p + c * n, m);
-                weighted(p, v, out + ((start[r] + i) * h + head * group) * e, m, n, e, group);
+                weighted(p, v, out + ((start[r] + i) * h + head * group) * e, m, n, e, e, group);
             }
         }
     }
@@ -254,7 +275,7 @@ void attend_back(const float *qkv, const float *prefix_keys, const float *prefix
                     for (size j = 0; j < m; j++) mean += own[j] * g_own[j];
                     for (size j = 0; j < m; j++) g_own[j] = factor * own[j] * (g_own[j] - mean);
                 }
-                weighted(gp, k, g_qkv + ((start[r] + i) * all + first) * e, m, n, e, group);
+                weighted(gp, k, g_qkv + ((start[r] + i) * all + first) * e, m, n, e, e, group);
                 spread(gp, queries, gk, m, n, e, group);
                 spread(p, go, gv, m, n, e, group);
             }

@@ -17,7 +17,7 @@ from torch import Tensor
 from shoulders.lm.decoder import Decoder, Source
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
-from shoulders.lm.sampling import next_tokens, sample_stream
+from shoulders.lm.sampling import likeliest, next_tokens, sample_stream
 
 
 class DecodingConfig(BaseModel):
@@ -175,14 +175,13 @@ def choose(lm: FrozenLM, logits: Tensor, running: Sequence[Running]) -> Tensor:
         logits[torch.tensor(early, device=logits.device)[:, None], ends] = -torch.inf
     ways: dict[tuple[float, float], list[int]] = {}
     for i, state in enumerate(running):
-        ways.setdefault((state.config.temperature, state.config.top_p), []).append(i)
-    chosen = torch.empty(len(running), dtype=torch.long, device=logits.device)
-    alike = len(ways) == 1  # then logits need no copy
+        if state.config.temperature:
+            ways.setdefault((state.config.temperature, state.config.top_p), []).append(i)
+    chosen, whole = likeliest(logits)
     for (temperature, top_p), rows in ways.items():
-        uniforms = [running[i].random.random() for i in rows] if temperature else []
+        uniforms = [running[i].random.random() for i in rows]
         own = torch.tensor(rows, device=logits.device)
-        chosen[own] = next_tokens(logits if alike else logits[own], uniforms, temperature, top_p)
-    whole = logits.logsumexp(-1)
+        chosen[own] = next_tokens(logits[own], uniforms, temperature, top_p)
     logprobs = (logits.gather(1, chosen[:, None])[:, 0] - whole).tolist()
     for i, (state, token) in enumerate(zip(running, chosen.tolist(), strict=True)):
         state.ids.append(token)

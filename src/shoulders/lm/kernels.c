@@ -194,3 +194,30 @@ void rotate(float *qkv, const float *cosine, const float *sine, float sign, size
         }
     }
 }
+
+/* The place of a float among all floats; NaN above infinity. */
+static inline int32_t order_of(float x) {
+    int32_t bits = (int32_t)bits_of(x);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+#define STRETCH 512
+
+/* index [m] <- where the first of the greatest of x [m, n] is; sum [m] <- log sum of e^x. */
+void likeliest(const float *x, int64_t *index, float *sum, size m, size n) {
+    for (size j = 0; j < m; j++, x += n) {
+        int32_t most = INT32_MIN;
+        size at = 0;
+        for (size from = 0; from < n; from += STRETCH) {
+            size end = from + STRETCH < n ? from + STRETCH : n;
+            int32_t own = INT32_MIN;
+            for (size i = from; i < end; i++) own = order_of(x[i]) > own ? order_of(x[i]) : own;
+            if (own > most) most = own, at = from;
+        }
+        while (order_of(x[at]) != most) at++;
+        float total = 0.0f, largest = x[at];
+        for (size i = 0; i < n; i++) total += exponential(x[i] - largest);
+        index[j] = at;
+        sum[j] = largest + logf(total);
+    }
+}

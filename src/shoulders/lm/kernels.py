@@ -74,6 +74,7 @@ class Kernels:
             first: list[Any] = [pointer, size, size, pointer, pointer, size]
             self._c.read_layers.argtypes = [*first, *[pointer] * 7, real, pointer, *[size] * 9]
         self.tiles = Tiles(self._c) if self._c.tiles_ready() else None
+        self._c.likeliest.argtypes = [*[pointer] * 3, size, size]
         self._c.attend.argtypes = [*[pointer] * 9, *[size] * 6]
         self._c.attend_back.argtypes = [*[pointer] * 10, *[size] * 6]
 
@@ -163,6 +164,12 @@ class Kernels:
             *(_at(qkv), _at(rows.cos), _at(rows.sin), sign, len(qkv)),
             *(heads + kv_heads, heads + 2 * kv_heads, sizes.width),
         )
+
+    def likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where each row of `logits [m, n]` is greatest, int64, and its logsumexp."""
+        index, total = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+        self._c.likeliest(_at(logits), _at(index), _at(total), *logits.shape)
+        return index, total
 
     def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
         """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""

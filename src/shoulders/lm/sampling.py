@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoulders.lm.kernels import available
+
 
 def sample_stream(seed: int, ids: Sequence[int], sample: int) -> np.random.Generator:
     """Return the random stream of one sample of one row.
@@ -21,6 +23,21 @@ def sample_stream(seed: int, ids: Sequence[int], sample: int) -> np.random.Gener
     return np.random.default_rng([seed, sample, *np.frombuffer(content, dtype=np.uint32).tolist()])
 
 
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's likeliest token (the first, of equal ones) and the log of its partition.
+
+    Args:
+        logits: `[b, vocabulary]` float32.
+
+    Returns:
+        Token ids `[b]` int64, and `logsumexp` of the logits `[b]`, to 1e-5.
+    """
+    kernels = available() if logits.device.type == "cpu" else None
+    if kernels is None or not logits.is_contiguous():
+        return logits.argmax(-1), logits.logsumexp(-1)
+    return kernels.likeliest(logits)
+
+
 def next_tokens(
     logits: Tensor, uniforms: Sequence[float], temperature: float, top_p: float
 ) -> Tensor:
@@ -28,16 +45,14 @@ def next_tokens(
 
     Args:
         logits: `[b, vocabulary]` float32.
-        uniforms: `b` numbers in [0, 1), one from each row's stream; unused when greedy.
-        temperature: 0 is greedy.
+        uniforms: `b` numbers in [0, 1), one from each row's stream.
+        temperature: above 0; see `likeliest` for greedy.
         top_p: keep the smallest set of most likely tokens with at least this probability
             (nucleus sampling, Holtzman et al. 2020).
 
     Returns:
         Token ids, `[b]` int64.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
     probabilities, order = torch.softmax(logits.double() / temperature, -1).sort(
         stable=True, dim=-1, descending=True
     )
