@@ -75,7 +75,6 @@ def skills(folder: Path, lm: FrozenLM) -> dict[str, Skill]:
         "idpt_kv": [{"prompt": idpt_kv}],
         "static_lowrank": [{"prompt": {"kind": "static_lowrank", "length": 3, "rank": 2}}],
         "idpt_lowrank": [{"prompt": {**idpt_kv, "kind": "idpt_lowrank", "rank": 3}}],
-        "idpt_gated": [{"prompt": {**idpt_kv, "kind": "idpt_gated", "rank": 3}}],
         "neural": [{"prompt": static, "link": LINK}, {"prompt": idpt_kv}],
         "three passes": [{"link": LINK}, {"link": "same"}, {"prompt": static}],
         "textual": [{"prompt": static, "propose": PROPOSE}, {"prompt": idpt}],

@@ -86,13 +86,9 @@ class Prompt:
             updates=self.updates.select([0] * rows) if self.updates else None,
         )
 
-    def updated(self, matrices: Matrices, gates: Tensor | None = None) -> Prompt:
-        """Return these prompts with low-rank updates of the states between the LM's layers.
-
-        `gates` are every row's own, `[b, layers, r]`.
-        """
-        updates = Updates.alike(matrices, self.rows, gates)
-        return replace(self, updates=updates, shared=self.shared and gates is None)
+    def updated(self, matrices: Matrices) -> Prompt:
+        """Return these prompts with low-rank updates of the states between the LM's layers."""
+        return replace(self, updates=Updates.alike(matrices, self.rows))
 
     @classmethod
     def empty(cls, rows: int, device: torch.device | str = "cpu") -> Prompt:

@@ -3,8 +3,8 @@
 What layer `l` has written, `x`, goes on as `x + u B A n(x)`: `n` divides a position by its root
 mean square, `A` and `B` are a small trained pair of matrices for every layer, and `u` is the
 layer's own unit. It is an adapter in series (Houlsby et al. 2019, arXiv 1902.00751), without its
-nonlinearity and once a layer. A row may have gates of its own, `x + u B (g * A n(x))`. Rows of other
-skills in the same batch go on as they are, or with matrices of their own.
+nonlinearity and once a layer. Rows of other skills in the same batch go on as they are, or with
+matrices of their own.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Matrices:
     up: Tensor
     unit: Tensor
 
-    def update(self, layer: int, x: Tensor, gates: Tensor | None = None) -> Tensor:
-        """Return `u B A n(x)` of states `[t, d]`, what `A` reads times gates `[t, r]`."""
+    def update(self, layer: int, x: Tensor) -> Tensor:
+        """Return `u B A n(x)` of states `[t, d]`."""
         t = len(x)
         wide = x.float()
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
@@ -46,8 +46,6 @@ class Matrices:
             # A position's sums must not tell how many others stand beside it (promise 3).
             normal = torch.cat([normal, normal.new_zeros(MANY - t, x.shape[1])])
         read = normal.to(x.dtype) @ self.down[layer].to(x)
-        if gates is not None:
-            read = read * nn.functional.pad(gates, (0, 0, 0, len(read) - t)).to(x)
         return (read @ self.up[layer].to(x))[:t] * self.unit[layer].to(x)
 
 
@@ -58,39 +56,32 @@ class Updates:
     Attributes:
         sets: the matrices that rows use, each once.
         of: for each row the index of its own among them, -1 for a row without updates.
-        gates: for each row its own, `[layers, r]`, or None.
     """
 
     sets: tuple[Matrices, ...]
     of: tuple[int, ...]
-    gates: tuple[Tensor | None, ...]
 
     @classmethod
-    def alike(cls, matrices: Matrices, rows: int, gates: Tensor | None = None) -> Updates:
-        """Return updates of `rows` rows with the same matrices, gated by `[rows, layers, r]`."""
-        return cls((matrices,), (0,) * rows, (None,) * rows if gates is None else tuple(gates))
+    def alike(cls, matrices: Matrices, rows: int) -> Updates:
+        """Return updates of `rows` rows with the same matrices."""
+        return cls((matrices,), (0,) * rows)
 
     @classmethod
     def stack(cls, several: Sequence[Updates | None], rows: Sequence[int]) -> Updates | None:
         """Join updates along the rows; None stands for so many `rows` without any."""
         sets: list[Matrices] = []
         of: list[int] = []
-        gates: list[Tensor | None] = []
         for own, count in zip(several, rows, strict=True):
             if own is None:
                 of += [-1] * count
-                gates += [None] * count
                 continue
             sets += [matrices for matrices in own.sets if matrices not in sets]
             of += [-1 if i < 0 else sets.index(own.sets[i]) for i in own.of]
-            gates += own.gates
-        return cls(tuple(sets), tuple(of), tuple(gates)) if sets else None
+        return cls(tuple(sets), tuple(of)) if sets else None
 
     def select(self, rows: Sequence[int]) -> Updates:
         """Return the updates of some rows, in that order."""
-        return Updates(
-            self.sets, tuple(self.of[i] for i in rows), tuple(self.gates[i] for i in rows)
-        )
+        return Updates(self.sets, tuple(self.of[i] for i in rows))
 
     def repeat(self, n: int) -> Updates:
         """Return these updates with every row `n` times."""
@@ -102,50 +93,26 @@ class Updates:
 
 
 class Placed:
-    """Updates of positions: which matrices, and which gates, belong to which of them."""
+    """Updates of positions: which matrices belong to which of them."""
 
     def __init__(self, updates: Updates, owner: Tensor) -> None:
         used = torch.tensor(updates.of, device=owner.device)[owner]
-        self._parts: list[tuple[Matrices, Tensor | None, _Gates | None]] = []
+        self._parts: list[tuple[Matrices, Tensor | None]] = []
         for index, matrices in enumerate(updates.sets):
             mine = used == index
-            if not bool(mine.any()):
-                continue
-            # Where all are meant there is no need to pick positions out and put them back.
-            places = None if bool(mine.all()) else mine.nonzero()[:, 0]
-            rows = [row for row, of in enumerate(updates.of) if of == index]
-            gates = None
-            if any(updates.gates[row] is not None for row in rows):
-                gates = _Gates(matrices, updates, rows, owner if places is None else owner[places])
-            self._parts.append((matrices, places, gates))
+            if bool(mine.all()):  # no need to pick positions out and put them back
+                self._parts.append((matrices, None))
+            elif bool(mine.any()):
+                self._parts.append((matrices, mine.nonzero()[:, 0]))
 
     def applied(self, layer: int, x: Tensor) -> Tensor:
         """Return the states `[t, d]` that a layer has written, with their updates."""
-        for matrices, places, gates in self._parts:
-            own = None if gates is None else gates.of(layer)
+        for matrices, places in self._parts:
             if places is None:
-                x = x + matrices.update(layer, x, own)
+                x = x + matrices.update(layer, x)
             else:
-                x = x.index_add(0, places, matrices.update(layer, x[places], own))
+                x = x.index_add(0, places, matrices.update(layer, x[places]))
         return x
-
-
-class _Gates:
-    """Gates of the positions that share matrices; a row without any has ones."""
-
-    def __init__(
-        self, matrices: Matrices, updates: Updates, rows: Sequence[int], owner: Tensor
-    ) -> None:
-        ones = matrices.down.new_ones(matrices.down.shape[0], matrices.down.shape[2])
-        several = (updates.gates[row] for row in rows)
-        self._values = torch.stack([ones if gates is None else gates for gates in several])
-        place = torch.zeros(len(updates.of), dtype=torch.long, device=owner.device)
-        place[torch.tensor(rows, device=owner.device)] = torch.arange(len(rows)).to(owner.device)
-        self._place = place[owner]
-
-    def of(self, layer: int) -> Tensor:
-        """Return those of a layer, `[t, r]`."""
-        return self._values[:, layer][self._place]
 
 
 class LayerHooks:

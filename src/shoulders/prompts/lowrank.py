@@ -44,6 +44,6 @@ class LowRank(nn.Module):
         added = (seen[1:] - seen[:-1]).float().square().mean(-1).sqrt().median(-1).values
         self.unit.copy_(torch.cat([added, added[-1:]]) * (ALPHA / self.down.shape[2]))
 
-    def forward(self, prompt: Prompt, gates: Tensor | None = None) -> Prompt:
-        """Return prompts with these updates, gated for each row by `[b, layers, r]`."""
-        return prompt.updated(self._matrices, gates)
+    def forward(self, prompt: Prompt) -> Prompt:
+        """Return prompts with these updates."""
+        return prompt.updated(self._matrices)
