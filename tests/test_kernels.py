@@ -261,6 +261,37 @@ def test_attention_and_its_gradient(
     assert not q or close(mine_prefix, g_prefix)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (5, 1, 40), (4, 2, 8)])
+def test_one_position_of_every_row_over_a_cache(
+    compiled: Kernels, heads: int, kv_heads: int, width: int
+) -> None:
+    """As decoding reads: slots in any order, other numbers seen, what lies behind them not read."""
+    sizes, seen, slot = Sizes(heads, kv_heads, width, EPSILON, 0), [7, 0, 33, 20], [4, 0, 2, 1]
+    room, b = 36, len(seen)
+    mask = torch.full((b, 1, 1, room + 1), torch.finfo(torch.float32).min)
+    cache = drawn(2, 5, room, kv_heads, width, seed=1)
+    for row, count in enumerate(seen):
+        mask[row, :, :, :count] = 0
+        mask[row, :, :, room] = 0
+    ones, all_rows = torch.ones(b, dtype=torch.long), torch.arange(b)
+    angle = torch.zeros(b, 1, width // 2)
+    rows = Rows(
+        *(angle.cos(), angle.sin(), all_rows, all_rows, mask, all_rows, ones),
+        *(torch.tensor(seen), torch.tensor(slot)),
+    )
+    qkv = drawn(b, (heads + 2 * kv_heads) * width) * 3
+    expected = block.attend(qkv, cache, rows, sizes).out
+    assert close(compiled.attend(qkv, cache, rows, sizes), expected)
+    # What a row does not see is not read, and a NaN that it sees stays in it.
+    for row, count in enumerate(seen):
+        cache[:, slot[row], count:] = float("nan")
+    assert close(compiled.attend(qkv, cache, rows, sizes), expected)
+    cache[0, slot[2], 5] = float("nan")
+    out = compiled.attend(qkv, cache, rows, sizes)
+    assert torch.isnan(out[2]).all()
+    assert close(out[[0, 1, 3]], expected[[0, 1, 3]])
+
+
 def test_nan_in_a_row_stays_in_it_and_is_seen(compiled: Kernels) -> None:
     sizes = Sizes(2, 1, 8, EPSILON, 0)
     rows = rows_of([3, 4], 0, 0, 8)

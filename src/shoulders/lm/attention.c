@@ -158,14 +158,29 @@ static void spread(const float *p, const float *x, float *plain, size m, size n,
 }
 
 static void softmax(float *y, size m) {
-    float largest = y[0], sum = 0.0f;
-    for (size j = 1; j < m; j++) largest = y[j] > largest ? y[j] : largest;
+    int32_t most = INT32_MIN; /* of integers compilers take the largest sixteen at once */
+    for (size j = 0; j < m; j++) most = order_of(y[j]) > most ? order_of(y[j]) : most;
+    float largest = of_order(most), sum = 0.0f;
     for (size j = 0; j < m; j++) {
         y[j] = exponential(y[j] - largest) + (y[j] - y[j]); /* the last term keeps NaN a NaN */
         sum += y[j];
     }
     float inverse = 1.0f / sum;
     for (size j = 0; j < m; j++) y[j] *= inverse;
+}
+
+/* The sum of a vector, half by half. */
+typedef float vector8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float vector4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+INLINE float sum_of(vector x) {
+    vector8 eight[2];
+    memcpy(eight, &x, sizeof eight);
+    eight[0] += eight[1];
+    vector4 four[2];
+    memcpy(four, eight, sizeof four);
+    four[0] += four[1];
+    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
 /* p [count, n] <- factor * (x [count, e] . m keys), which lie `apart` floats from each other. Of
@@ -179,9 +194,15 @@ INLINE void dots_where_they_lie(const float *restrict x, const float *restrict k
                 __builtin_prefetch(next_keys + j * apart + d, 0, 2);
                 __builtin_prefetch(next_values + j * apart + d, 0, 2);
             }
+        vector sums[MOST] = {{0}};
+        size d = 0;
+        for (; d + LANES <= e; d += LANES) {
+            vector key = *(const vector *)(keys + d);
+            for (int c = 0; c < count; c++) sums[c] += key * *(const vector *)(x + c * e + d);
+        }
         for (int c = 0; c < count; c++) {
-            float sum = 0.0f;
-            for (size d = 0; d < e; d++) sum += x[c * e + d] * keys[d];
+            float sum = sum_of(sums[c]);
+            for (size i = d; i < e; i++) sum += x[c * e + i] * keys[i];
             p[c * n + j] = factor * sum;
         }
     }

@@ -26,6 +26,16 @@ static uint32_t bits_of(float value) {
     return bits;
 }
 
+/* The place of a float among all floats, NaN above infinity, and the float at a place. */
+static inline int32_t order_of(float x) {
+    int32_t bits = (int32_t)bits_of(x);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+static inline float of_order(int32_t place) {
+    return of_bits((uint32_t)(place ^ ((place >> 31) & 0x7fffffff)));
+}
+
 /* The upper half of a float: bfloat16. */
 typedef uint16_t half_t;
 
@@ -195,12 +205,6 @@ void rotate(float *qkv, const float *cosine, const float *sine, float sign, size
     }
 }
 
-/* The place of a float among all floats; NaN above infinity. */
-static inline int32_t order_of(float x) {
-    int32_t bits = (int32_t)bits_of(x);
-    return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
 #define STRETCH 512
 
 /* index [m] <- where the first of the greatest of x [m, n] is; sum [m] <- log sum of e^x. */
@@ -215,7 +219,7 @@ void likeliest(const float *x, int64_t *index, float *sum, size m, size n) {
             if (own > most) most = own, at = from;
         }
         while (order_of(x[at]) != most) at++;
-        float total = 0.0f, largest = x[at];
+        float total = 0.0f, largest = of_order(most);
         for (size i = 0; i < n; i++) total += exponential(x[i] - largest);
         index[j] = at;
         sum[j] = largest + logf(total);
