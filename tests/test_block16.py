@@ -15,6 +15,7 @@ from shoulders.lm.kernels import available
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.reading import begun
 from shoulders.lm.states import states
+from shoulders.lm.updates import Matrices
 from shoulders.training.objective import Example, answer_losses
 
 ROWS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [5, 6]]
@@ -101,3 +102,40 @@ def test_one_call_for_all_layers_is_bit_equal_to_one_each(lm: FrozenLM) -> None:
         lm.blocks.__dict__["_whole"] = None  # then layer by layer
     for whole, single in zip(*found, strict=True):
         assert torch.equal(whole, single)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [3, 32])
+def test_updates_in_one_call_equal_one_each(lm: FrozenLM, rank: int) -> None:
+    """Rows of two skills with updates and one without; what a row reads is its own affair."""
+    assert lm.blocks is not None
+    assert lm.blocks._whole is not None
+    random, d = torch.Generator().manual_seed(1), lm.hidden_size
+    plain = prompt_for(lm, len(ROWS))
+    prompts = [plain.select([row]) for row in range(len(ROWS))]
+    several: list[Matrices] = []
+    for row, number in ((0, 0), (1, 1), (3, 0)):
+        if row != 3:
+            down = torch.randn(lm.layers, d, rank + number, generator=random) / d**0.5
+            up = torch.randn(lm.layers, rank + number, d, generator=random)
+            unit = lm.embedding_scale * (1 + torch.rand(lm.layers, generator=random))
+            several.append(Matrices(down, up, unit))
+        prompts[row] = prompts[row].updated(several[number])
+
+    def read(prompt: Prompt, rows: list[list[int]]) -> list[torch.Tensor]:
+        reading = begun(lm, prompt, lm.embed_rows(rows), [len(row) for row in rows], 4)
+        found = [reading.states]
+        reading.append(lm.embed_rows([[3]] * len(rows)))
+        return [*found, reading.states]
+
+    together = read(Prompt.stack(prompts), ROWS)
+    without = read(plain, ROWS)
+    alone = [read(prompt, [row]) for prompt, row in zip(prompts, ROWS, strict=True)]
+    for one in range(2):
+        assert torch.equal(together[one], torch.cat([own[one] for own in alone]))
+    lm.blocks.__dict__["_whole"] = None  # then layer by layer
+    for whole, single, other in zip(
+        together, read(Prompt.stack(prompts), ROWS), without, strict=True
+    ):
+        assert float((whole - other).abs().max()) > 0.1 * float(single.abs().max())
+        assert float((whole - single).abs().max()) < 0.02 * float(single.abs().max())

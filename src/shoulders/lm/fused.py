@@ -162,8 +162,8 @@ class Blocks:
         slots, run = cache.slots[owner], self._functions
         updates = cache.updates.placed(owner) if cache.updates is not None else None
         h, g = self.heads, self.kv_heads
-        if self._whole is not None and updates is None and not taps:
-            x = self._whole.read(x, cache.values, rows, places, sizes)
+        if self._whole is not None and not taps:
+            x = self._whole.read(x, cache.values, rows, places, sizes, updates)
             cache.lengths = cache.lengths + lengths
             return self._result(x, [], ())
         written = [x]

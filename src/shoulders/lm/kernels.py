@@ -25,6 +25,7 @@ from shoulders.errors import ShouldersError
 from shoulders.files import atomic_path, cache_folder
 from shoulders.lm.block import Rows, Sizes
 from shoulders.lm.tiles import Tiles
+from shoulders.lm.updates import Beside
 
 _FLAGS = (
     *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
@@ -72,7 +73,8 @@ class Kernels:
         self._c.gate_back_round.argtypes = [*[pointer] * 3, size, *[pointer] * 4, *[size] * 2]
         if self._c.tiles_ready():
             first: list[Any] = [pointer, size, size, pointer, pointer, size]
-            self._c.read_layers.argtypes = [*first, *[pointer] * 7, real, pointer, *[size] * 9]
+            rows: list[Any] = [*[pointer] * 9, size, real, pointer]
+            self._c.read_layers.argtypes = [*first, *rows, *[size] * 9]
         self.tiles = Tiles(self._c) if self._c.tiles_ready() else None
         self._c.likeliest.argtypes = [*[pointer] * 3, size, size]
         self._c.attend.argtypes = [*[pointer] * 9, *[size] * 6]
@@ -205,6 +207,7 @@ class Kernels:
         values: Tensor,
         places: Tensor,
         rows: Rows,
+        beside: Beside,
         epsilon: float,
         room: Tensor,
         *counts: int,
@@ -213,7 +216,8 @@ class Kernels:
         tensors = (places, rows.cos, rows.sin, rows.start, rows.length, rows.seen, rows.slot)
         self._c.read_layers(
             *(_at(table), len(table), halves, _at(x), _at(values), values[0, 0].numel()),
-            *(*(_at(tensor) for tensor in tensors), epsilon, _at(room), *counts),
+            *(_at(tensor) for tensor in (*tensors, beside.table, beside.which)),
+            *(beside.rank, epsilon, _at(room), *counts),
         )
 
     def most_seen(self, rows: Rows) -> int:

@@ -13,6 +13,33 @@ typedef struct {
     matrix_t qkv, output, gate_up, down;
 } layer_t;
 
+/* Low-rank updates of one skill, see shoulders.lm.updates: down [layers, d, r], up [layers, r, d]. */
+typedef struct {
+    const float *down, *up, *unit;
+    size rank;
+} update_t;
+
+/* x [t, d] <- x + u up down n(x), for positions of updates[which[i]], -1 for none. Sums of a position
+ * do not depend on what stands beside it. room: MOST (2 d + largest rank) floats. */
+static void update_states(const update_t *updates, const int64_t *which, size layer, float *x,
+                          float *room, size t, size d) {
+    for (size i = 0, count; i < t; i += count) {
+        for (count = 1; count < MOST && i + count < t && which[i + count] == which[i];) count++;
+        if (which[i] < 0) continue;
+        const update_t *own = updates + which[i];
+        size r = own->rank;
+        float *normal = room, *added = normal + MOST * d, *read = added + MOST * d;
+        for (size c = 0; c < count; c++) {
+            const float *from = x + (i + c) * d;
+            float inverse = inverse_rms(from, d, 1e-6f);
+            for (size j = 0; j < d; j++) normal[c * d + j] = from[j] * inverse;
+        }
+        weighted(normal, own->down + layer * d * r, read, d, d, r, r, count);
+        weighted(read, own->up + layer * r * d, added, r, r, d, d, count);
+        for (size j = 0; j < count * d; j++) x[i * d + j] += own->unit[layer] * added[j];
+    }
+}
+
 /* Take so many bytes of the room, from a multiple of 64 on. */
 static void *taken(char **room, size bytes) {
     char *at = *room;
@@ -31,12 +58,13 @@ static void times_matrix(const void *levels, const float *scale, const matrix_t 
 /* x [t, d] <- the last layer's output; the cache [layers, 2, block], block being slots times q
  * positions of [g, e], takes the keys and values of position i at places[i]. Weights are int8, or
  * halves with scales of NULL. f: width of the feed-forward network. room: see
- * `shoulders.lm.layers`. Rows are as in `attend`. */
+ * `shoulders.lm.layers`. Rows are as in `attend`, updates (or NULL) as in `update_states`. */
 void read_layers(const layer_t *layers, size count, int64_t halves, float *x, float *cache,
                  size block, const int64_t *places, const float *cosine, const float *sine,
                  const int64_t *start, const int64_t *length, const int64_t *seen,
-                 const int64_t *slot, float epsilon, char *room, size most, size t, size b, size q,
-                 size d, size f, size h, size g, size e) {
+                 const int64_t *slot, const update_t *updates, const int64_t *which, size rank,
+                 float epsilon, char *room, size most, size t, size b, size q, size d, size f,
+                 size h, size g, size e) {
     size all = h + 2 * g, widest = d > f ? d : f;
     widest = h * e > widest ? h * e : widest;
     void *levels = taken(&room, t * widest * 2);
@@ -46,6 +74,7 @@ void read_layers(const layer_t *layers, size count, int64_t halves, float *x, fl
     half_t *gate_up = taken(&room, t * 2 * f * 2);
     float *attending = taken(&room, most * (3 * e + h / g) * 4);
     char *spare = taken(&room, PANEL * widest * 2);
+    float *updating = taken(&room, updates ? MOST * (2 * d + rank) * 4 : 0);
     for (size l = 0; l < count; l++) {
         const layer_t *own = layers + l;
         float *keys = cache + l * 2 * block, *values = keys + block;
@@ -63,6 +92,7 @@ void read_layers(const layer_t *layers, size count, int64_t halves, float *x, fl
         if (halves) gate_half(gate_up, levels, t, f);
         else gate_round(gate_up, 1, levels, scale, row, t, f);
         times_matrix(levels, scale, &own->down, halves, middle, x, 0, spare, t, d, f);
+        if (updates) update_states(updates, which, l, x, updating, t, d);
         for (size i = 0; i < t; i++) {
             memcpy(keys + places[i] * g * e, qkv + (i * all + h) * e, g * e * 4);
             memcpy(values + places[i] * g * e, qkv + (i * all + h + g) * e, g * e * 4);

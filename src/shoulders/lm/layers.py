@@ -10,8 +10,10 @@ from torch import Tensor
 from shoulders.lm.block import Layer, Matrix, Rows, Sizes
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
+from shoulders.lm.updates import Beside, Placed
 
 _LINE = 64  # bytes: pieces of the room begin at multiples of it
+_ALIKE = 4  # positions with the same updates that are computed together: MOST of attention.c
 
 
 class Layers:
@@ -23,7 +25,15 @@ class Layers:
         # Their addresses are handed on: `laid` and `layers` hold what lies there.
         self._table = torch.tensor([_addresses(layer, laid) for layer in layers])
 
-    def read(self, x: Tensor, values: Tensor, rows: Rows, places: Tensor, sizes: Sizes) -> Tensor:
+    def read(
+        self,
+        x: Tensor,
+        values: Tensor,
+        rows: Rows,
+        places: Tensor,
+        sizes: Sizes,
+        updates: Placed | None = None,
+    ) -> Tensor:
         """Return the last layer's output `[t, d]` of states `x [t, d]`.
 
         Args:
@@ -33,6 +43,7 @@ class Layers:
             rows: where they lie, with `seen` and `slot`.
             places: `[t]`, where in their slot positions are kept.
             sizes: of a layer.
+            updates: of the positions' states between layers.
         """
         assert rows.seen is not None
         assert rows.slot is not None
@@ -42,14 +53,15 @@ class Layers:
         f = self._layers[0].down.values.shape[1]
         h, g, e = sizes.heads, sizes.kv_heads, sizes.width
         (t, d), most = x.shape, self._kernels.most_seen(rows)
-        widest = max(d, f, h * e)
+        widest, beside = max(d, f, h * e), Beside.of(updates)
         parts = (
             *(t * widest * 2, t * 4, widest * 4, t * (h + 2 * g) * e * 4, t * h * e * 4),
             *(t * d * 4, t * 4 * f, most * (3 * e + h // g) * 4, 32 * widest * 2),
+            _ALIKE * (2 * d + beside.rank) * 4,
         )
         room = torch.empty(sum(-(-part // _LINE) * _LINE for part in parts), dtype=torch.int8)
         self._kernels.read_layers(
-            *(self._table, self._halves, x, values, own, rows, sizes.epsilon, room, most),
+            *(self._table, self._halves, x, values, own, rows, beside, sizes.epsilon, room, most),
             *(t, len(lengths), values.shape[3], d, f, h, g, e),
         )
         return x

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,16 @@ class Updates:
 
 
 class Placed:
-    """Updates of positions: which matrices belong to which of them."""
+    """Updates of positions: which matrices belong to which of them.
+
+    Attributes:
+        sets: the matrices, each once.
+        which: `[t]` int64, the index of each position's own, -1 for none.
+    """
 
     def __init__(self, updates: Updates, owner: Tensor) -> None:
         used = torch.tensor(updates.of, device=owner.device)[owner]
+        self.sets, self.which = updates.sets, used
         self._parts: list[tuple[Matrices, Tensor | None]] = []
         for index, matrices in enumerate(updates.sets):
             mine = used == index
@@ -113,6 +119,37 @@ class Placed:
             else:
                 x = x.index_add(0, places, matrices.update(layer, x[places]))
         return x
+
+
+class Beside(NamedTuple):
+    """Low-rank updates as `layers.c` takes them: `update_t` of every set, and whose they are.
+
+    Attributes:
+        table: addresses of each set's matrices, and its rank; None without updates.
+        which: `[t]` int64, each position's set, -1 for none.
+        rank: the largest.
+        parts: what lies at the addresses.
+    """
+
+    table: Tensor | None = None
+    which: Tensor | None = None
+    rank: int = 0
+    parts: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, updates: Placed | None) -> Beside:
+        """Lay out the updates of positions."""
+        if updates is None:
+            return cls()
+        parts = [
+            part.detach().float().contiguous()
+            for own in updates.sets
+            for part in (own.down, own.up, own.unit)
+        ]
+        ranks = [own.down.shape[2] for own in updates.sets]
+        addresses = torch.tensor([part.data_ptr() for part in parts]).view(-1, 3)
+        table = torch.cat([addresses, torch.tensor(ranks)[:, None]], 1).contiguous()
+        return cls(table, updates.which, max(ranks), tuple(parts))
 
 
 class LayerHooks:
