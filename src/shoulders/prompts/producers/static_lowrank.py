@@ -17,15 +17,19 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.prompts.initial import InitConfig, initial_ids
 from shoulders.prompts.interface import ProducerConfig, Surroundings
-from shoulders.prompts.lowrank import LowRank
+from shoulders.prompts.lowrank import Activation, LowRank
 from shoulders.prompts.producers import static_kv
 
 
 class Config(ProducerConfig):
-    """A static prefix of `length` positions, and updates of `rank` for every layer."""
+    """A static prefix of `length` positions, and updates of `rank` for every layer.
+
+    `activation` is what stands between the two matrices of an update.
+    """
 
     init: InitConfig = InitConfig()
     rank: int = Field(default=64, ge=1)
+    activation: Activation = "none"
 
 
 class Producer(nn.Module):
@@ -37,7 +41,7 @@ class Producer(nn.Module):
         self.length = config.length
         plain = static_kv.Config(length=config.length, init=config.init)
         self.prefix = static_kv.Producer(plain, around)
-        self.updates = LowRank(config.rank, around.lm)
+        self.updates = LowRank(config.rank, around.lm, config.activation)
 
     def initialise(self, lm: FrozenLM, random: torch.Generator) -> None:
         """Start as the static prefix of the configured tokens, without updates."""
