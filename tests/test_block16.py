@@ -119,7 +119,7 @@ def test_updates_in_one_call_equal_one_each(lm: FrozenLM, rank: int) -> None:
             down = torch.randn(lm.layers, d, rank + number, generator=random) / d**0.5
             up = torch.randn(lm.layers, rank + number, d, generator=random)
             unit = lm.embedding_scale * (1 + torch.rand(lm.layers, generator=random))
-            several.append(Matrices(down, up, unit, silu=number == 1))
+            several.append(Matrices(down, up, unit))
         prompts[row] = prompts[row].updated(several[number])
 
     def read(prompt: Prompt, rows: list[list[int]]) -> list[torch.Tensor]:

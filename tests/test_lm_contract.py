@@ -55,7 +55,7 @@ def make_matrices(lm: FrozenLM, number: int) -> Matrices:
     up = torch.randn(lm.layers, rank, d, generator=random)
     with torch.no_grad():
         unit = 0.1 * lm.embedding_scale * torch.rand(lm.layers, generator=random)
-    return Matrices(down, up, unit, silu=number == 2)
+    return Matrices(down, up, unit)
 
 
 def make_prompt(lm: FrozenLM, vectors: int, prefix: int, updates: int = 0, seed: int = 0) -> Prompt:
@@ -124,8 +124,6 @@ def updated_plainly(lm: FrozenLM, prompt: Prompt) -> Iterator[None]:
                 x = states[0, place].double()
                 normal = x / (x.square().mean() + 1e-6).sqrt()
                 read = own.down[number].double().T @ normal
-                if own.silu:
-                    read = read / (1 + (-read).exp())
                 update = own.up[number].double().T @ read * float(own.unit[number])
                 new[0, place] = (x + update).to(states.dtype)
             return (new, *output[1:]) if isinstance(output, tuple) else new

@@ -17,12 +17,10 @@ typedef struct {
 typedef struct {
     const float *down, *up, *unit;
     size rank;
-    int64_t silu;
 } update_t;
 
-/* x [t, d] <- x + u up f(down n(x)), for positions of updates[which[i]], -1 for none; f is nothing or
- * SiLU. A position's sums do not depend on what stands beside it. room: MOST (2 d + largest rank)
- * floats. */
+/* x [t, d] <- x + u up down n(x), for positions of updates[which[i]], -1 for none. Sums of a position
+ * do not depend on what stands beside it. room: MOST (2 d + largest rank) floats. */
 static void update_states(const update_t *updates, const int64_t *which, size layer, float *x,
                           float *room, size t, size d) {
     for (size i = 0, count; i < t; i += count) {
@@ -37,7 +35,6 @@ static void update_states(const update_t *updates, const int64_t *which, size la
             for (size j = 0; j < d; j++) normal[c * d + j] = from[j] * inverse;
         }
         weighted(normal, own->down + layer * d * r, read, d, d, r, r, count);
-        if (own->silu) for (size j = 0; j < count * r; j++) read[j] *= sigmoid(read[j]);
         weighted(read, own->up + layer * r * d, added, r, r, d, d, count);
         for (size j = 0; j < count * d; j++) x[i * d + j] += own->unit[layer] * added[j];
     }

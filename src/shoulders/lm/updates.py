@@ -1,9 +1,9 @@
 """Low-rank updates of the states between the LM's layers: beside the weights, never in them.
 
-What layer `l` has written, `x`, goes on as `x + u B f(A n(x))`: `n` divides a position by its root
-mean square, `A` and `B` are a small trained pair of matrices for every layer, `f` is nothing or
-SiLU, and `u` is the layer's own unit. It is an adapter in series (Houlsby et al. 2019, arXiv
-1902.00751), once a layer. Rows of other skills in the same batch go on as they are, or with
+What layer `l` has written, `x`, goes on as `x + u B A n(x)`: `n` divides a position by its root
+mean square, `A` and `B` are a small trained pair of matrices for every layer, and `u` is the
+layer's own unit. It is an adapter in series (Houlsby et al. 2019, arXiv 1902.00751), without its
+nonlinearity and once a layer. Rows of other skills in the same batch go on as they are, or with
 matrices of their own.
 """
 
@@ -31,16 +31,14 @@ class Matrices:
         down: `A` of every layer, `[layers, d, r]`.
         up: `B`, `[layers, r, d]`.
         unit: `u`, `[layers]`.
-        silu: whether `f` is SiLU.
     """
 
     down: Tensor
     up: Tensor
     unit: Tensor
-    silu: bool = False
 
     def update(self, layer: int, x: Tensor) -> Tensor:
-        """Return `u B f(A n(x))` of states `[t, d]`."""
+        """Return `u B A n(x)` of states `[t, d]`."""
         t = len(x)
         wide = x.float()
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
@@ -48,8 +46,6 @@ class Matrices:
             # A position's sums must not tell how many others stand beside it (promise 3).
             normal = torch.cat([normal, normal.new_zeros(MANY - t, x.shape[1])])
         read = normal.to(x.dtype) @ self.down[layer].to(x)
-        if self.silu:
-            read = nn.functional.silu(read)
         return (read @ self.up[layer].to(x))[:t] * self.unit[layer].to(x)
 
 
@@ -129,7 +125,7 @@ class Beside(NamedTuple):
     """Low-rank updates as `layers.c` takes them: `update_t` of every set, and whose they are.
 
     Attributes:
-        table: addresses of each set's matrices, its rank, and 1 for SiLU; None without updates.
+        table: addresses of each set's matrices, and its rank; None without updates.
         which: `[t]` int64, each position's set, -1 for none.
         rank: the largest.
         parts: what lies at the addresses.
@@ -152,8 +148,7 @@ class Beside(NamedTuple):
         ]
         ranks = [own.down.shape[2] for own in updates.sets]
         addresses = torch.tensor([part.data_ptr() for part in parts]).view(-1, 3)
-        sizes = [[rank, own.silu] for rank, own in zip(ranks, updates.sets, strict=True)]
-        table = torch.cat([addresses, torch.tensor(sizes, dtype=torch.long)], 1).contiguous()
+        table = torch.cat([addresses, torch.tensor(ranks)[:, None]], 1).contiguous()
         return cls(table, updates.which, max(ranks), tuple(parts))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,6 @@ from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
 from shoulders.lm.updates import Matrices
 
-Activation = Literal["none", "silu"]
 ALPHA = 64  # the rank at which a unit is just what the layer adds
 
 
@@ -26,14 +23,14 @@ class LowRank(nn.Module):
 
     unit: Tensor
 
-    def __init__(self, rank: int, lm: FrozenLM, activation: Activation = "none") -> None:
+    def __init__(self, rank: int, lm: FrozenLM) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.zeros(lm.layers, lm.hidden_size, rank))
         self.up = nn.Parameter(torch.zeros(lm.layers, rank, lm.hidden_size))
         self.register_buffer("unit", torch.ones(lm.layers))
         self.to(lm.device)
         # One object, whichever rows use it: that is how those are found that share it.
-        self._matrices = Matrices(self.down, self.up, self.unit, activation == "silu")
+        self._matrices = Matrices(self.down, self.up, self.unit)
 
     @torch.no_grad()
     def initialise(self, lm: FrozenLM, ids: Tensor, random: torch.Generator) -> None:

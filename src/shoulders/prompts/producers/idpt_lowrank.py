@@ -18,20 +18,16 @@ from shoulders.lm.prompt import Prompt
 from shoulders.prompts.generator import GeneratorConfig, PromptGenerator
 from shoulders.prompts.initial import InitConfig, initial_ids
 from shoulders.prompts.interface import ProducerConfig, Surroundings
-from shoulders.prompts.lowrank import Activation, LowRank
+from shoulders.prompts.lowrank import LowRank
 from shoulders.prompts.producers import idpt_kv
 
 
 class Config(ProducerConfig):
-    """An input-dependent prefix of `length` positions, and updates of `rank` for every layer.
-
-    `activation` is what stands between the two matrices of an update.
-    """
+    """An input-dependent prefix of `length` positions, and updates of `rank` for every layer."""
 
     init: InitConfig = InitConfig()
     generator: GeneratorConfig = GeneratorConfig()
     rank: int = Field(default=64, ge=1)
-    activation: Activation = "none"
 
 
 class Producer(nn.Module):
@@ -43,7 +39,7 @@ class Producer(nn.Module):
         self.length = config.length
         written = idpt_kv.Config(length=config.length, init=config.init, generator=config.generator)
         self.prefix = idpt_kv.Producer(written, around)
-        self.updates = LowRank(config.rank, around.lm, config.activation)
+        self.updates = LowRank(config.rank, around.lm)
 
     @property
     def generator(self) -> PromptGenerator:

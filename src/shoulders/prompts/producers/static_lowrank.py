@@ -17,19 +17,15 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.prompts.initial import InitConfig, initial_ids
 from shoulders.prompts.interface import ProducerConfig, Surroundings
-from shoulders.prompts.lowrank import Activation, LowRank
+from shoulders.prompts.lowrank import LowRank
 from shoulders.prompts.producers import static_kv
 
 
 class Config(ProducerConfig):
-    """A static prefix of `length` positions, and updates of `rank` for every layer.
-
-    `activation` is what stands between the two matrices of an update.
-    """
+    """A static prefix of `length` positions, and updates of `rank` for every layer."""
 
     init: InitConfig = InitConfig()
     rank: int = Field(default=64, ge=1)
-    activation: Activation = "none"
 
 
 class Producer(nn.Module):
@@ -41,7 +37,7 @@ class Producer(nn.Module):
         self.length = config.length
         plain = static_kv.Config(length=config.length, init=config.init)
         self.prefix = static_kv.Producer(plain, around)
-        self.updates = LowRank(config.rank, around.lm, config.activation)
+        self.updates = LowRank(config.rank, around.lm)
 
     def initialise(self, lm: FrozenLM, random: torch.Generator) -> None:
         """Start as the static prefix of the configured tokens, without updates."""
