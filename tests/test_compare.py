@@ -433,6 +433,14 @@ def test_a_rival_loses_what_its_own_loss_says(lm_folder: Path) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+def test_long_rows_keep_no_pairs_of_positions() -> None:
+    from shoulders.comparison.tune import SHORT, attention_for
+
+    short = {"ids": [1] * (SHORT - 1), "answer_ids": [1]}
+    assert attention_for([short]) == ("sdpa" if torch.cuda.is_available() else "eager")
+    assert attention_for([short, {"ids": [1] * SHORT, "answer_ids": [1]}]) == "sdpa"
+
+
 def test_every_step_keeps_its_rows() -> None:
     from shoulders.comparison.tune import by_length
 

@@ -26,6 +26,8 @@ from transformers import (
 
 from shoulders.files import atomic_directory, write_json
 
+SHORT = 512  # tokens
+
 
 def main() -> None:
     """Train what the folder describes."""
@@ -33,20 +35,19 @@ def main() -> None:
     folder = Path(sys.argv[1])
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(settings["lm"])
+    rows, checked = read(folder / "train.jsonl"), read(folder / "validation.jsonl")
     torch.manual_seed(settings["seed"])
     # Where bfloat16 is faster: LoRA on weights in it, as its users do; whole tuning keeps float32
     # weights and computes in it (autocast). What is trained is float32 in both.
     narrow = settings["bfloat16"] and settings["rank"] is not None
-    # Of transformers' own ways to attend, the plain one is fastest backwards over rows this short.
     model: Any = AutoModelForCausalLM.from_pretrained(
         settings["lm"],
         dtype=torch.bfloat16 if narrow else torch.float32,
-        attn_implementation="eager",
+        attn_implementation=attention_for(rows),
     )
     if settings["rank"] is not None:
         model = with_lora(model, settings["rank"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows, checked = read(folder / "train.jsonl"), read(folder / "validation.jsonl")
     watch = Watch(model, tokenizer, checked, settings["validate_every"])
     fitted(model, tokenizer, rows, settings, folder, watch)
     if settings["weights"]:
@@ -65,6 +66,16 @@ def main() -> None:
             "validations": watch.validations,
         },
     )
+
+
+def attention_for(rows: list[dict[str, Any]]) -> str:
+    """Return which of transformers' own ways to attend suits rows of tokens.
+
+    On CPUs the plain one is faster backwards while rows are short; for long ones it would keep
+    every pair of positions.
+    """
+    longest = max(len(row["ids"] + row["answer_ids"]) for row in rows)
+    return "eager" if longest <= SHORT and not torch.cuda.is_available() else "sdpa"
 
 
 def with_lora(model: Any, rank: int) -> Any:
@@ -132,7 +143,7 @@ def with_answers_kept(batch: Any) -> Any:
     """Ask for logits from the first answer's beginning on: those before it have no loss."""
     answers = (batch["labels"] != -100).any(0).nonzero()
     width = batch["labels"].shape[1]
-    batch["logits_to_keep"] = torch.arange(int(answers[0]) - 1, width)
+    batch["logits_to_keep"] = torch.arange(max(0, int(answers[0]) - 1), width)
     return batch
 
 
