@@ -147,8 +147,12 @@ def with_answers_kept(batch: Any) -> Any:
     return batch
 
 
-def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """Return nats per answer token of the whole step, as the model's own loss has them."""
+def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """Return nats per answer token of the whole step, as the model's own loss has them.
+
+    `outputs.logits` are `[b, kept, vocabulary]` of the last positions, labels `[b, s]`, -100 where
+    nothing is learned; `num_items_in_batch` counts the answer tokens of all parts of the step.
+    """
     logits = outputs.logits
     targets = labels[:, -(logits.shape[1] - 1) :]
     total = torch.nn.functional.cross_entropy(

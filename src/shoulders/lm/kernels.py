@@ -31,13 +31,8 @@ _FLAGS = (
     *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math"),
 )
-_SOURCES = (
-    "kernels.c",
-    "halves.c",
-    "attention.c",
-    "tiles.c",
-    "layers.c",
-)  # one after the other, as one
+# One after the other, as one.
+_SOURCES = ("kernels.c", "halves.c", "attention.c", "tiles.c", "layers.c")
 _WIDE = 32  # as in attention.c
 _POINTERS = {
     "round_rows": 5,
@@ -168,7 +163,7 @@ class Kernels:
         )
 
     def likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where each row of `logits [m, n]` is greatest, int64, and its logsumexp."""
+        """Return where each row of `logits [m, n]` is greatest and its logsumexp, `[m]` each."""
         index, total = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
         self._c.likeliest(_at(logits), _at(index), _at(total), *logits.shape)
         return index, total

@@ -9,6 +9,7 @@ matrices of their own.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,15 +102,18 @@ class Placed:
     """
 
     def __init__(self, updates: Updates, owner: Tensor) -> None:
-        used = torch.tensor(updates.of, device=owner.device)[owner]
-        self.sets, self.which = updates.sets, used
-        self._parts: list[tuple[Matrices, Tensor | None]] = []
-        for index, matrices in enumerate(updates.sets):
-            mine = used == index
-            if bool(mine.all()):  # no need to pick positions out and put them back
-                self._parts.append((matrices, None))
-            elif bool(mine.any()):
-                self._parts.append((matrices, mine.nonzero()[:, 0]))
+        self.sets = updates.sets
+        self.which = torch.tensor(updates.of, device=owner.device)[owner]
+
+    @functools.cached_property
+    def _parts(self) -> list[tuple[Matrices, Tensor | None]]:
+        """The matrices in use, and their positions; None for all, which need no picking out."""
+        parts: list[tuple[Matrices, Tensor | None]] = []
+        for index, matrices in enumerate(self.sets):
+            mine = self.which == index
+            if bool(mine.any()):
+                parts.append((matrices, None if bool(mine.all()) else mine.nonzero()[:, 0]))
+        return parts
 
     def applied(self, layer: int, x: Tensor) -> Tensor:
         """Return the states `[t, d]` that a layer has written, with their updates."""
