@@ -96,8 +96,8 @@ def tiles(compiled: Kernels) -> Tiles:
     return compiled.tiles
 
 
-@pytest.mark.parametrize("m", [1, 15, 16, 31, 32, 33, 70])
-@pytest.mark.parametrize(("n", "k"), [(64, 192), (192, 64)])
+@pytest.mark.parametrize("m", [1, 15, 16, 31, 32, 33, 70, 700])
+@pytest.mark.parametrize(("n", "k"), [(64, 192), (192, 64), (64, 1600)])
 def test_products_in_tiles(compiled: Kernels, tiles: Tiles, m: int, n: int, k: int) -> None:
     random = torch.Generator().manual_seed(0)
     levels = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=random)
@@ -119,9 +119,10 @@ def test_products_in_tiles(compiled: Kernels, tiles: Tiles, m: int, n: int, k: i
         assert torch.equal(halved, mine.bfloat16())
 
 
-@pytest.mark.parametrize("m", [1, 16, 33, 70])
-def test_products_of_halves_in_tiles(tiles: Tiles, m: int) -> None:
-    x, weight = drawn(m, 96).bfloat16(), drawn(64, 96, seed=1).bfloat16()
+@pytest.mark.parametrize("m", [1, 16, 33, 70, 700])
+@pytest.mark.parametrize("k", [96, 832])  # a panel in one piece, in three
+def test_products_of_halves_in_tiles(tiles: Tiles, m: int, k: int) -> None:
+    x, weight = drawn(m, k).bfloat16(), drawn(64, k, seed=1).bfloat16()
     bias, rest, laid = drawn(64, seed=2), drawn(m, 64, seed=3), packed(weight)
     plain = x.double() @ weight.double().T
     assert close(tiles.product(x, laid).double(), plain, 1e-6)
@@ -129,7 +130,7 @@ def test_products_of_halves_in_tiles(tiles: Tiles, m: int) -> None:
     assert close(both.double(), plain + bias + rest, 1e-6)
     assert torch.equal(tiles.product(x, laid, None, None, bias, rest, half=True), both.bfloat16())
     assert torch.equal(tiles.product(x[:1].contiguous(), laid), tiles.product(x, laid)[:1])
-    wide = drawn(m, 96, seed=4)
+    wide = drawn(m, k, seed=4)
     assert close(tiles.split_product(wide, laid).double(), wide.double() @ weight.double().T, 3e-5)
 
 

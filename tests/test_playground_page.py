@@ -51,7 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("playground")
     patch = pytest.MonkeyPatch()
     patch.setenv("SHOULDERS_CACHE", str(folder / "cache"))
-    lm = load_lm(str(save_tiny_lm(folder / "lm", window=1200, endless=True)), dtype="float32")
+    # Deep, so that its longest answer takes much longer than to see that nobody reads it any more.
+    tiny = save_tiny_lm(folder / "lm", window=1200, endless=True, layers=48)
+    lm = load_lm(str(tiny), dtype="float32")
     encoder = str(save_tiny_encoder(folder / "encoder"))
     generator = {"encoder": encoder, "width": 16, "heads": 2, "layers": 1}
     static = {"kind": "static", "length": 4}

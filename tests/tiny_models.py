@@ -51,8 +51,9 @@ def save_tiny_lm(
     tokenizer_extra: str = "",
     window: int = WINDOW,
     endless: bool = False,
+    layers: int = 2,
 ) -> Path:
-    """Save a random Llama of two layers as a Hugging Face folder; deterministic in `seed`.
+    """Save a random Llama as a Hugging Face folder; deterministic in `seed`.
 
     The end token of an `endless` one is never the likeliest: greedy answers are as long as may be.
     """
@@ -62,7 +63,7 @@ def save_tiny_lm(
         vocab_size=330,  # more rows than tokens, as many LMs have
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=window,

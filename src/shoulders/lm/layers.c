@@ -73,7 +73,7 @@ void read_layers(const layer_t *layers, size count, int64_t halves, float *x, fl
     float *middle = taken(&room, t * d * 4);
     half_t *gate_up = taken(&room, t * 2 * f * 2);
     float *attending = taken(&room, most * (3 * e + h / g) * 4);
-    char *spare = taken(&room, PANEL * widest * 2);
+    char *spare = taken(&room, PANEL * widest * 2 + WITHIN);
     float *updating = taken(&room, updates ? MOST * (2 * d + rank) * 4 : 0);
     for (size l = 0; l < count; l++) {
         const layer_t *own = layers + l;

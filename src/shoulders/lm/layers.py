@@ -10,6 +10,7 @@ from torch import Tensor
 from shoulders.lm.block import Layer, Matrix, Rows, Sizes
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
+from shoulders.lm.tiles import PANEL, WITHIN
 from shoulders.lm.updates import Beside, Placed
 
 _LINE = 64  # bytes: pieces of the room begin at multiples of it
@@ -56,7 +57,7 @@ class Layers:
         widest, beside = max(d, f, h * e), Beside.of(updates)
         parts = (
             *(t * widest * 2, t * 4, widest * 4, t * (h + 2 * g) * e * 4, t * h * e * 4),
-            *(t * d * 4, t * 4 * f, most * (3 * e + h // g) * 4, 32 * widest * 2),
+            *(t * d * 4, t * 4 * f, most * (3 * e + h // g) * 4, PANEL * widest * 2 + WITHIN),
             _ALIKE * (2 * d + beside.rank) * 4,
         )
         room = torch.empty(sum(-(-part // _LINE) * _LINE for part in parts), dtype=torch.int8)

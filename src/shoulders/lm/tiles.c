@@ -14,6 +14,10 @@
 #define ROWS 16     /* of a tile */
 #define BYTES 64    /* of a tile's row */
 #define PANEL 32    /* columns of two tiles */
+#define NEAR (1 << 20) /* bytes that are read again before they leave the caches */
+#define DEEP 640    /* bytes of a column that are used at a time: 20 KB of a panel */
+#define SOON 4096   /* bytes ahead of what one block of rows is at */
+#define WITHIN (1 << 18) /* bytes of sums that wait for the next piece of a panel */
 #define PERMIT 0x1023, 18 /* ARCH_REQ_XCOMP_PERM of the tiles' data, see the kernel's docs */
 
 typedef struct {
@@ -34,17 +38,33 @@ static void configure(void) {
     _tile_loadconfig(&shapes);
 }
 
-/* Sums [32, 32] of 32 rows of a (16, unless `two`) with one panel: of int8, or of halves. k and
- * the stride are in bytes. Written for constant `two` and `halves`. */
+/* Fetch the lines of a step's tiles that are wanted later: `lines` from `*at` on. */
+INLINE void fetch(const char **at, size lines) {
+    for (size line = 0; line < lines; line++, *at += BYTES) _mm_prefetch(*at, _MM_HINT_T0);
+}
+
+/* Sums [32, 32] of 32 rows of a (16, unless `two`) with columns [k] of one panel, of int8 or of
+ * halves, on top of those `before`, if any. k and the stride are in bytes; `to` is the stride of
+ * sums. At each step `lines` are fetched from `next` on. For constant `two` and `halves`. */
 INLINE void tile_sums(const char *a, size stride, const char *panel, size k, int two, int halves,
-                      void *sums, size to) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (two) {
+                      const char *next, size lines, const int32_t *before, int32_t *sums,
+                      size to) {
+    if (before) {
+        _tile_loadd(0, before, PANEL * 4);
+        _tile_loadd(1, before + ROWS, PANEL * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+    }
+    if (two && before) {
+        _tile_loadd(2, before + ROWS * PANEL, PANEL * 4);
+        _tile_loadd(3, before + ROWS * PANEL + ROWS, PANEL * 4);
+    } else if (two) {
         _tile_zero(2);
         _tile_zero(3);
     }
     for (size i = 0; i < k; i += BYTES, panel += 2 * ROWS * BYTES) {
+        fetch(&next, lines);
         _tile_loadd(4, a + i, stride);
         _tile_loadd(6, panel, BYTES);
         _tile_loadd(7, panel + ROWS * BYTES, BYTES);
@@ -65,23 +85,59 @@ INLINE void tile_sums(const char *a, size stride, const char *panel, size k, int
             }
         }
     }
-    char *at = sums;
-    _tile_stored(0, at, to * 4);
-    _tile_stored(1, at + ROWS * 4, to * 4);
+    _tile_stored(0, sums, to * 4);
+    _tile_stored(1, sums + ROWS, to * 4);
     if (two) {
-        _tile_stored(2, at + ROWS * to * 4, to * 4);
-        _tile_stored(3, at + ROWS * to * 4 + ROWS * 4, to * 4);
+        _tile_stored(2, sums + ROWS * to, to * 4);
+        _tile_stored(3, sums + ROWS * to + ROWS, to * 4);
     }
 }
 
-static void tile_sums_of(const char *a, const char *panel, size k, int two, int halves, void *sums,
-                         size to) {
+static void tile_sums_of(const char *a, size stride, const char *panel, size k, int two,
+                         int halves, const char *next, size lines, const int32_t *before,
+                         int32_t *sums, size to) {
+#define SUMS(two, halves) tile_sums(a, stride, panel, k, two, halves, next, lines, before, sums, to)
     if (halves) {
-        if (two) tile_sums(a, k, panel, k, 1, 1, sums, to);
-        else tile_sums(a, k, panel, k, 0, 1, sums, to);
+        if (two) SUMS(1, 1);
+        else SUMS(0, 1);
     } else {
-        if (two) tile_sums(a, k, panel, k, 1, 0, sums, to);
-        else tile_sums(a, k, panel, k, 0, 0, sums, to);
+        if (two) SUMS(1, 0);
+        else SUMS(0, 0);
+    }
+}
+
+/* What is done with a product's sums, see `tile_product`. */
+typedef struct {
+    const float *scale, *channel, *bias, *rest;
+    char *y;
+    int halves, half, past;
+    size n;
+} ending_t;
+
+/* Turn sums [rows, 32] into y from row i and column j on. */
+static void finish(const ending_t *as, const int32_t *sums, size i, size j, size rows) {
+    for (size r = 0; r < rows; r++) {
+        size at = (i + r) * as->n + j;
+        __m512 own = _mm512_set1_ps(as->scale ? as->scale[i + r] : 1.0f), two[2];
+        for (size c = 0; c < PANEL; c += 16) {
+            __m512i bits = _mm512_load_si512(sums + r * PANEL + c);
+            __m512 value = as->halves ? _mm512_castsi512_ps(bits)
+                                      : _mm512_mul_ps(_mm512_cvtepi32_ps(bits), own);
+            if (as->channel) value = _mm512_mul_ps(value, _mm512_loadu_ps(as->channel + j + c));
+            if (as->bias) value = _mm512_add_ps(value, _mm512_loadu_ps(as->bias + j + c));
+            if (as->rest) value = _mm512_add_ps(value, _mm512_loadu_ps(as->rest + at + c));
+            two[c / 16] = value;
+        }
+        if (as->half) {
+            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(two[1], two[0]);
+            __m512i *to = (__m512i *)(as->y + at * 2);
+            if (as->past) _mm512_stream_si512(to, both);
+            else _mm512_store_si512(to, both);
+        } else for (size c = 0; c < 2; c++) {
+            float *to = (float *)as->y + at + 16 * c;
+            if (as->past) _mm512_stream_ps(to, two[c]);
+            else _mm512_store_ps(to, two[c]);
+        }
     }
 }
 
@@ -89,54 +145,58 @@ static void tile_sums_of(const char *a, const char *panel, size k, int two, int 
  *
  * int8: int32 sums, or, with `scale` [m], floats as `rescale` makes of them. `halves`: floats. With
  * `half` floats are rounded to halves. k, in bytes, is a multiple of 64 and n of 32; y begins at a
- * multiple of 64 bytes. room: 32 k bytes. Floats go past the caches: those kept for the way
- * back fill them otherwise, and reading what is to be overwritten took longer than the product. */
+ * multiple of 64 bytes. room: 32 k + WITHIN bytes, from a multiple of 64 on. Many floats go past
+ * the caches: those kept for the way back fill them otherwise, and reading what is to be
+ * overwritten took longer than the product.
+ *
+ * A piece of a panel, 32 columns of at most DEEP bytes, stays in the nearest cache and meets all
+ * rows of a group there; sums wait for the next piece outside of it. Sums of int8 are exact, and
+ * those of halves are added in the same order whatever the pieces are. */
 void tile_product(const char *a, const char *packed, int64_t halves, const float *scale,
                   const float *channel, const float *bias, const float *rest, void *y,
                   int64_t half, char *room, size m, size n, size k) {
     configure();
     int32_t sums[PANEL * PANEL] __attribute__((aligned(64)));
-    size whole_rows = m / PANEL * PANEL, left = m - whole_rows;
+    int32_t *waiting = (int32_t *)(room + PANEL * k);
+    size pieces = (k + DEEP - 1) / DEEP, deep = (k / BYTES + pieces - 1) / pieces * BYTES;
+    size most = NEAR / k / PANEL * PANEL;
+    if (most * PANEL * 4 > WITHIN) most = WITHIN / (PANEL * 4);
+    if (most < PANEL) most = PANEL;
+    ending_t as = {scale, channel, bias, rest, y, halves, half, m * n * (half ? 2 : 4) > 4 * NEAR, n};
     int as_they_are = !scale && !bias && !rest && !half;
+    size left = m % PANEL;
     if (left) { /* the last rows, filled up with zeros */
-        memcpy(room, a + whole_rows * k, left * k);
+        memcpy(room, a + (m - left) * k, left * k);
         memset(room + left * k, 0, (PANEL - left) * k);
     }
-    for (size j = 0; j < n; j += PANEL, packed += PANEL * k)
-        for (size i = 0; i < m; i += PANEL) {
-            size rows = m - i < PANEL ? m - i : PANEL;
-            const char *from = rows < PANEL ? room : a + i * k;
-            if (as_they_are && rows == PANEL) {
-                tile_sums_of(from, packed, k, 1, halves, (int32_t *)y + i * n + j, n);
-                continue;
-            }
-            tile_sums_of(from, packed, k, rows > ROWS, halves, sums, PANEL);
-            for (size r = 0; r < rows; r++) {
-                const int32_t *sum = sums + r * PANEL;
-                size at = (i + r) * n + j;
-                if (as_they_are) {
-                    memcpy((int32_t *)y + at, sum, PANEL * 4);
-                    continue;
-                }
-                __m512 own = _mm512_set1_ps(scale ? scale[i + r] : 1.0f), two[2];
-                for (size c = 0; c < PANEL; c += 16) {
-                    __m512i bits = _mm512_load_si512(sum + c);
-                    __m512 value = halves ? _mm512_castsi512_ps(bits)
-                                          : _mm512_mul_ps(_mm512_cvtepi32_ps(bits), own);
-                    if (channel) value = _mm512_mul_ps(value, _mm512_loadu_ps(channel + j + c));
-                    if (bias) value = _mm512_add_ps(value, _mm512_loadu_ps(bias + j + c));
-                    if (rest) value = _mm512_add_ps(value, _mm512_loadu_ps(rest + at + c));
-                    two[c / 16] = value;
-                }
-                if (half) {
-                    __m512bh both = _mm512_cvtne2ps_pbh(two[1], two[0]);
-                    _mm512_stream_si512((__m512i *)((half_t *)y + at), (__m512i)both);
-                } else {
-                    _mm512_stream_ps((float *)y + at, two[0]);
-                    _mm512_stream_ps((float *)y + at + 16, two[1]);
+    for (size first = 0; first < m; first += most) {
+        size end = first + most < m ? first + most : m, blocks = (end - first + PANEL - 1) / PANEL;
+        /* each block of rows fetches its share of the piece that comes next */
+        size share = (PANEL + blocks - 1) / blocks;
+        for (size j = 0; j < n; j += PANEL)
+            for (size at = 0; at < k; at += deep) {
+                size own = k - at < deep ? k - at : deep;
+                const char *piece = packed + j * k + at * PANEL;
+                const char *next = piece + (blocks > 1 ? own * PANEL : SOON);
+                int last = at + own == k;
+                for (size i = first, block = 0; i < end; i += PANEL, block++) {
+                    size rows = m - i < PANEL ? m - i : PANEL;
+                    int direct = last && as_they_are && rows == PANEL;
+                    const char *from = rows < PANEL ? room + at : a + i * k + at;
+                    int32_t *held = waiting + block * PANEL * PANEL;
+                    tile_sums_of(from, k, piece, own, rows > ROWS, halves,
+                                 next + block * share * own, block * share < PANEL ? share : 0,
+                                 at ? held : 0,
+                                 direct ? (int32_t *)y + i * n + j : last ? sums : held,
+                                 direct ? n : PANEL);
+                    if (!last || direct) continue;
+                    if (as_they_are)
+                        for (size r = 0; r < rows; r++)
+                            memcpy((int32_t *)y + (i + r) * n + j, sums + r * PANEL, PANEL * 4);
+                    else finish(&as, sums, i, j, rows);
                 }
             }
-        }
+    }
     _tile_release();
 }
 
@@ -152,16 +212,19 @@ static void split_rows(const float *x, half_t *high, half_t *low, size rows, siz
         }
 }
 
-/* y [rows, n] <- (high + low) [32, k] times one panel, into its columns from j on. */
+/* y [rows, n] <- (high + low) [32, k] times one panel, into its columns from j on. `soon`: fetch what
+ * comes next. */
 static void split_panel(const half_t *high, const half_t *low, size stride, const half_t *panel,
-                       float *y, size rows, size n, size k, size j) {
+                        float *y, size rows, size n, size k, size j, int soon) {
     float sums[PANEL * PANEL] __attribute__((aligned(64)));
     size bytes = stride * 2;
+    const char *next = (const char *)panel + SOON;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (size i = 0; i < k; i += BYTES / 2, panel += ROWS * BYTES) {
+        if (soon) fetch(&next, PANEL);
         _tile_loadd(6, panel, BYTES);
         _tile_loadd(7, panel + ROWS * BYTES / 2, BYTES);
         _tile_loadd(4, high + i, bytes);
@@ -200,7 +263,8 @@ void split_product(const float *x, const half_t *packed, float *y, half_t *room,
     for (size j = 0; j < n; j += PANEL, packed += PANEL * k)
         for (size b = 0; b < blocks; b++) {
             size rows = m - b * PANEL < PANEL ? m - b * PANEL : PANEL, at = b * PANEL * stride;
-            split_panel(room + at, low + at, stride, packed, y + b * PANEL * n, rows, n, k, j);
+            split_panel(room + at, low + at, stride, packed, y + b * PANEL * n, rows, n, k, j,
+                        b == 0);
         }
     _tile_release();
 }

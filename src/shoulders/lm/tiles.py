@@ -11,8 +11,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-# As in tiles.c: columns of a panel, bytes of a tile's row, rows of the head at a time.
-PANEL, BYTES, GROUP = 32, 64, 64
+# As in tiles.c: columns of a panel, bytes of a tile's row, rows of the head at a time, bytes of
+# sums that wait.
+PANEL, BYTES, GROUP, WITHIN = 32, 64, 64, 1 << 18
 
 
 def fits_tiles(weight: Tensor) -> bool:
@@ -75,7 +76,7 @@ class Tiles:
         plain = torch.float32 if floats or scale is not None else torch.int32
         y = torch.empty(m, n, dtype=torch.bfloat16 if half else plain)
         deep = x.shape[1] * x.element_size()
-        room = torch.empty(PANEL * deep, dtype=torch.int8)
+        room = torch.empty(PANEL * deep + WITHIN, dtype=torch.int8)
         self._c.tile_product(
             *(_at(x), _at(weights), floats, _at(scale), _at(channel), _at(bias), _at(rest)),
             *(_at(y), half, _at(room), m, n, deep),
