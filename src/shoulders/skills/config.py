@@ -12,8 +12,8 @@ from shoulders.recursion.connector import ConnectorConfig
 from shoulders.recursion.latent import LatentConfig
 
 # Rows that are computed together: enough to keep two cores or a GPU busy, small in memory.
-BATCH_TOKENS = 2048
-BATCH_ROWS = 64
+BATCH_TOKENS = 4096
+BATCH_ROWS = 96
 
 
 class TextFormat(BaseModel):
