@@ -38,16 +38,12 @@ class Matrices:
     up: Tensor
     unit: Tensor
 
-    def update(self, layer: int, x: Tensor) -> Tensor:
-        """Return `u B A n(x)` of states `[t, d]`."""
-        t = len(x)
-        wide = x.float()
-        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
-        if t < MANY and not torch.is_grad_enabled():
-            # A position's sums must not tell how many others stand beside it (promise 3).
-            normal = torch.cat([normal, normal.new_zeros(MANY - t, x.shape[1])])
-        read = normal.to(x.dtype) @ self.down[layer].to(x)
-        return (read @ self.up[layer].to(x))[:t] * self.unit[layer].to(x)
+    def pairs(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return `A`, `B` and `u` of each layer.
+
+        All at once: taken one by one, every layer's gradient would be as large as all layers'.
+        """
+        return list(zip(self.down.unbind(), self.up.unbind(), self.unit.unbind(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +102,68 @@ class Placed:
         self.which = torch.tensor(updates.of, device=owner.device)[owner]
 
     @functools.cached_property
-    def _parts(self) -> list[tuple[Matrices, Tensor | None]]:
+    def _parts(self) -> list[tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]]:
         """The matrices in use, and their positions; None for all, which need no picking out."""
-        parts: list[tuple[Matrices, Tensor | None]] = []
+        parts: list[tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]] = []
         for index, matrices in enumerate(self.sets):
             mine = self.which == index
             if bool(mine.any()):
-                parts.append((matrices, None if bool(mine.all()) else mine.nonzero()[:, 0]))
+                places = None if bool(mine.all()) else mine.nonzero()[:, 0]
+                parts.append((matrices.pairs(), places))
         return parts
 
     def applied(self, layer: int, x: Tensor) -> Tensor:
         """Return the states `[t, d]` that a layer has written, with their updates."""
-        for matrices, places in self._parts:
+        for pairs, places in self._parts:
             if places is None:
-                x = x + matrices.update(layer, x)
+                x = updated(x, *pairs[layer])
             else:
-                x = x.index_add(0, places, matrices.update(layer, x[places]))
+                x = x.index_copy(0, places, updated(x[places], *pairs[layer]))
         return x
+
+
+def updated(x: Tensor, down: Tensor, up: Tensor, unit: Tensor) -> Tensor:
+    """Return `x + u B A n(x)` of states `[t, d]`; `down [d, r]`, `up [r, d]`, `unit []`."""
+    if torch.is_grad_enabled():
+        new: Tensor = _Updated.apply(x, down, up, unit)
+        return new
+    t, (normal, _) = len(x), _normal(x)
+    if t < MANY:
+        # A position's sums must not tell how many others stand beside it (promise 3).
+        normal = torch.cat([normal, normal.new_zeros(MANY - t, x.shape[1])])
+    return x + ((normal @ down.to(x)) @ (up * unit).to(x))[:t]
+
+
+def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `n(x)` in the type of `x [t, d]`, and what it was multiplied by, `[t, 1]` float32."""
+    wide = x.float()
+    square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
+    inverse = torch.rsqrt(square / x.shape[1] + EPSILON)
+    return (wide * inverse).to(x.dtype), inverse
+
+
+class _Updated(torch.autograd.Function):
+    """`updated` with its way back written out: a third of autograd's passes over the states."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, unit: Tensor) -> Tensor:
+        normal, inverse = _normal(x)
+        read = normal @ down.to(x)
+        ctx.save_for_backward(normal, inverse, read, down, up, unit)
+        return torch.addmm(x, read, (up * unit).to(x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        normal, inverse, read, down, up, unit = ctx.saved_tensors
+        gradient = gradients[0]
+        with torch.no_grad():
+            g_read = gradient @ (up * unit).to(gradient).T
+            g_up = (read.T @ gradient).to(up) * unit
+            g_down = (normal.T @ g_read).to(down)
+            through, normal = (g_read @ down.to(gradient).T).float(), normal.float()
+            along = (torch.linalg.vecdot(through, normal) / normal.shape[1])[:, None]
+            g_x = inverse * torch.addcmul(through, normal, along, value=-1)
+        return gradient + g_x.to(gradient), g_down, g_up, None
 
 
 class Beside(NamedTuple):

@@ -31,8 +31,10 @@ def make_optimizer(
         groups.append({"params": [parameter], "lr": peak, "peak_lr": peak})
     if config.kind == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.lr, weight_decay=config.weight_decay)
+    # One pass over each tensor where torch has it: for a small LM the optimizer is seen in a step.
+    fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in named)
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused
     )
 
 
