@@ -19,9 +19,16 @@ from shoulders.errors import RecipeError
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
-from shoulders.prompts.build import build_producer, producer_config, producer_kinds
+from shoulders.prompts.build import (
+    build_producer,
+    producer_config,
+    producer_kinds,
+    rates_of,
+)
 from shoulders.prompts.interface import Producer, Surroundings
+from shoulders.training.configs import OptimizerConfig
 from shoulders.training.objective import Example, answer_losses
+from shoulders.training.optimizer import make_optimizer
 
 LENGTH = 5
 TEXTS = [
@@ -286,6 +293,14 @@ def test_gradients_reach_every_trainable_tensor(spec: dict[str, Any], around: Su
         assert float(gradient.abs().max()) > 0, name
 
 
+def test_its_rates_are_of_parts_that_it_has(spec: dict[str, Any], around: Surroundings) -> None:
+    rates = rates_of(spec["kind"])
+    assert rates is not None
+    named = list(started(spec, around).named_parameters())
+    groups = make_optimizer(named, OptimizerConfig(**rates)).param_groups
+    assert {*rates.get("lr_for", {}).values()} <= {group["lr"] for group in groups}
+
+
 @pytest.mark.parametrize("arch", ["llama"])
 def test_training_lowers_the_loss(spec: dict[str, Any], around: Surroundings) -> None:
     producer = started(spec, around)
@@ -311,7 +326,7 @@ def test_unknown_kind_suggests_the_nearest(tiny_lm: Callable[[str], FrozenLM]) -
     with pytest.raises(RecipeError, match=r"known: .*static"):
         producer_config({"kind": "zzzz"})
     with pytest.raises(RecipeError, match="kind 'None'"):
-        producer_config({"length": 3})
+        producer_config({"kind": None, "length": 3})
 
 
 @pytest.mark.parametrize("kind", producer_kinds())

@@ -13,7 +13,7 @@ import yaml
 
 from shoulders.cli.app import main
 from shoulders.errors import RecipeError
-from shoulders.prompts.build import producer_kinds
+from shoulders.prompts.build import DEFAULT_KIND, producer_kinds, rates_of
 from shoulders.training.reader_recipe import is_reader, read_reader_recipe
 from shoulders.training.recipe import Recipe, make_recipe, read_recipe
 
@@ -58,6 +58,27 @@ def test_the_base_of_these_tests_is_valid() -> None:
     assert recipe.skill.passes[0].prompt["generator"]["encoder"] == "embedded"
     # ... and reads back as the same recipe.
     assert make_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize("kind", [None, *producer_kinds()])
+def test_a_producer_brings_its_own_rates(kind: str | None) -> None:
+    values = copy.deepcopy(VALUES)
+    del values["training"]["optimizer"]
+    values["skill"]["passes"][0]["prompt"] = {} if kind is None else {"kind": kind}
+    recipe = make_recipe(values)
+    assert recipe.skill.passes[0].prompt is not None
+    assert recipe.skill.passes[0].prompt["kind"] == (kind or DEFAULT_KIND)
+    found = recipe.training.optimizer.model_dump(exclude_unset=True)
+    assert found == rates_of(kind or DEFAULT_KIND)
+    assert make_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def test_several_passes_have_no_rates_of_their_own() -> None:
+    def change(values: dict[str, Any]) -> None:
+        del values["training"]["optimizer"]
+        values["skill"]["passes"].insert(0, {"link": {}})
+
+    assert "key 'training.optimizer' is missing" in _message(change)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +140,6 @@ def test_a_key_of_another_kind_of_producer_is_unknown() -> None:
         (lambda v: v.pop("training"), "training"),
         (lambda v: v["data"].pop("train"), "data.train"),
         (lambda v: v["training"].pop("steps"), "training.steps"),
-        (lambda v: v["training"].pop("optimizer"), "training.optimizer"),
         (lambda v: v["training"]["optimizer"].pop("lr"), "training.optimizer.lr"),
     ],
 )

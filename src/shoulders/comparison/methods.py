@@ -14,20 +14,15 @@ from shoulders.comparison.plan import BARE, TUNED, Plan
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.lm.frozen import FrozenLM
+from shoulders.prompts.build import rates_of
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 
 Family = Literal["bare", "frozen", "tuned"]
-GENERATOR = {"width": 384, "layers": 2, "heads": 6}
 SMALL = {"width": 24, "layers": 1, "heads": 2}
 CONNECTOR = {"kind": "connector", "layers": 2, "width": 384, "heads": 6}
 PROPOSE = {"n": 8, "temperature": 0.8, "max_new_tokens": 24}
-# Where every search begins: the settings of recipes/, and PEFT's own examples.
-PREFIX_RATES: dict[str, Any] = {"lr": 3e-2}
-WRITTEN_RATES: dict[str, Any] = {"lr": 1e-2, "lr_for": {"generator": 5e-4, "project": 1e-4}}
-# A prefix beside updates learns better at a tenth of the rate that suits it alone.
-BESIDE_RATES: dict[str, Any] = {"lr": 3e-3, "lr_for": {"updates": 1e-3}}
-RANK = 64
+# Where searches begin: each producer's own rates, and PEFT's own examples.
 LORA_RATE, FULL_RATE = 5e-4, 1e-4
 
 
@@ -84,7 +79,7 @@ def _method(name: str, plan: Plan, lm: FrozenLM, encoder: Callable[[str], Frozen
         matched = name == "lora_matched"
         rank = _matching_rank(plan, lm, encoder) if matched else int(name.removeprefix("lora_r"))
         return Method(name, "tuned", optimizer={"lr": LORA_RATE}, rank=rank)
-    written = prompt("idpt_kv", plan, generator=GENERATOR)
+    written = prompt("idpt_kv", plan)
     static = prompt("static_kv", plan)
     if name == "textual":
         both = [{"prompt": written, "propose": PROPOSE}, {"prompt": written}]
@@ -92,32 +87,23 @@ def _method(name: str, plan: Plan, lm: FrozenLM, encoder: Callable[[str], Frozen
         parts = ("passes.0.prompt", "passes.1.prompt")
         return Method(name, "frozen", both, gentle, dict.fromkeys(parts, "idpt_kv"))
     if name == "neural":
-        linked = {**PREFIX_RATES, "lr_for": {"passes.0.link": 5e-4}}
+        linked = {**rates("static_kv"), "lr_for": {"passes.0.link": 5e-4}}
         return Method(name, "frozen", [{"link": CONNECTOR}, {"prompt": static}], linked)
+    kind, settings = name, dict[str, Any]()
     if name == "static_kv_matched":
-        long = prompt("static_kv", plan, length=_matching_length(plan, lm, encoder))
-        return Method(name, "frozen", [{"prompt": long}], PREFIX_RATES)
-    if name in ("static_lowrank", "static_lowrank_matched"):
-        matched = name == "static_lowrank_matched"
-        rank = _matching_updates(plan, lm, encoder) if matched else RANK
-        beside = [{"prompt": prompt("static_lowrank", plan, rank=rank)}]
-        return Method(name, "frozen", beside, BESIDE_RATES)
-    if name == "idpt_lowrank":
-        both = [{"prompt": prompt(name, plan, generator=GENERATOR, rank=RANK)}]
-        inside = {f"prefix.{part}": rate for part, rate in WRITTEN_RATES["lr_for"].items()}
-        rates = {"lr": WRITTEN_RATES["lr"], "lr_for": {**inside, **BESIDE_RATES["lr_for"]}}
-        return Method(name, "frozen", both, rates)
-    if name == "idpt_kv_small":
-        small = prompt("idpt_kv", plan, generator=SMALL)
-        return Method(name, "frozen", [{"prompt": small}], WRITTEN_RATES)
-    first: dict[str, dict[str, Any]] = {
-        "static": {"lr": 0.3},
-        "static_kv": PREFIX_RATES,
-        "idpt": {"lr": 1.0, "lr_for": {"generator": 1.5e-3, "project": 1.5e-3}},
-        "idpt_kv": WRITTEN_RATES,
-    }
-    more = {"generator": GENERATOR} if name.startswith("idpt") else {}
-    return Method(name, "frozen", [{"prompt": prompt(name, plan, **more)}], first[name])
+        kind, settings = "static_kv", {"length": _matching_length(plan, lm, encoder)}
+    elif name == "static_lowrank_matched":
+        kind, settings = "static_lowrank", {"rank": _matching_updates(plan, lm, encoder)}
+    elif name == "idpt_kv_small":
+        kind, settings = "idpt_kv", {"generator": SMALL}
+    return Method(name, "frozen", [{"prompt": prompt(kind, plan, **settings)}], rates(kind))
+
+
+def rates(kind: str) -> dict[str, Any]:
+    """Return the learning rates that training a kind of producer begins with."""
+    found = rates_of(kind)
+    assert found is not None  # this package's kinds have them
+    return found
 
 
 def prompt(kind: str, plan: Plan, **settings: Any) -> dict[str, Any]:
@@ -136,21 +122,21 @@ def parameters(
 
 def _matching_length(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
     """Return how long a static prefix must be to have as many parameters as `idpt_kv`."""
-    wanted = parameters([{"prompt": prompt("idpt_kv", plan, generator=GENERATOR)}], lm, encoder)
+    wanted = parameters([{"prompt": prompt("idpt_kv", plan)}], lm, encoder)
     here = parameters([{"prompt": prompt("static_kv", plan)}], lm, encoder)
     return max(plan.length, round(wanted * plan.length / here))
 
 
 def _matching_updates(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
     """Return the rank at which a static prefix with updates has as many parameters as `idpt_kv`."""
-    wanted = parameters([{"prompt": prompt("idpt_kv", plan, generator=GENERATOR)}], lm, encoder)
+    wanted = parameters([{"prompt": prompt("idpt_kv", plan)}], lm, encoder)
     prefix = parameters([{"prompt": prompt("static_kv", plan)}], lm, encoder)
     return max(1, round((wanted - prefix) / (2 * lm.layers * lm.hidden_size)))
 
 
 def _matching_rank(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
     """Return the rank at which LoRA on all layers' products trains as many as `idpt_kv`."""
-    wanted = parameters([{"prompt": prompt("idpt_kv", plan, generator=GENERATOR)}], lm, encoder)
+    wanted = parameters([{"prompt": prompt("idpt_kv", plan)}], lm, encoder)
     with torch.device("meta"):  # shapes only: here the LM itself may be quantised or fused
         plain = type(lm.model)(lm.model.config)
     tied = plain.get_output_embeddings()

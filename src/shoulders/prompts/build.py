@@ -16,6 +16,7 @@ from shoulders.prompts import producers
 from shoulders.prompts.interface import Producer, Surroundings
 
 ENTRY_POINTS = "shoulders.producers"
+DEFAULT_KIND = "idpt_lowrank"  # the strongest on validation rows of 24 tasks, see docs/log.md
 
 
 def producer_kinds() -> list[str]:
@@ -27,10 +28,23 @@ def producer_kinds() -> list[str]:
 def producer_config(spec: Mapping[str, Any]) -> BaseModel:
     """Validate `spec` against its kind's `Config`.
 
-    Raises `RecipeError` for a missing or unknown kind, `pydantic.ValidationError` otherwise.
+    Raises `RecipeError` for an unknown kind, `pydantic.ValidationError` otherwise.
     """
     fields = {name: value for name, value in spec.items() if name != "kind"}
-    return config_of(spec.get("kind")).model_validate(fields)
+    return config_of(kind_of(spec)).model_validate(fields)
+
+
+def kind_of(spec: Mapping[str, Any]) -> Any:
+    """Return the kind that `spec` names, or the default one."""
+    return spec.get("kind", DEFAULT_KIND)
+
+
+def rates_of(kind: Any) -> dict[str, Any] | None:
+    """Return the learning rates that training a kind of producer begins with.
+
+    `lr` and `lr_for`, as an optimizer's settings have them; None where its module has no `RATES`.
+    """
+    return getattr(_module(kind), "RATES", None)
 
 
 def config_of(kind: Any) -> type[BaseModel]:
@@ -41,7 +55,7 @@ def config_of(kind: Any) -> type[BaseModel]:
 
 def build_producer(spec: Mapping[str, Any], around: Surroundings) -> Producer:
     """Build the producer that `spec` names, with values yet to be initialised or loaded."""
-    made = _module(spec.get("kind")).Producer(producer_config(spec), around)
+    made = _module(kind_of(spec)).Producer(producer_config(spec), around)
     return cast(Producer, made)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from shoulders.prompts.build import producer_config
+from shoulders.prompts.build import kind_of, producer_config
 from shoulders.recursion.candidates import ProposeConfig
 from shoulders.recursion.connector import ConnectorConfig
 from shoulders.recursion.latent import LatentConfig
@@ -48,7 +48,8 @@ class PassConfig(BaseModel):
     """One pass through the frozen LM, and how its result reaches the next one.
 
     Attributes:
-        prompt: the producer of its prompt, or none.
+        prompt: the producer of its prompt, or none. Without a `kind` it is the default one
+            (`shoulders.prompts.build.DEFAULT_KIND`).
         prompt_until: the producer reads the input up to the last occurrence of this text, the LM
             all of it. A pass over candidates (whose `propose.before` it then is) so keeps the
             prompt that it would have without them. None: it reads all, as the LM does.
@@ -91,7 +92,7 @@ class PassConfig(BaseModel):
         """Validate the producer's settings, and write out its defaults."""
         if spec is None:
             return None
-        return {"kind": spec.get("kind"), **producer_config(spec).model_dump(mode="json")}
+        return {"kind": kind_of(spec), **producer_config(spec).model_dump(mode="json")}
 
 
 class SkillConfig(BaseModel):

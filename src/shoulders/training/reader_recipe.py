@@ -14,7 +14,7 @@ from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import ReadingConfig
 from shoulders.skills.reader_artefact import SearchConfig
 from shoulders.training.configs import CrossFitConfig, LMConfig, TrainingConfig
-from shoulders.training.recipe import explain, located, read_values
+from shoulders.training.recipe import explain, located, read_values, with_rates
 
 
 class RerankingConfig(BaseModel):
@@ -96,7 +96,7 @@ def read_reader_recipe(path: Path, overrides: list[str] | tuple[str, ...] = ()) 
 def make_reader_recipe(values: dict[str, Any], where: str = "recipe") -> ReaderRecipe:
     """Validate a recipe given as nested mappings; raises `RecipeError` naming `where`."""
     try:
-        return ReaderRecipe.model_validate(values)
+        return ReaderRecipe.model_validate(with_rates(values))
     except ValidationError as error:
         raise RecipeError(f"{where}: {explain(error, ReaderRecipe, values)}") from error
     except RecipeError as error:

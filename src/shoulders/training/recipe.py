@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
-from shoulders.prompts.build import config_of
+from shoulders.prompts.build import config_of, kind_of, rates_of
 from shoulders.skills.config import SkillConfig
 from shoulders.training.configs import CrossFitConfig, LMConfig, RunningTextConfig, TrainingConfig
 
@@ -27,7 +27,8 @@ class Recipe(BaseModel):
         start: parts (`passes.0.link`, `passes.1.prompt`) that begin at those of another skill: its
             folder, or a recipe that is trained first.
         cross_fit: for a skill whose first passes propose text.
-        training: how.
+        training: how. Without an `optimizer`, a skill of one pass is trained at the rates that its
+            producer begins with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,11 +102,23 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate a recipe given as nested mappings; raises `RecipeError` naming `where`."""
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(with_rates(values))
     except ValidationError as error:
         raise RecipeError(f"{where}: {explain(error, Recipe, values)}") from error
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
+
+
+def with_rates(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a recipe says, with its producer's own learning rates where it names none.
+
+    Only for skills of one pass: what several passes train together has no rates of its own.
+    """
+    match values:
+        case {"skill": {"passes": [{"prompt": dict(prompt)}]}, "training": dict(training)}:
+            if "optimizer" not in training and (rates := rates_of(kind_of(prompt))) is not None:
+                return {**values, "training": {**training, "optimizer": rates}}
+    return values
 
 
 def explain(error: ValidationError, model: type[BaseModel], values: Any) -> str:
@@ -195,5 +208,5 @@ def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: Any
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 at = inner
         if part == "prompt":  # its fields are those of its kind of producer
-            at = config_of(values.get("kind"))
+            at = config_of(kind_of(values))
     return list(getattr(at, "model_fields", {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from shoulders.lm.prompt import Prompt
 from shoulders.prompts.generator import GeneratorConfig, PromptGenerator
 from shoulders.prompts.initial import InitConfig, initial_vectors
 from shoulders.prompts.interface import ProducerConfig, Surroundings
+
+# Learning rates to begin with (AdamW): chosen on validation rows of 24 tasks, see docs/log.md.
+RATES: dict[str, Any] = {"lr": 1.0, "lr_for": {"generator": 1.5e-3, "project": 1.5e-3}}
 
 
 class Config(ProducerConfig):

@@ -7,6 +7,7 @@ Beyond the paper: a prefix can say what an input needs, a low-rank update beside
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -20,6 +21,12 @@ from shoulders.prompts.initial import InitConfig, initial_ids
 from shoulders.prompts.interface import ProducerConfig, Surroundings
 from shoulders.prompts.lowrank import LowRank
 from shoulders.prompts.producers import idpt_kv
+
+# Learning rates to begin with (AdamW): chosen on validation rows of 24 tasks, see docs/log.md.
+RATES: dict[str, Any] = {
+    "lr": 1e-2,
+    "lr_for": {"prefix.generator": 5e-4, "prefix.project": 1e-4, "updates": 1e-3},
+}
 
 
 class Config(ProducerConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.prompts.initial import InitConfig, initial_keys_values
 from shoulders.prompts.interface import ProducerConfig, Surroundings
+
+# Learning rates to begin with (AdamW): chosen on validation rows of 24 tasks, see docs/log.md.
+RATES: dict[str, Any] = {"lr": 3e-2}
 
 
 class Config(ProducerConfig):
