@@ -25,7 +25,8 @@ FROZEN = ("static", "static_kv", "static_lowrank", "idpt", "idpt_kv", "idpt_lowr
           "static_kv_matched", "static_lowrank_matched", "idpt_kv_small", "textual",
           "neural")  # fmt: skip
 TUNED = ("lora_r4", "lora_r16", "lora_r64", "lora_matched", "full")
-DEFAULT = (*BARE, "static", "static_kv", "static_lowrank", "idpt", "idpt_kv", "lora_r16", "full")
+# A prompt of vectors learns too slowly for a small budget to be among them.
+DEFAULT = (*BARE, "static_kv", "static_lowrank", "idpt_kv", "idpt_lowrank", "lora_r16", "full")
 
 
 class _Part(BaseModel):
