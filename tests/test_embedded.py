@@ -14,6 +14,7 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.load import load_lm
 from shoulders.lm.prompt import Prompt
 from shoulders.prompts.build import producer_kinds
 from shoulders.skills.artefact import load_skill, save_skill
@@ -104,3 +105,25 @@ def test_a_saved_skill_answers_the_same(skill: Skill, tmp_path: Path) -> None:
         skill.score(INPUTS, [ANSWERS] * 3), loaded.score(INPUTS, [ANSWERS] * 3), strict=True
     ):
         assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def int8_lm(embedded_lm: FrozenLM) -> FrozenLM:
+    lm = load_lm("embedded", dtype="int8")
+    assert lm.fingerprint == embedded_lm.fingerprint
+    return lm
+
+
+def test_a_saved_skill_means_the_same_in_int8(
+    skill: Skill, int8_lm: FrozenLM, tmp_path: Path
+) -> None:
+    """Keys and values included: rounding apart, answers are as likely."""
+    save_skill(skill, tmp_path / "skill", Templates(), {})
+    loaded, _ = load_skill(tmp_path / "skill", int8_lm, encoder)
+    given = INPUTS, [ANSWERS] * 3
+    pairs = zip(skill.score(*given), loaded.score(*given), strict=True)
+    differences = [
+        a.logprob - b.logprob for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)
+    ]
+    # 0.3 to 0.5; 5.5 when values had been rescaled for better rounding.
+    assert sum(abs(d) for d in differences) / len(differences) < 1.0

@@ -92,15 +92,21 @@ def test_output_and_gradient_are_those_of_the_dequantised_weight(bias: bool, ker
     assert not any(p.requires_grad for p in rounded.parameters())
 
 
-def test_smoothing_changes_no_logit(fresh_lm: Callable[..., FrozenLM]) -> None:
+def test_smoothing_changes_no_logit_and_no_key_or_value(fresh_lm: Callable[..., FrozenLM]) -> None:
+    """A prefix that was trained in int8 is asked in float32, and the other way round."""
     lm = fresh_lm("qwen2")  # with biases
     ids = torch.arange(2, 40)[None]
+    cached = lm.model(ids, use_cache=True).past_key_values
     before = lm.model(ids).logits
     norms = lm.model.model.layers[0].input_layernorm.weight.clone()
     smooth(lm.model, lm.tokenizer)
     assert not torch.equal(norms, lm.model.model.layers[0].input_layernorm.weight)
-    difference = float((lm.model(ids).logits - before).abs().max())
-    assert difference <= 1e-5 * float(before.abs().max())
+    again = lm.model(ids, use_cache=True)
+    pairs = [(again.logits, before)]
+    for new, old in zip(again.past_key_values.layers, cached.layers, strict=True):
+        pairs += [(new.keys, old.keys), (new.values, old.values)]
+    for new, old in pairs:
+        assert float((new - old).abs().max()) <= 1e-5 * float(old.abs().max())
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen2", "gemma2"])

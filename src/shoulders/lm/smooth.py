@@ -4,7 +4,9 @@ Some channels of an LM's activations are far larger than the rest, and rounding 
 rest. Dividing a channel of an activation by `s` and multiplying the weights that read it by `s`
 changes nothing in exact arithmetic (SmoothQuant, arXiv 2211.10438, alpha = 0.5), and here
 costs nothing to compute: the division goes into the norm's weight, or into the weights that
-write the channel.
+write the channel. Keys and values stay as they are, although attention's output would round
+better with the values' channels balanced: a trained prefix is keys and values, and must mean the
+same in every precision.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def smooth(model: Any, tokenizer: Any, then: Callable[[nn.Module], None] | None 
 def _measured(layer: Any) -> list[Any]:
     """Return the projections whose input channels are measured; the others read the same."""
     attention, feed = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.o_proj, feed.gate_proj, feed.down_proj]
+    return [attention.q_proj, feed.gate_proj, feed.down_proj]
 
 
 def _balance(layer: Any, largest: dict[Any, Tensor]) -> None:
@@ -79,13 +81,6 @@ def _balance(layer: Any, largest: dict[Any, Tensor]) -> None:
     attention, feed = layer.self_attn, layer.mlp
     readers = [attention.q_proj, attention.k_proj, attention.v_proj]
     _through_norm(layer.input_layernorm, readers, largest[attention.q_proj])
-    # Query heads of a group read the same channels of v.
-    v, o, e = attention.v_proj, attention.o_proj, attention.head_dim
-    heads = (v.weight.shape[0] // e, -1, e)
-    channels = largest[o].view(heads).amax(1), o.weight.abs().amax(0).view(heads).amax(1)
-    s = _scale(*channels)
-    _divide(v, s.flatten())
-    _multiply(o, s[:, None].expand(-1, o.weight.shape[1] // s.numel(), -1).reshape(-1))
     _through_norm(
         layer.post_attention_layernorm, [feed.gate_proj, feed.up_proj], largest[feed.gate_proj]
     )
