@@ -28,7 +28,7 @@ START = "Read the instruction and give only the short answer."
 GENERATOR = {"width": 384, "layers": 2, "heads": 6}
 STATIC = {"lr": 3e-2}
 WRITTEN = {"lr": 2e-2, "lr_for": {"generator": 1e-3, "project": 2e-4}}
-BESIDE = {"lr": 3e-3, "lr_for": {"updates": 1e-3}}
+BESIDE = {"lr": 3e-2, "lr_for": {"updates": 1e-3}}
 BOTH = {"lr": 1e-2, "lr_for": {"prefix.generator": 5e-4, "prefix.project": 1e-4, "updates": 1e-3}}
 # name: producer, optimizer
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "... r 236": ({"kind": "static_lowrank", "rank": 236}, BESIDE),
     "... twice the rate": (
         {"kind": "static_lowrank"},
-        {"lr": 3e-3, "lr_for": {"updates": 2e-3}},
+        {"lr": 3e-2, "lr_for": {"updates": 2e-3}},
     ),
     "... with an input-dependent prefix": (
         {"kind": "idpt_lowrank", "generator": GENERATOR},
