@@ -1,4 +1,7 @@
-"""What a producer is. A further one is one file in `shoulders.prompts.producers`."""
+"""What a producer is. A further one is one file in `shoulders.prompts.producers`.
+
+It holds a `Config`, a `Producer` and, where recipes may leave them out, its learning `RATES`.
+"""
 
 from __future__ import annotations
 
