@@ -73,6 +73,17 @@ def test_a_producer_brings_its_own_rates(kind: str | None) -> None:
     assert make_recipe(recipe.model_dump(mode="json")) == recipe
 
 
+@pytest.mark.parametrize("kind", producer_kinds())
+def test_a_producers_recipe_writes_its_rates_out(kind: str) -> None:
+    """So that one of them can be overridden; they must not drift apart."""
+    path = next(path for path in RECIPES if path.stem == f"multitask_{kind}")
+    optimizer = read_recipe(path).training.optimizer
+    assert optimizer.model_dump(include={"lr", "lr_for"}) == {
+        "lr_for": {},
+        **(rates_of(kind) or {}),
+    }
+
+
 def test_several_passes_have_no_rates_of_their_own() -> None:
     def change(values: dict[str, Any]) -> None:
         del values["training"]["optimizer"]

@@ -23,6 +23,8 @@ EPSILON = 1e-6
 # From so many positions on a product's sums are the same, whatever their number: see `steady`.
 MANY = 16
 
+Pair = tuple[Tensor, Tensor, Tensor]  # one layer's `A` and `B`, and its unit
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrices:
@@ -38,8 +40,8 @@ class Matrices:
     up: Tensor
     unit: Tensor
 
-    def pairs(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return `A`, `B` and `u` of each layer.
+    def pairs(self) -> list[Pair]:
+        """Return `A` `[d, r]`, `B` `[r, d]` and `u` `[]` of each layer.
 
         All at once: taken one by one, every layer's gradient would be as large as all layers'.
         """
@@ -102,9 +104,9 @@ class Placed:
         self.which = torch.tensor(updates.of, device=owner.device)[owner]
 
     @functools.cached_property
-    def _parts(self) -> list[tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]]:
+    def _parts(self) -> list[tuple[list[Pair], Tensor | None]]:
         """The matrices in use, and their positions; None for all, which need no picking out."""
-        parts: list[tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]] = []
+        parts: list[tuple[list[Pair], Tensor | None]] = []
         for index, matrices in enumerate(self.sets):
             mine = self.which == index
             if bool(mine.any()):

@@ -16,7 +16,7 @@ from shoulders.prompts import producers
 from shoulders.prompts.interface import Producer, Surroundings
 
 ENTRY_POINTS = "shoulders.producers"
-DEFAULT_KIND = "idpt_lowrank"  # the strongest on validation rows of 24 tasks, see docs/log.md
+DEFAULT_KIND = "idpt_lowrank"  # of the lowest loss on validation rows of 24 tasks: docs/log.md
 
 
 def producer_kinds() -> list[str]:
