@@ -22,7 +22,7 @@ from shoulders.comparison.plan import Plan, SearchConfig, make_plan, plan_of_row
 from shoulders.comparison.report import write_report
 from shoulders.comparison.run import run_comparison
 from shoulders.comparison.search import best_factor
-from shoulders.comparison.summary import Difference, Line, averaged
+from shoulders.comparison.summary import Difference, Line, averaged, lines
 from shoulders.comparison.verdict import verdict
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import read_rows
@@ -31,6 +31,7 @@ from shoulders.errors import DataError, RecipeError, ShouldersError, TrainingErr
 from shoulders.evaluation.metrics import paired_interval
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
+from shoulders.skills.artefact import read_artefact
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.fit import example_at, example_of
@@ -93,6 +94,10 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
         ({"data": {"train": ["train.jsonl"]}}, "data.validation: needed"),
         ({"seed": 3}, "unknown key 'seed'"),
         ({"own": {"full": {"passes": [{}], "optimizer": {"lr": 1.0}}}}, "a method that is there"),
+        ({"variants": {"full": {"of": "static"}}}, "variants.full: that is the name of a method"),
+        ({"variants": {"twice": {"of": "sttaic"}}}, "variants.twice.of: no method 'sttaic'"),
+        ({"variants": {"twice": {"of": "textual"}}}, "it has no variants"),
+        ({"variants": {"none": {"of": "static", "share": 0}}}, "variants.none.share"),
     ],
 )
 def test_bad_plans_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:
@@ -151,8 +156,8 @@ def line(name: str, family: str, right: int, of: int = 400, **facts: Any) -> Lin
     scores = {"a": [1.0] * right + [0.0] * (of - right)}
     defaults: dict[str, Any] = {
         "exact_match": 100 * right / of, "ci95": (0.0, 100.0), "by_seed": [100 * right / of],
-        "tasks": {}, "trained_parameters": 1000, "examples": 8, "training_seconds": 1.0,
-        "latency_ms": 1.0, "perplexity": None, "zero_shot": None,
+        "tasks": {}, "trained_parameters": 1000, "examples": 8, "epochs": 1,
+        "training_seconds": 1.0, "latency_ms": 1.0, "perplexity": None, "zero_shot": None,
     }  # fmt: skip
     return Line(name=name, family=family, scores=scores, **(defaults | facts))
 
@@ -211,6 +216,15 @@ def test_the_verdict_says_undecided() -> None:
     said = verdict([line("idpt_kv", "frozen", 200), near], None, digest_equal=True)
     assert said[0].startswith("Undecided between idpt_kv around the frozen LM and")
     assert "undecided" in said[1]
+
+
+def test_the_verdict_says_who_read_how_much() -> None:
+    often = line("static_x3", "frozen", 200, epochs=3, examples=9600)
+    said = verdict([often, line("full", "tuned", 100, examples=9600)], None, digest_equal=True)
+    assert "9,600 x 3 and 9,600 examples" in said[1]
+    said = verdict([often, line("full", "tuned", 100, epochs=3, examples=9600)], None,
+                   digest_equal=True)  # fmt: skip
+    assert " examples" not in said[1]
 
 
 def test_seeds_are_averaged_row_by_row() -> None:
@@ -446,6 +460,28 @@ def test_every_step_keeps_its_rows() -> None:
 
     rows = [{"ids": [0] * n, "answer_ids": [1]} for n in (5, 1, 9, 3, 2, 8)]
     assert [len(row["ids"]) for row in by_length(rows, 3)] == [1, 5, 9, 2, 3, 8]
+
+
+def test_variants_read_their_share_as_often_as_they_should(tmp_path: Path, lm_folder: Path) -> None:
+    variants = {"static_half_x3": {"of": "static", "share": 0.5, "epochs": 3}}
+    plan = plan_for(tmp_path, lm_folder, variants=variants, search={"trials": 0},
+                    methods=["static", *variants])  # fmt: skip
+    out = tmp_path / "out"
+    result = run_comparison(plan, out)
+    once, again = result["runs"]
+    assert (once["examples"], once["epochs"], once["curve"][-1][0]) == (16, 1, 4)
+    assert (again["examples"], again["epochs"], again["curve"][-1][0]) == (8, 3, 6)
+    recipe = read_artefact(out / "runs/static_half_x3-seed0").provenance["recipe"]
+    assert recipe["data"]["examples"] == 8
+    assert [line.examples_read for line in lines(result, Ledger(out))] == ["16", "8 x 3"]
+
+
+def test_a_rival_may_read_its_examples_several_times_too(tmp_path: Path, lm_folder: Path) -> None:
+    variants = {"lora_half_x3": {"of": "lora_r4", "share": 0.5, "epochs": 3}}
+    plan = plan_for(tmp_path, lm_folder, variants=variants, methods=["lora_half_x3"])
+    (method,) = methods_of(plan, load_lm(str(lm_folder), dtype="float32"))
+    assert (method.rank, method.steps(plan)) == (4, 6)
+    assert method.data(plan, 6).examples == 8
 
 
 def test_matched_rivals_have_the_size_of_the_network(tmp_path: Path, lm_folder: Path) -> None:

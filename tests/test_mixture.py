@@ -128,6 +128,32 @@ def test_every_row_is_seen_once_before_any_is_seen_again(
             assert len(set(epoch)) == len(epoch)
 
 
+def test_few_examples_come_again_in_another_order_under_the_next_template() -> None:
+    n = 90
+    endless, few = make(SIZES), make(SIZES, examples=n)
+    assert few.window(0, n) == endless.window(0, n)
+
+    def rows(passage: int) -> list[str]:
+        return [row.input for row, _ in few.window(passage * n, n)]
+
+    first, second, third = rows(0), rows(1), rows(2)
+    assert Counter(first) == Counter(second) == Counter(third)
+    assert first != second != third != first
+    assert [few.example(i) for i in range(2 * n)] == few.window(0, 2 * n)  # whatever came before
+
+    # "A x" and "B x": an example of one row has the next template when it comes again.
+    once = {text for _, text in few.window(0, n)}
+    again = {text for _, text in few.window(n, n)}
+    following = {"A": "B", "B": "C", "C": "A"}
+    assert again == {following[text[0]] + text[1:] for text in once}
+
+
+@given(st.integers(0, 10**9), st.integers(1, 500))
+def test_with_few_examples_no_other_row_is_ever_read(position: int, n: int) -> None:
+    few = make({"big": 40, "small": 3}, examples=n)
+    assert few.example(position)[0] in [row for row, _ in few.window(0, n)]
+
+
 def test_a_new_epoch_has_a_new_permutation() -> None:
     inputs = [row.input for row, _ in make({"a": 40}).window(0, 80)]
     assert sorted(inputs[:40]) == sorted(inputs[40:])

@@ -40,11 +40,12 @@ def with_examples(
         share = 1.0 + plan.search.trials * plan.search.share / len(plan.seeds)
         with quiet_progress(console, "timing a step of each method", len(methods)) as advance:
             for method in methods:
+                often = share * method.share * method.epochs
                 if method.family == "frozen":
-                    steps_cost += frozen.step_seconds(method) * share
+                    steps_cost += frozen.step_seconds(method) * often
                 else:
                     seconds, fixed = tuned.step_seconds(method)
-                    steps_cost += seconds * share
+                    steps_cost += seconds * often
                     besides += fixed
                 advance(1)
         bare_runs = ledger.every(stage="run")

@@ -61,7 +61,7 @@ def curves_figure(runs: Sequence[dict[str, Any]], rows_per_step: int) -> str:
         style = "-" if run["family"] == "frozen" else "--"
         points = [(step * rows_per_step, loss) for step, loss in run["curve"]]
         axes.plot(*zip(*points, strict=True), style, marker=".", label=run["method"])
-    axes.set_xlabel("training examples")
+    axes.set_xlabel("training examples, counted with repetition")
     axes.set_ylabel("nats per answer token, validation rows")
     if drawn:
         axes.legend(fontsize=7)

@@ -84,7 +84,7 @@ class Frozen:
         values: dict[str, Any] = {
             "lm": self.plan.lm.model_dump(),
             "skill": {"passes": list(method.passes)},
-            "data": self.plan.data.model_dump(),
+            "data": method.data(self.plan, steps).model_dump(),
             "training": {
                 "steps": steps,
                 "rows_per_step": self.plan.rows_per_step,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from shoulders.comparison.plan import BARE, TUNED, Plan
+from shoulders.data.mixture import MixtureConfig
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.lm.frozen import FrozenLM
@@ -37,6 +38,8 @@ class Method:
         optimizer: its rates before the search.
         start: parts that begin at those of another method's skill of the same seed.
         rank: of LoRA; None tunes every weight.
+        share: of the budget's examples that it learns from.
+        epochs: how often it reads them.
     """
 
     name: str
@@ -45,6 +48,19 @@ class Method:
     optimizer: dict[str, Any] = field(default_factory=dict)
     start: dict[str, str] = field(default_factory=dict)
     rank: int | None = None
+    share: float = 1.0
+    epochs: int = 1
+
+    def steps(self, plan: Plan) -> int:
+        """Optimizer steps of a whole run; the plan's budget must be in examples."""
+        return plan.steps(self.share, self.epochs)
+
+    def data(self, plan: Plan, steps: int) -> MixtureConfig:
+        """Return the rows that a run of so many steps reads, once or as often as it should."""
+        if self.epochs == 1:
+            return plan.data
+        examples = max(1, steps // self.epochs) * plan.rows_per_step
+        return plan.data.model_copy(update={"examples": examples})
 
     @property
     def trained(self) -> bool:
@@ -64,7 +80,15 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
     that comes nearest to the trained parameters of `idpt_kv`.
     """
     encoder = functools.cache(load_encoder)
-    return [_method(name, plan, lm, encoder) for name in plan.methods]
+    found = []
+    for name in plan.methods:
+        variant = plan.variants.get(name)
+        if variant is None:
+            found.append(_method(name, plan, lm, encoder))
+            continue
+        same = _method(variant.of, plan, lm, encoder)
+        found.append(replace(same, name=name, share=variant.share, epochs=variant.epochs))
+    return found
 
 
 def _method(name: str, plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> Method:

@@ -89,6 +89,20 @@ class OwnMethod(_Part):
     optimizer: OptimizerConfig
 
 
+class Variant(_Part):
+    """A method once more, with other examples than the budget's.
+
+    Attributes:
+        of: that method.
+        share: of the budget's examples, the first ones.
+        epochs: how often it reads them.
+    """
+
+    of: str
+    share: float = Field(default=1.0, gt=0, le=1)
+    epochs: int = Field(default=1, ge=1)
+
+
 class Plan(_Part):
     """A comparison.
 
@@ -100,6 +114,7 @@ class Plan(_Part):
         validation_rows: of every task that selects, likewise.
         methods: by name; see `shoulders.comparison.methods`.
         own: further methods.
+        variants: methods with a share of the examples, or that read them several times.
         budget: training examples, or minutes.
         rows_per_step: examples in an optimizer step.
         length: positions of a prompt.
@@ -118,6 +133,7 @@ class Plan(_Part):
     validation_rows: int = Field(default=8, ge=1)
     methods: tuple[str, ...] = Field(default=DEFAULT, min_length=1)
     own: dict[str, OwnMethod] = {}
+    variants: dict[str, Variant] = {}
     budget: BudgetConfig
     rows_per_step: int = Field(default=8, ge=1)
     length: int = Field(default=10, ge=1)
@@ -131,24 +147,41 @@ class Plan(_Part):
     @model_validator(mode="after")
     def _known(self) -> Self:
         known = (*BARE, *FROZEN, *TUNED, *self.own)
+        for name, variant in self.variants.items():
+            if variant.of not in known:
+                raise ValueError(
+                    f"variants.{name}.of: no method '{variant.of}'{nearest(variant.of, known)}"
+                )
+            if variant.of in (*BARE, "textual") or _proposes(self.own.get(variant.of)):
+                raise ValueError(
+                    f"variants.{name}.of: '{variant.of}' does not read the budget's examples in "
+                    "order, so it has no variants"
+                )
+        known = (*known, *self.variants)
         for name in self.methods:
             if name not in known:
                 raise ValueError(f"methods: no method '{name}'{nearest(name, known)}")
         if len(set(self.methods)) < len(self.methods) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("methods and seeds: each may stand there once")
-        if taken := [name for name in self.own if name in (*BARE, *FROZEN, *TUNED)]:
-            raise ValueError(f"own.{taken[0]}: that is the name of a method that is there already")
+        built_in = (*BARE, *FROZEN, *TUNED)
+        taken = [f"own.{name}" for name in self.own if name in built_in]
+        taken += [f"variants.{n}" for n in self.variants if n in built_in or n in self.own]
+        if taken:
+            raise ValueError(f"{taken[0]}: that is the name of a method that is there already")
         if not self.data.validation:
             raise ValueError("data.validation: needed, to select on; never the test rows")
         if both := sorted(set(self.test) & {*self.data.train, *self.data.validation}):
             raise ValueError(f"test: '{both[0]}' is trained or selected on as well")
         return self
 
-    @property
-    def steps(self) -> int:
+    def steps(self, share: float = 1.0, epochs: int = 1) -> int:
         """Optimizer steps of a whole run; the budget must be in examples."""
         assert self.budget.examples is not None
-        return max(1, self.budget.examples // self.rows_per_step)
+        return max(1, int(self.budget.examples * share) // self.rows_per_step) * epochs
+
+
+def _proposes(own: OwnMethod | None) -> bool:
+    return own is not None and any(one.get("propose") for one in own.passes)
 
 
 def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:

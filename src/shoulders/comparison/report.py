@@ -79,6 +79,7 @@ def _figures(line: Line) -> dict[str, Any]:
         "by_seed": line.by_seed,
         "trained_parameters": line.trained_parameters,
         "examples": line.examples,
+        "epochs": line.epochs,
         "training_seconds": line.training_seconds,
         "latency_ms": line.latency_ms,
         "bytes_per_task": line.bytes_per_task,
@@ -96,7 +97,7 @@ def _markdown(
     rows = [
         f"| {x.name} | {x.exact_match:.1f} [{x.ci95[0]:.1f}, {x.ci95[1]:.1f}] "
         f"| {against.get(x.name, 'best').removesuffix(' points')} | {x.trained_parameters:,} "
-        f"| {x.examples:,} | {x.training_seconds:.0f} | {x.latency_ms:.0f} |"
+        f"| {x.examples_read} | {x.training_seconds:.0f} | {x.latency_ms:.0f} |"
         for x in found
     ]
     counts, machine = result["rows"], result["machine"]

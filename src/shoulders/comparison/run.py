@@ -74,7 +74,7 @@ def run_comparison(
 
         def attempt(number: int, factor: float, m: Method = method) -> float:
             folder = ledger.folder(m.name, number, "trials")
-            steps = max(1, round(plan.steps * plan.search.share))
+            steps = max(1, round(m.steps(plan) * plan.search.share))
             settings: dict[str, Any] = {"steps": steps, "seed": 0, "factor": factor}
             if m.family == "tuned":
                 return tuned.train(m, folder, keep=False, **settings).loss
@@ -84,15 +84,16 @@ def run_comparison(
         for seed in plan.seeds:
             if ledger.find(stage="run", method=method.name, seed=seed):
                 continue
-            console.print(f"[bold]{method.name}[/], seed {seed}: {plan.steps} steps")
+            steps = method.steps(plan)
+            console.print(f"[bold]{method.name}[/], seed {seed}: {steps} steps")
             folder = ledger.folder(method.name, seed)
-            settings: dict[str, Any] = {"steps": plan.steps, "seed": seed, "factor": factor}
+            settings: dict[str, Any] = {"steps": steps, "seed": seed, "factor": factor}
             if method.family == "frozen":
                 done = frozen.train(method, folder, start=starts(method, ledger, seed), **settings)
                 skill = frozen.skill(folder)
                 sizes = {"trained_parameters": skill.trained_parameters}
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
-                         sizes | run_facts(plan, factor, done))  # fmt: skip
+                         sizes | run_facts(method, plan, factor, done))  # fmt: skip
                 continue
             done = tuned.train(method, folder, keep=True, **settings)
             facts = {"trained_parameters": tuned.trained_parameters(folder)}
@@ -100,7 +101,7 @@ def run_comparison(
                 examine = functools.partial(examined, skill.lm, plan.forgetting, text, others)
                 once(ledger, "forgetting", method.name, seed, examine)
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
-                         facts | run_facts(plan, factor, done))  # fmt: skip
+                         facts | run_facts(method, plan, factor, done))  # fmt: skip
 
     # 5. What an answer takes: by turns, when all is trained. Merged, a tuned LM is as fast as the
     # LM itself in the plan's precision.
@@ -179,10 +180,11 @@ def starts(method: Method, ledger: Ledger, seed: int) -> dict[str, Path]:
     return found
 
 
-def run_facts(plan: Plan, factor: float, done: Trained) -> dict[str, Any]:
+def run_facts(method: Method, plan: Plan, factor: float, done: Trained) -> dict[str, Any]:
     """Return what a training run cost and came to."""
     return {
-        "examples": plan.steps * plan.rows_per_step,
+        "examples": method.steps(plan) // method.epochs * plan.rows_per_step,
+        "epochs": method.epochs,
         "rate_factor": factor,
         "training_seconds": done.seconds,
         "validation_loss": done.loss,

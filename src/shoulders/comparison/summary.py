@@ -26,6 +26,7 @@ class Line:
         tasks: of each task.
         trained_parameters: outside the LM, or of it.
         examples: that it learned from, those of what it begins at included.
+        epochs: how often it read them.
         training_seconds: mean over seeds.
         latency_ms: of one answer, see `latencies`.
         scores: of each test row from 0 to 1, the mean over seeds, by task.
@@ -39,6 +40,7 @@ class Line:
     tasks: dict[str, float]
     trained_parameters: int
     examples: int
+    epochs: int
     training_seconds: float
     latency_ms: float
     scores: Mapping[str, Sequence[float]]
@@ -49,6 +51,11 @@ class Line:
     def bytes_per_task(self) -> int:
         """What one more task takes on disk and in memory beside the LM."""
         return BYTES * self.trained_parameters
+
+    @property
+    def examples_read(self) -> str:
+        """For a table: the examples, and how often they were read if more than once."""
+        return f"{self.examples:,}" + (f" x {self.epochs}" if self.epochs > 1 else "")
 
 
 def lines(result: dict[str, Any], ledger: Ledger) -> list[Line]:
@@ -73,6 +80,7 @@ def lines(result: dict[str, Any], ledger: Ledger) -> list[Line]:
                 tasks={task: 100 * mean(values) for task, values in sorted(scores.items())},
                 trained_parameters=runs[0]["trained_parameters"],
                 examples=sum(run.get("examples", 0) for run in [runs[0], *before]),
+                epochs=runs[0].get("epochs", 1),
                 training_seconds=mean([r.get("training_seconds", 0.0) for r in runs])
                 + sum(r.get("training_seconds", 0.0) for r in before),
                 latency_ms=result["latency_ms"][name],

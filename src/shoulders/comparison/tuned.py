@@ -96,8 +96,8 @@ class Tuned:
     def _run(
         self, method: Method, folder: Path, steps: int, seed: int, factor: float, *, keep: bool
     ) -> None:
-        assert self._plan.data is not None
-        mixture = Mixture(self._rows.train, self._rows.templates, self._plan.data, seed)
+        data = method.data(self._plan, steps)
+        mixture = Mixture(self._rows.train, self._rows.templates, data, seed)
         count = steps * self._plan.rows_per_step
         examples = [example_at(self._plain, mixture, i, seed) for i in range(count)]
         checked = [

@@ -59,10 +59,13 @@ def _recommended(frozen: Line, tuned: Line, gap: Difference) -> str:
 
 
 def _which(frozen: Line, tuned: Line, gap: Difference) -> str:
+    read = ""
+    if frozen.examples_read != tuned.examples_read:
+        read = f"{frozen.examples_read} and {tuned.examples_read} examples, "
     return (
         f"{frozen.name} {_score(frozen)} against {tuned.name} {_score(tuned)}: {gap}, {gap.word}; "
         f"{frozen.trained_parameters:,} and {tuned.trained_parameters:,} trained parameters, "
-        f"{frozen.training_seconds:.0f} and {tuned.training_seconds:.0f} s of training, "
+        f"{read}{frozen.training_seconds:.0f} and {tuned.training_seconds:.0f} s of training, "
         f"{frozen.latency_ms:.0f} and {tuned.latency_ms:.0f} ms an answer."
     )
 

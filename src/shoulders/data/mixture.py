@@ -39,6 +39,9 @@ class MixtureConfig(BaseModel):
     """Keep only these tasks."""
     exclude: list[str] = []
     """Leave these tasks out."""
+    examples: int | None = Field(default=None, ge=1)
+    """Draw only so many examples (all files together), then the same ones again in another order;
+    without it, go on to further rows."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> MixtureConfig:
@@ -142,6 +145,9 @@ class Mixture:
     for epoch k div n: every row is seen once before any is seen twice. A row starts at a random
     template and moves on by one each epoch, so that it meets all of them.
 
+    *Few examples, several times.* With `config.examples` n, position i >= n is example number
+    i mod n of a shuffle of the first n, with one for each i div n, under its next template.
+
     All randomness is raw PCG64 output, which NumPy promises not to change (unlike the methods
     of its generators), seeded by hashes of (seed, purpose, ...). Orders depend on the task
     names, but not on how the rows of several tasks are interleaved in the files.
@@ -161,6 +167,7 @@ class Mixture:
         for group in self._rows:
             templates.texts(group[0])  # a broken template should not wait for its first draw
         counts = {task: len(groups[task]) for task in self._tasks}
+        self._examples = config.examples
         self._rates = mixing_rates(counts, config.cap, config.temperature)
         self._rate = np.array([self._rates[task] for task in self._tasks])
         self._phase = np.array(
@@ -169,6 +176,7 @@ class Mixture:
         # The latest permutation of each task and the latest block. Both only save recomputing:
         # they never change what `example` returns.
         self._permutations: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._again: tuple[int, NDArray[np.int64]] | None = None
         self._block: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
 
     @property
@@ -185,14 +193,17 @@ class Mixture:
         """Return the row at position `i` >= 0 and its text under the template drawn for it."""
         if i < 0:
             raise ValueError(f"position {i} is negative")
-        block, offset = divmod(int(i), BLOCK)
+        again, i = divmod(int(i), self._examples) if self._examples else (0, int(i))
+        if again:
+            i = int(self._repeated(again)[i])
+        block, offset = divmod(i, BLOCK)
         tasks, draws = self._block_draws(block)
         t, draw = int(tasks[offset]), int(draws[offset])
         epoch, place = divmod(draw, len(self._rows[t]))
         index = int(self._permutation(t, epoch)[place])
         row = self._rows[t][index]
         first = int(self._random(1, "template", row.task, index)[0] % 2**32)
-        return row, self._templates.render(row, first + epoch)
+        return row, self._templates.render(row, first + epoch + again)
 
     def window(self, start: int, count: int) -> list[tuple[Row, str]]:
         """Return the examples at `start`, ..., `start + count - 1`."""
@@ -217,6 +228,13 @@ class Mixture:
             order = self._shuffle(len(self._rows[t]), "rows", self._tasks[t], epoch)
             self._permutations[t] = cached = (epoch, order)
         return cached[1]
+
+    def _repeated(self, again: int) -> NDArray[np.int64]:
+        """Return the order in which the first examples are read for the `again`-th time more."""
+        assert self._examples is not None
+        if self._again is None or self._again[0] != again:
+            self._again = (again, self._shuffle(self._examples, "again", again))
+        return self._again[1]
 
     def _shuffle(self, size: int, *purpose: Any) -> NDArray[np.int64]:
         return np.argsort(self._random(size, *purpose), kind="stable")
