@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +264,35 @@ def test_a_search_of_nothing_but_divergence_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(ShouldersError, match="m: every trial"):
         best_factor(Method("m", "frozen"), SearchConfig(trials=2), Ledger(tmp_path), attempt)
+
+
+def test_a_resumed_plan_may_have_moved_but_its_rows_not_changed(tmp_path: Path) -> None:
+    values = {"budget": {"examples": 8}, "methods": ["static"], "seeds": [0]}
+    out = tmp_path / "out"
+    plan = plan_of_rows(rows_file(tmp_path), out, **values)
+    Ledger(out).begin(plan, resume=False)
+
+    shutil.copytree(out / "data", tmp_path / "elsewhere")
+    place = str(tmp_path / "elsewhere")
+    data = {"train": [f"{place}/train.jsonl"], "validation": [f"{place}/validation.jsonl"]}
+    data = {**plan.data.model_dump(), **data}
+    moved = {**plan.model_dump(), "data": data, "test": [f"{place}/test.jsonl"]}
+    twice = {"twice": {"of": "static", "epochs": 2}}
+    more = {**moved, "variants": twice, "methods": ["static", "twice"]}
+    Ledger(out).begin(make_plan(moved), resume=True)
+    Ledger(out).begin(make_plan(more), resume=True)
+    for less in ({**more, "variants": {"twice": {"of": "static", "epochs": 3}}},
+                 {**more, "methods": ["static"]}, {**more, "length": 4}):  # fmt: skip
+        with pytest.raises(TrainingError, match="another plan or other rows"):
+            Ledger(out).begin(make_plan(less), resume=True)
+
+    with (tmp_path / "elsewhere/test.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"task": "t0", "input": "new", "targets": ["one"]}) + "\n")
+    with pytest.raises(TrainingError, match="another plan or other rows"):
+        Ledger(out).begin(make_plan(more), resume=True)
+    (tmp_path / "elsewhere/test.jsonl").unlink()
+    with pytest.raises(DataError, match=r"test.jsonl: no such file"):
+        Ledger(out).begin(make_plan(more), resume=True)
 
 
 def test_a_damaged_ledger_names_its_line(tmp_path: Path) -> None:

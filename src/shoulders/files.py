@@ -100,6 +100,12 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_path(path: Path) -> str:
+    """Return a file's SHA-256; of a folder those of its files, by name, joined with `+`."""
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    return "+".join(sha256_of_file(file) for file in files)
+
+
 def cache_folder() -> Path:
     """Return the folder for converted weights and encoder outputs.
 

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shoulders.errors import ShouldersError, TrainingError
-from shoulders.files import remove_partial, write_json, write_text
+from shoulders.comparison.plan import Plan, make_plan
+from shoulders.errors import DataError, RecipeError, ShouldersError, TrainingError
+from shoulders.files import remove_partial, sha256_of_path, write_json, write_text
 
-PLAN, RUNS = "plan.json", "runs.jsonl"
-GROWING = ("methods", "seeds", "own")  # what a resumed plan may name more of
+PLAN, RUNS, SHA256 = "plan.json", "runs.jsonl", "sha256"
+GROWING = ("methods", "seeds", "own", "variants")  # what a resumed plan may name more of
 
 
 class Ledger:
@@ -38,25 +39,32 @@ class Ledger:
                         f"{self._file}:{number}: is no run; remove that line to run it again"
                     ) from None
 
-    def begin(self, plan: dict[str, Any], *, resume: bool) -> None:
+    def begin(self, plan: Plan, *, resume: bool) -> None:
         """Note the plan; with `resume` it may name more methods and seeds than the one begun.
+
+        Its files are noted by content: they may have moved, but not changed.
 
         Raises:
             TrainingError: another plan was begun here, or this one, and `resume` is off.
+            DataError: a file is missing.
         """
         file = self.out / PLAN
+        for name in plan.files:
+            if not Path(name).exists():
+                raise DataError(f"{name}: no such file")
+        noted = {**plan.model_dump(mode="json"), SHA256: hashes_of(plan)}
         if file.is_file():
             begun = json.loads(file.read_text(encoding="utf-8"))
-            if not extends(plan, begun):
+            if not extends(noted, begun):
                 raise TrainingError(
-                    f"{self.out}: was begun with another plan (only methods and seeds may be "
-                    "added); choose another --out"
+                    f"{self.out}: was begun with another plan or other rows (only methods and "
+                    "seeds may be added); choose another --out"
                 )
             if not resume:
                 raise TrainingError(
                     f"{self.out}: holds a comparison; add --resume, or another --out"
                 )
-        write_json(file, plan)
+        write_json(file, noted)
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """Return the finished run with these facts, if there is one."""
@@ -94,8 +102,34 @@ class Ledger:
         return self.out / stage / f"{method}-seed{seed}"
 
 
-def extends(plan: dict[str, Any], begun: dict[str, Any]) -> bool:
-    """Return whether every run of the plan `begun` is a run of `plan` as well."""
-    alike = all(plan[key] == begun.get(key) for key in plan if key not in GROWING)
-    more = all(value in plan[key] for key in ("methods", "seeds") for value in begun[key])
-    return alike and more and begun["own"].items() <= plan["own"].items()
+def hashes_of(plan: Plan) -> dict[str, str]:
+    """Return the SHA-256 of each of a plan's files."""
+    return {name: sha256_of_path(Path(name)) for name in plan.files}
+
+
+def extends(noted: dict[str, Any], begun: dict[str, Any]) -> bool:
+    """Return whether every run of the plan `begun` is a run of the plan `noted` as well."""
+    try:
+        plan, earlier = by_content(noted), by_content(begun)
+    except (RecipeError, KeyError):
+        return False
+    alike = all(plan[key] == earlier[key] for key in plan if key not in GROWING)
+    more = all(value in plan[key] for key in ("methods", "seeds") for value in earlier[key])
+    named = all(earlier[key].items() <= plan[key].items() for key in ("own", "variants"))
+    return alike and more and named
+
+
+def by_content(noted: dict[str, Any]) -> dict[str, Any]:
+    """Return a noted plan with the hashes of its files in place of their names."""
+    values = {key: value for key, value in noted.items() if key != SHA256}
+    plan = make_plan(values).model_dump(mode="json")  # what an earlier version did not have yet
+    hashes = noted[SHA256]
+
+    def contents(names: list[str]) -> list[str]:
+        return [hashes[name] for name in names]
+
+    data, forgetting = plan["data"], plan["forgetting"]
+    data |= {key: contents(data[key]) for key in ("train", "validation")}
+    data["templates"] = contents([data["templates"]] if data["templates"] else [])
+    forgetting |= {key: contents(forgetting[key]) for key in ("text", "rows")}
+    return {**plan, "test": contents(plan["test"])}

@@ -174,6 +174,13 @@ class Plan(_Part):
             raise ValueError(f"test: '{both[0]}' is trained or selected on as well")
         return self
 
+    @property
+    def files(self) -> list[str]:
+        """Files and folders that it reads."""
+        templates = [self.data.templates] if self.data.templates else []
+        other = (*self.test, *self.forgetting.text, *self.forgetting.rows)
+        return [*self.data.train, *self.data.validation, *templates, *other]
+
     def steps(self, share: float = 1.0, epochs: int = 1) -> int:
         """Optimizer steps of a whole run; the budget must be in examples."""
         assert self.budget.examples is not None

@@ -44,7 +44,7 @@ def run_comparison(
     started = time.monotonic()
     console = console or Console(quiet=True)
     ledger = Ledger(out)
-    ledger.begin(plan.model_dump(mode="json"), resume=resume)
+    ledger.begin(plan, resume=resume)
 
     # 1. One LM in memory, and the rows that every method is trained, selected and measured on.
     lm = load_lm(**plan.lm.model_dump())

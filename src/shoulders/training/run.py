@@ -19,7 +19,7 @@ from shoulders.data.rows import Row, read_rows
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
-from shoulders.files import sha256_of_file
+from shoulders.files import sha256_of_path
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 from shoulders.recursion.first_pass import FirstPass
@@ -160,9 +160,7 @@ def data_hashes(recipe: Recipe) -> dict[str, str]:
     assert given is not None  # a recipe has tasks or text
     templates = recipe.data.templates if recipe.data else None
     for name in (*given.train, *given.validation, *filter(None, [templates])):
-        path = Path(name)
-        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        hashes[path.name] = "+".join(sha256_of_file(file) for file in files)
+        hashes[Path(name).name] = sha256_of_path(Path(name))
     return hashes
 
 
