@@ -472,7 +472,12 @@ def test_the_schedule_and_the_part_rates_reach_the_optimizer(
 
 @pytest.mark.parametrize(
     ("select", "results", "best"),
-    [("loss", [3.0, 1.0, 2.0], 4), ("loss", [1.0, 1.0, 2.0], 2), ("exact_match", [5, 0, 9], 6)],
+    [
+        ("loss", [3.0, 1.0, 2.0], 4),
+        ("loss", [1.0, 1.0, 2.0], 2),
+        ("exact_match", [5, 9, 0], 4),
+        ("last", [1.0, 2.0, 3.0], 6),
+    ],
 )
 def test_the_best_weights_are_saved(
     select: str,

@@ -52,7 +52,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training has come to: seconds, and the best loss on validation rows (nats)."""
+    """What training has come to: seconds, and the last loss on validation rows (nats)."""
 
     seconds: float
     loss: float
@@ -92,6 +92,7 @@ class Frozen:
                 "warmup_steps": max(1, round(WARMUP * steps)),
                 "validate_every": max(1, -(-steps // 4)),
                 "validation_rows": self.plan.validation_rows,
+                "select": "last",  # as of the rivals
                 "save_every": max(1, -(-steps // 4)),
                 "seed": seed,
             },
@@ -185,4 +186,4 @@ def _found(folder: Path) -> Trained:
     if not validations:
         raise TrainingError(f"{folder}: was never validated; give data.validation rows")
     curve = [(int(v["step"]), float(v["loss"])) for v in validations]
-    return Trained(seconds, min(loss for _, loss in curve), curve)
+    return Trained(seconds, curve[-1][1], curve)

@@ -70,7 +70,7 @@ class Tuned:
         curve = [(int(step), float(loss)) for step, loss in found["validations"]]
         if not all(loss < float("inf") for _, loss in curve):
             raise TrainingError(f"{method.name}: the loss is no longer finite")
-        # Its last weights are what is kept: the Trainer's own way without a copy on the disk.
+        # Its last weights are what is kept, as a frozen method's: the Trainer's own way.
         return Trained(found["seconds"], curve[-1][1], curve)
 
     @contextmanager

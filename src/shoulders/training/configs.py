@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from shoulders.lm.load import Precision
 from shoulders.lm.quantized import DeviceMap, Quantization
 
+Select = Literal["loss", "exact_match", "last"]
+
 
 class LMConfig(BaseModel):
     """The frozen LM: `embedded`, a Hub id, a folder or a .gguf file; see `load_lm`."""
@@ -60,7 +62,9 @@ class TrainingConfig(BaseModel):
         seed: of initial values and of the order of examples.
         validate_every: steps between validations; the last step always validates.
         validation_rows: rows per task that select the best checkpoint.
-        select: what the best checkpoint is best at, averaged over tasks.
+        select: what the best checkpoint is best at, averaged over tasks; `last` takes the last
+            weights. Read several times, rows are answered better and better while the loss on
+            others rises already: then `loss` stops too early.
         save_every: steps between checkpoints.
         tensorboard: also write TensorBoard event files.
         remember_first_pass: keep the states of a first pass without prompt on disk, so that later
@@ -82,7 +86,7 @@ class TrainingConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     validate_every: int = Field(default=200, ge=1)
     validation_rows: int = Field(default=8, ge=1)
-    select: Literal["loss", "exact_match"] = "loss"
+    select: Select = "loss"
     save_every: int = Field(default=50, ge=1)
     tensorboard: bool = False
     remember_first_pass: bool = False

@@ -52,7 +52,7 @@ def fit(
     console: Console | None = None,
     processes: Processes | None = None,
 ) -> Progress:
-    """Train a skill's networks; on return they hold the weights of the best validation.
+    """Train a skill's networks; on return they hold the weights that `training.select` says.
 
     Args:
         skill: with initialised networks; those of its passes after the last text are trained.
@@ -149,12 +149,16 @@ def fit(
                 producer.train(False)
                 entry = validate(skill, rows, templates, checked, config.select)
                 producer.train()
-                value = entry["loss"] if config.select == "loss" else -entry["exact_match"]
+                if config.select == "last":
+                    value = -float(progress.step)
+                else:
+                    value = entry["loss"] if config.select == "loss" else -entry["exact_match"]
                 improved = value < progress.best or progress.best_step == 0
                 if improved:
                     progress.best, progress.best_step, best = value, progress.step, copied(producer)
                 progress.validations.append({"step": progress.step, **entry})
-                monitor.validation({"step": progress.step, **entry}, best=improved)
+                marked = improved and config.select != "last"
+                monitor.validation({"step": progress.step, **entry}, best=marked)
 
             if progress.step % config.save_every == 0 or progress.step == config.steps:
                 save()

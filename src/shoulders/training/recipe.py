@@ -45,8 +45,8 @@ class Recipe(BaseModel):
     def _one_kind_of_data(self) -> Self:
         if (self.data is None) == (self.text is None):
             raise ValueError("give either data (tasks) or text (running text) to train on")
-        if self.text is not None and self.training.select != "loss":
-            raise ValueError("training.select: running text has no answers; use loss")
+        if self.text is not None and self.training.select == "exact_match":
+            raise ValueError("training.select: running text has no answers; use loss or last")
         proposing = self.skill.before_text() is not None
         if proposing and (self.cross_fit is None or self.data is None):
             raise ValueError(

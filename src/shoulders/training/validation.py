@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -14,6 +13,7 @@ from shoulders.data.templates import Templates
 from shoulders.evaluation.evaluate import evaluate
 from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS
 from shoulders.skills.skill import Skill
+from shoulders.training.configs import Select
 from shoulders.training.objective import Example
 from shoulders.training.step import losses_of
 
@@ -39,7 +39,7 @@ def validate(
     rows: Sequence[Row],
     templates: Templates,
     examples: Sequence[Example],
-    select: Literal["loss", "exact_match"],
+    select: Select,
 ) -> dict[str, float]:
     """Return `loss` (nats per answer token, averaged by task), and `exact_match` if selected.
 
