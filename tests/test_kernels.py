@@ -195,7 +195,7 @@ def test_gates_and_their_gradient(compiled: Kernels, size: float) -> None:
 
 
 def rows_of(lengths: list[int], q: int, shared: int, width: int) -> Rows:
-    """Lay out rows as `Blocks._rows` does, with angles drawn at random."""
+    """Lay out rows as `laid_rows` does, with angles drawn at random."""
     t, s, b = sum(lengths), max(lengths), len(lengths)
     spread, packed = torch.zeros(b, s, dtype=torch.long), torch.zeros(t, dtype=torch.long)
     mask = torch.full((b, s, q + shared + s), torch.finfo(torch.float32).min)

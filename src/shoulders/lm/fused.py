@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from shoulders.lm.kernels import available
 from shoulders.lm.laid import Laid
 from shoulders.lm.layers import Layers
 from shoulders.lm.layout import is_llama_style, laid_out
+from shoulders.lm.placing import further_rows, laid_rows
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.tiles import Tiles, fits_tiles
 from shoulders.lm.updates import Placed
@@ -106,7 +106,7 @@ class Blocks:
             spans.append((start, own + count))
             at, start = at + count, start + own + count
         embeddings = torch.cat(pieces)
-        rows = self._rows(embeddings, spans, q, shared)
+        rows = laid_rows(embeddings, spans, q, shared, self._body.rotary_emb, self.width)
         prefix = self._prefix(prompt, len(spans), embeddings)
         updates = None
         if prompt.updates is not None:
@@ -155,9 +155,10 @@ class Blocks:
         x, lengths = x.to(self.dtype), torch.tensor(counts)
         starts = lengths.cumsum(0) - lengths
         owner = torch.arange(len(counts)).repeat_interleave(lengths)
-        offset = torch.arange(len(x)) - starts[owner]
-        places = cache.lengths[owner] + offset
-        rows = self._cached_rows(x, places, owner, offset, starts, lengths, cache)
+        places = cache.lengths[owner] + torch.arange(len(x)) - starts[owner]
+        rows = further_rows(
+            x, places, owner, starts, lengths, cache, self._body.rotary_emb, self.width
+        )
         sizes = Sizes(self.heads, self.kv_heads, self.width, self.epsilon, 0)
         slots, run = cache.slots[owner], self._functions
         updates = cache.updates.placed(owner) if cache.updates is not None else None
@@ -187,37 +188,6 @@ class Blocks:
         normed: Tensor = self._body.norm(x)
         return normed
 
-    def _cached_rows(
-        self,
-        x: Tensor,
-        places: Tensor,
-        owner: Tensor,
-        offset: Tensor,
-        starts: Tensor,
-        lengths: Tensor,
-        cache: Cache,
-    ) -> Rows:
-        b, s, most = len(lengths), int(lengths.max()), int(cache.lengths.max())
-        spread = torch.zeros(b, s, dtype=torch.long)
-        spread[owner, offset] = torch.arange(len(x))
-        seen = torch.ones(b, s, most + s, dtype=torch.bool)
-        seen[:, :, :most] = (torch.arange(most) < cache.lengths[:, None])[:, None]
-        seen[:, :, most:] = torch.ones(s, s, dtype=torch.bool).tril()
-        cos, sin = self._body.rotary_emb(x[None], places[None])
-        half = self.width // 2
-        mask = torch.zeros(seen.shape, dtype=x.dtype)
-        return Rows(
-            cos[0, :, None, :half].contiguous(),
-            sin[0, :, None, :half].contiguous(),
-            spread.flatten(),
-            owner * s + offset,
-            mask.masked_fill_(~seen, torch.finfo(x.dtype).min)[:, None],
-            starts,
-            lengths,
-            cache.lengths,
-            cache.slots,
-        )
-
     @functools.cached_property
     def _functions(self) -> _Functions:
         if self.dtype != torch.float32 or (kernels := available()) is None:
@@ -244,35 +214,6 @@ class Blocks:
         # [b, layers, 2, heads, q, width] -> [layers, 2, b, q, heads, width]
         arranged = values.permute(1, 2, 0, 4, 3, 5).to(like)
         return arranged.expand(-1, -1, b, -1, -1, -1)
-
-    def _rows(self, x: Tensor, spans: list[tuple[int, int]], q: int, shared: int) -> Rows:
-        t, s = len(x), max(length for _, length in spans)
-        b = len(spans)
-        spread = np.zeros((b, s), dtype=np.int64)
-        packed, position = np.zeros(t, dtype=np.int64), np.zeros(t, dtype=np.int64)
-        seen = np.zeros((b, s, q + shared + s), dtype=bool)
-        seen[:, :, q + shared :] = np.tri(s, dtype=bool)
-        seen[:, :, : q + shared] = True
-        if shared:
-            seen[0, :, q : q + shared] = False  # the shared row is what the others see there
-        for row, (start, length) in enumerate(spans):
-            spread[row, :length] = np.arange(start, start + length)
-            packed[start : start + length] = row * s + np.arange(length)
-            before = q + (shared if row or not shared else 0)
-            position[start : start + length] = before + np.arange(length)
-        cos, sin = self._body.rotary_emb(x[None], torch.from_numpy(position)[None])
-        half = self.width // 2
-        mask = torch.zeros(seen.shape, dtype=x.dtype)
-        mask.masked_fill_(~torch.from_numpy(seen), torch.finfo(x.dtype).min)
-        return Rows(
-            cos[0, :, None, :half].contiguous(),
-            sin[0, :, None, :half].contiguous(),
-            torch.from_numpy(spread).flatten(),
-            torch.from_numpy(packed),
-            mask[:, None],
-            torch.tensor([start for start, _ in spans]),
-            torch.tensor([length for _, length in spans]),
-        )
 
 
 def tiles_for(layers: Sequence[Layer]) -> Tiles | None:
