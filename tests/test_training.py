@@ -486,6 +486,7 @@ def test_the_best_weights_are_saved(
     lm: FrozenLM,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     seen: list[torch.Tensor] = []
 
@@ -496,6 +497,8 @@ def test_the_best_weights_are_saved(
     monkeypatch.setattr(fit, "validate", fake)
     recipe = _recipe(lm, tmp_path, validate_every=2, select=select)
     run_recipe(recipe, tmp_path / "out")
+    said = f"keeping step {best}, of the lowest loss" in capsys.readouterr().err
+    assert said == (select == "loss")  # in both cases above a later step is not kept
     loaded, _ = load_skill(tmp_path / "out", lm, load_encoder)
     assert torch.equal(_module(loaded).get_parameter("base"), seen[best // 2 - 1])
     provenance = json.loads((tmp_path / "out" / FILE).read_text())["provenance"]

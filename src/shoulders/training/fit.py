@@ -169,6 +169,12 @@ def fit(
                 raise InterruptedTraining(f"stopped at step {progress.step}; go on with --resume")
     if progress.best_step:
         producer.load_state_dict(best)
+        lower = rows and config.select == "loss" and progress.best_step < progress.step
+        if lower and processes.leads:
+            console.print(
+                f"keeping step {progress.best_step}, of the lowest loss; later weights may answer "
+                "better all the same: training.select can be exact_match or last"
+            )
     producer.train(False)
     return progress
 
