@@ -507,10 +507,12 @@ def test_variants_read_their_share_as_often_as_they_should(tmp_path: Path, lm_fo
 
 
 def test_a_rival_may_read_its_examples_several_times_too(tmp_path: Path, lm_folder: Path) -> None:
-    variants = {"lora_half_x3": {"of": "lora_r4", "share": 0.5, "epochs": 3}}
+    variants = {
+        "lora_half_x3": {"of": "lora_r4", "share": 0.5, "epochs": 3, "optimizer": {"lr": 1e-4}}
+    }
     plan = plan_for(tmp_path, lm_folder, variants=variants, methods=["lora_half_x3"])
     (method,) = methods_of(plan, load_lm(str(lm_folder), dtype="float32"))
-    assert (method.rank, method.steps(plan)) == (4, 6)
+    assert (method.rank, method.steps(plan), method.optimizer["lr"]) == (4, 6, 1e-4)
     assert method.data(plan, 6).examples == 8
 
 

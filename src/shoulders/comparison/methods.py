@@ -87,7 +87,10 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
             found.append(_method(name, plan, lm, encoder))
             continue
         same = _method(variant.of, plan, lm, encoder)
-        found.append(replace(same, name=name, share=variant.share, epochs=variant.epochs))
+        rated = variant.optimizer.model_dump() if variant.optimizer else same.optimizer
+        found.append(
+            replace(same, name=name, share=variant.share, epochs=variant.epochs, optimizer=rated)
+        )
     return found
 
 

@@ -96,11 +96,13 @@ class Variant(_Part):
         of: that method.
         share: of the budget's examples, the first ones.
         epochs: how often it reads them.
+        optimizer: its rates where they are not that method's: a longer training likes lower ones.
     """
 
     of: str
     share: float = Field(default=1.0, gt=0, le=1)
     epochs: int = Field(default=1, ge=1)
+    optimizer: OptimizerConfig | None = None
 
 
 class Plan(_Part):
