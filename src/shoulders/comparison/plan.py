@@ -184,7 +184,10 @@ class Plan(_Part):
         return [*self.data.train, *self.data.validation, *templates, *other]
 
     def steps(self, share: float = 1.0, epochs: int = 1) -> int:
-        """Optimizer steps of a whole run; the budget must be in examples."""
+        """Optimizer steps to read a share of the budget's examples so many times.
+
+        The budget must be in examples.
+        """
         assert self.budget.examples is not None
         return max(1, int(self.budget.examples * share) // self.rows_per_step) * epochs
 
