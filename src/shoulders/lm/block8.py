@@ -13,6 +13,7 @@ from torch import Tensor
 from shoulders.lm.block import Layer, Matrix, Rows, Sizes, multiplied
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
+from shoulders.lm.tiles import fits_tiles
 
 
 class Block8:
@@ -74,7 +75,7 @@ class Block8:
         of most of it is kept (the gates, whose product is rounded to eight bits next).
         """
         (levels, scale), kernels = rounded, self._kernels
-        if kernels.tiles is not None and self._laid.fits(matrix.values):
+        if kernels.tiles is not None and fits_tiles(matrix.values):
             weights = self._laid.forward(matrix.values)
             scales = scale, matrix.scale, matrix.bias
             return kernels.tiles.product(levels, weights, *scales, rest, half=half)
@@ -87,6 +88,6 @@ class Block8:
 
     def _multiplied_back(self, levels: Tensor, matrix: Matrix) -> Tensor:
         tiles = self._kernels.tiles
-        if tiles is not None and self._laid.fits(matrix.values):
+        if tiles is not None and fits_tiles(matrix.values):
             return tiles.product(levels, self._laid.back(matrix.values))
         return multiplied(levels, matrix.values)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from shoulders.errors import LMError
 from shoulders.fingerprint import digest
+from shoulders.lm.drivable import check_drivable
 from shoulders.lm.fused import Blocks
 from shoulders.lm.head import Head
 from shoulders.lm.identity import lm_fingerprint, lm_tensors
@@ -66,7 +66,7 @@ class FrozenLM:
         self._fingerprint = fingerprint
         self._asking = threading.Lock()
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
-        self._check_drivable()
+        check_drivable(self)
 
     # -- facts ---------------------------------------------------------------------------
 
@@ -229,9 +229,10 @@ class FrozenLM:
         """
         if self._packed_head is not None and not hidden.requires_grad:
             return self._packed_head.logits(hidden)
-        return self._plain_logits(hidden)
+        return self.plain_logits(hidden)
 
-    def _plain_logits(self, hidden: Tensor) -> Tensor:
+    def plain_logits(self, hidden: Tensor) -> Tensor:
+        """Return `logits` through the LM's own head, whatever is packed."""
         logits: Tensor = self._head(hidden.to(self.dtype)).to(self.device).float()
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap is not None else logits
@@ -297,24 +298,3 @@ class FrozenLM:
     @functools.cached_property
     def _hooks(self) -> LayerHooks:
         return LayerHooks(decoder_layers(self.model))
-
-    @torch.no_grad()
-    def _check_drivable(self) -> None:
-        """Refuse a model whose logits from embeddings are not its logits from ids.
-
-        Catches what architectures do outside layers and head: scaled embeddings, capped or
-        multiplied logits, projections between body and head.
-        """
-        if self._head is None:
-            raise LMError(f"{self.name}: has no output embeddings; a causal LM is needed")
-        ids = torch.arange(1, 4, device=self.device)[None] % self.vocab_size
-        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        positions = torch.arange(3, device=self.device)[None]
-        hidden = self.hidden(self.embed(ids), torch.ones_like(ids), positions)
-        difference = float((self._plain_logits(hidden[0]) - expected).abs().max())
-        tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
-        if not difference <= tolerance * max(1.0, float(expected.abs().max())):
-            raise LMError(
-                f"{self.name} ({type(self.model).__name__}): logits from embeddings differ "
-                f"from its own by {difference:.2g}; this architecture is not supported"
-            )

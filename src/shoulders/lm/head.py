@@ -33,7 +33,8 @@ class Head:
             return None
         weight = head.weight.detach()
         plain = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-        return cls(kernels.tiles, weight) if plain and fits_tiles(weight.bfloat16()) else None
+        fits = plain and fits_tiles(weight, torch.bfloat16)
+        return cls(kernels.tiles, weight) if fits else None
 
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 logits `[n, vocabulary]` of states `[n, d]`; no gradient goes back."""

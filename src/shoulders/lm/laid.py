@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shoulders.lm.tiles import fits_tiles, packed
+from shoulders.lm.tiles import packed
 
 
 class Laid:
@@ -15,10 +15,6 @@ class Laid:
 
     def __init__(self) -> None:
         self._packed: dict[tuple[int, bool], Tensor] = {}
-
-    def fits(self, weight: Tensor) -> bool:
-        """Tell whether a weight `[n, k]` can be packed."""
-        return fits_tiles(weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return `weight [n, k]` packed, for `x W^T`."""

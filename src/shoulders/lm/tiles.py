@@ -16,9 +16,14 @@ from torch import Tensor
 PANEL, BYTES, GROUP, WITHIN = 32, 64, 64, 1 << 18
 
 
-def fits_tiles(weight: Tensor) -> bool:
-    """Tell whether a weight `[n, k]`, int8 or bfloat16, and its transpose can be packed."""
-    deep = BYTES // weight.element_size()
+def fits_tiles(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Tell whether a weight `[n, k]` and its transpose can be packed, as int8 or bfloat16.
+
+    Args:
+        weight: any tensor.
+        dtype: in which it would be packed; default: its own.
+    """
+    deep = BYTES // (dtype or weight.dtype).itemsize
     return weight.dim() == 2 and all(s % deep == 0 == s % PANEL for s in weight.shape)
 
 

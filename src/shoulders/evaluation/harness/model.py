@@ -10,13 +10,10 @@ plainly in both.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from tqdm import tqdm
 
 from shoulders.errors import ShouldersError, WindowError
 from shoulders.evaluation.harness.options import (
@@ -27,6 +24,7 @@ from shoulders.evaluation.harness.options import (
     leaving,
     opened,
 )
+from shoulders.evaluation.harness.requests import bar, in_order
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.score import Score
 from shoulders.reader.libraries import needed
@@ -185,11 +183,11 @@ class HarnessModel(TemplateLM):
         answers = [[pairs[i][1].lstrip() for i in own] for own in rows.values()]
         skill = leaving(self.skill)
         scores: list[list[Score]] = []
-        with _bar("likelihoods", len(texts), disable_tqdm) as advance:
+        with bar("likelihoods", len(texts), disable_tqdm) as advance:
             for at in range(0, len(texts), self._rows or len(texts)):
                 part = slice(at, at + (self._rows or len(texts)))
                 scores += skill.score(texts[part], answers[part], on_rows=advance)
-        return self._in_order(pairs, list(rows.values()), scores)
+        return in_order(pairs, list(rows.values()), scores, self.cache_hook)
 
     def _loglikelihood_tokens(
         self,
@@ -211,7 +209,7 @@ class HarnessModel(TemplateLM):
             rows.setdefault((strings[0] if strings else "", tuple(kept)), []).append(number)
         if cut:
             LOG.warning("%d contexts are longer than the window: their ends are read", cut)
-        with _bar("likelihoods", len(rows), disable_tqdm) as advance:
+        with bar("likelihoods", len(rows), disable_tqdm) as advance:
             scores = scored_ids(
                 self.skill,
                 [text for text, _ in rows],
@@ -220,23 +218,8 @@ class HarnessModel(TemplateLM):
                 advance,
                 self._rows or BATCH_ROWS,
             )
-        return self._in_order([r[0] for r in requests], list(rows.values()), scores)
-
-    def _in_order(
-        self,
-        arguments: Sequence[tuple[str, str] | None],
-        rows: Sequence[Sequence[int]],
-        scores: Sequence[Sequence[Score]],
-    ) -> list[tuple[float, bool]]:
-        """Return scores by request, and give them to the harness's cache."""
-        found: dict[int, tuple[float, bool]] = {}
-        for own, several in zip(rows, scores, strict=True):
-            for number, one in zip(own, several, strict=True):
-                found[number] = (one.logprob, one.greedy)
-        for number, strings in enumerate(arguments):
-            if strings is not None:
-                self.cache_hook.add_partial("loglikelihood", strings, found[number])
-        return [found[i] for i in range(len(arguments))]
+        asked = [strings for strings, _, _ in requests]
+        return in_order(asked, list(rows.values()), scores, self.cache_hook)
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -278,7 +261,7 @@ class HarnessModel(TemplateLM):
             again = seen[context, key] = seen.get((context, key), -1) + 1
             groups.setdefault((key, again), []).append(number)
         found: dict[int, str] = {}
-        with _bar("answers", len(requests), disable_tqdm) as advance:
+        with bar("answers", len(requests), disable_tqdm) as advance:
             for (_, again), own in groups.items():
                 how = normalize(requests[own[0]].args[1], self.max_gen_toks)
                 texts = [requests[i].args[0] for i in own]
@@ -302,10 +285,3 @@ class HarnessModel(TemplateLM):
         ids = [self.tok_encode(text)[-room:] or [self.prefix_token_id] for text in texts]
         most = self._rows or BATCH_ROWS
         return [own[0].text for own in generated(self.skill, texts, ids, decoding, advance, most)]
-
-
-@contextlib.contextmanager
-def _bar(what: str, total: int, disabled: bool) -> Iterator[Callable[[int], Any]]:
-    """Show a progress bar as the harness draws them; yield what moves it on."""
-    with tqdm(total=total, desc=f"shoulders: {what}", disable=disabled) as bar:
-        yield bar.update
