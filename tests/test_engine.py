@@ -71,6 +71,7 @@ def skills(folder: Path, lm: FrozenLM) -> dict[str, Skill]:
         "base": [{}],
         "static": [{"prompt": static}],
         "idpt": [{"prompt": idpt}],
+        "idspam": [{"prompt": {"kind": "idspam", "length": 3, "width": 8, "bottleneck": 4}}],
         "static_kv": [{"prompt": {"kind": "static_kv", "length": 3}}],
         "idpt_kv": [{"prompt": idpt_kv}],
         "static_lowrank": [{"prompt": {"kind": "static_lowrank", "length": 3, "rank": 2}}],
