@@ -62,7 +62,7 @@ TEXTS = [
     "answer the question with a short answer please and write it as a word or a number " * 2,
 ]
 PROPOSE = {"n": 3, "temperature": 1.5, "max_new_tokens": 5}
-AWAY = ("base", "static", "idpt", "textual", "static_kv", "idpt_kv")
+AWAY = ("base", "static", "idpt", "idspam", "textual", "static_kv", "idpt_kv")
 """Skills that vLLM answers, with our connector in it."""
 
 
@@ -89,6 +89,7 @@ def skills(folder: Path, lm: FrozenLM) -> Iterator[dict[str, Skill]]:
         "base": [{}],
         "static": [{"prompt": static}],
         "idpt": [{"prompt": idpt}],
+        "idspam": [{"prompt": {"kind": "idspam", "length": 3, "width": 8, "bottleneck": 4}}],
         "static_kv": [{"prompt": {"kind": "static_kv", "length": 3}}],
         "idpt_kv": [{"prompt": {"kind": "idpt_kv", "length": 2, "generator": generator}}],
         "lowrank": [{"prompt": {"kind": "static_lowrank", "length": 3, "rank": 2}}],
