@@ -140,6 +140,13 @@ def test_row_depends_on_its_text_alone(spec: dict[str, Any], around: Surrounding
 
 
 @torch.no_grad()
+def test_an_empty_text_has_a_prompt(spec: dict[str, Any], around: Surroundings) -> None:
+    producer = moved(spec, around)
+    for texts in (["", TEXTS[0]], [""]):
+        assert torch.isfinite(content(producer(texts))).all()
+
+
+@torch.no_grad()
 def test_start_is_the_static_prompt_exactly(spec: dict[str, Any], around: Surroundings) -> None:
     """Whatever the text, an untrained producer gives the static prompt of its form."""
     producer = started(spec, around, seed=3)
