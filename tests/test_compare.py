@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -374,6 +375,8 @@ def test_a_whole_comparison_is_resumable_and_reported(tmp_path: Path, lm_folder:
     assert said[0] in (out / "report.md").read_text(encoding="utf-8")
     written = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     assert [x["method"] for x in written["lines"]] == list(by_name)
+    pairs = {(a, b) for a, others in written["differences"].items() for b in others}
+    assert pairs == set(itertools.combinations(by_name, 2))
 
 
 def test_minutes_become_the_same_examples_for_all(tmp_path: Path, lm_folder: Path) -> None:

@@ -38,6 +38,10 @@ def write_report(result: dict[str, Any], out: Path) -> list[str]:
         "verdict": said,
         "best": first.name if first else None,
         "difference_to_best": against,
+        "differences": {  # how much better the first is than each that stands after it
+            line.name: {after.name: str(difference(line, after)) for after in found[place + 1 :]}
+            for place, line in enumerate(found)
+        },
         "lines": [_figures(line) for line in found],
     }
     write_json(out / RESULT, {**result, **facts})
