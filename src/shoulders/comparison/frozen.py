@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,18 @@ class Frozen:
         self.lm, self.plan, self.rows, self._console = lm, plan, rows, console
         self._encoder: Callable[[str], FrozenEncoder] = functools.cache(load_encoder)
 
-    def recipe(self, method: Method, steps: int, seed: int, factor: float) -> Recipe:
-        """Return what `shoulders train` would be told; `factor` multiplies all rates."""
+    def recipe(
+        self,
+        method: Method,
+        steps: int,
+        seed: int,
+        factor: float,
+        start: Mapping[str, Path] | None = None,
+    ) -> Recipe:
+        """Return what `shoulders train` would be told; `factor` multiplies all rates.
+
+        Without the folders of `start`, its parts begin at the names of other methods.
+        """
         rates = method.optimizer
         optimizer = {
             **rates,
@@ -101,6 +111,7 @@ class Frozen:
             folds = {"folds": 2, "steps": max(PROBE, steps // 3)}
             rows = min(steps * self.plan.rows_per_step, len(self.rows.train))
             values["cross_fit"] = {**folds, "rows": rows}
+            values["start"] = {part: str(at) for part, at in (start or method.start).items()}
         return make_recipe(values, method.name)
 
     def train(
@@ -126,10 +137,8 @@ class Frozen:
         Raises:
             TrainingError: training diverged, or see `fit`.
         """
-        recipe = self.recipe(method, steps, seed, factor)
+        recipe = self.recipe(method, steps, seed, factor, start)
         if method.proposes:
-            from_them = {part: str(path) for part, path in start.items()}
-            recipe = recipe.model_copy(update={"start": from_them})
             if not (folder / FILE).is_file():
                 run_textual(recipe, folder, resume=True, console=self._console)
             return _found(folder)
