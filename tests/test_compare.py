@@ -379,6 +379,19 @@ def test_a_whole_comparison_is_resumable_and_reported(tmp_path: Path, lm_folder:
     assert pairs == set(itertools.combinations(by_name, 2))
 
 
+@pytest.mark.slow
+def test_recursion_is_compared_too(tmp_path: Path, lm_folder: Path) -> None:
+    """Textual recursion begins at the prefix of the same seed, which stands before it."""
+    names = ["idpt_kv", "textual", "neural"]
+    settings: dict[str, Any] = {"search": {"trials": 0}, "max_new_tokens": 2}
+    plan = plan_for(tmp_path, lm_folder, methods=names, **settings)
+    runs = {r["method"]: r for r in run_comparison(plan, tmp_path / "out")["runs"]}
+    assert list(runs) == names
+    assert runs["textual"]["trained_parameters"] == 2 * runs["idpt_kv"]["trained_parameters"]
+    start = read_artefact(tmp_path / "out/runs/textual-seed0").provenance["recipe"]["start"]
+    assert {Path(folder).name for folder in start.values()} == {"idpt_kv-seed0"}
+
+
 def test_minutes_become_the_same_examples_for_all(tmp_path: Path, lm_folder: Path) -> None:
     plan = plan_for(
         tmp_path, lm_folder, budget={"minutes": 0.05}, methods=["static", "static_kv"],
