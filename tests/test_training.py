@@ -60,6 +60,7 @@ KINDS = producer_kinds()
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"kind": "adamw", "lr": 0.01},
     "adafactor": {"kind": "adafactor", "lr": 0.03, "weight_decay": 0.01},
+    "muon": {"kind": "muon", "lr": 0.01, "weight_decay": 0.01},
 }
 
 
@@ -423,7 +424,7 @@ def test_an_unknown_part_of_lr_for_is_named() -> None:
         make_optimizer(named, config)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
 def test_the_longest_prefix_of_lr_for_wins(kind: Any) -> None:
     names = ("base", "generator.read.weight", "generator.queries")
     named = [(name, nn.Parameter(torch.ones(2))) for name in names]
@@ -769,8 +770,10 @@ def test_a_second_interrupt_stops_at_once() -> None:
     [
         ("adamw", 3),
         ("adafactor", 3),
+        ("muon", 3),
         pytest.param("adamw", 20, marks=pytest.mark.slow),
         pytest.param("adafactor", 20, marks=pytest.mark.slow),
+        pytest.param("muon", 20, marks=pytest.mark.slow),
     ],
 )
 def test_killed_runs_end_as_if_never_killed(

@@ -27,7 +27,7 @@ class LMConfig(BaseModel):
 
 
 class OptimizerConfig(BaseModel):
-    """AdamW or Adafactor, with learning rates by part.
+    """AdamW, Adafactor, or Muon for weight matrices and AdamW for the rest; rates by part.
 
     `lr_for` gives parts their own rate: the longest key that a parameter's name starts with
     (`base`, `generator`, `project`, ...) wins over `lr`.
@@ -35,7 +35,7 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["adamw", "adafactor"] = "adamw"
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
     lr: float = Field(gt=0, allow_inf_nan=False)
     lr_for: dict[str, float] = {}
     weight_decay: float = Field(default=0.0, ge=0)

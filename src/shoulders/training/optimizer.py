@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from shoulders.errors import RecipeError
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
+from shoulders.training.muon import Muon, is_matrix
 
 
 def make_optimizer(
@@ -24,13 +26,17 @@ def make_optimizer(
         if not any(name.startswith(prefix) for name, _ in named):
             parts = ", ".join(sorted({name.split(".")[0] for name, _ in named}))
             raise RecipeError(f"lr_for.{prefix}: no trained part is called that; there are {parts}")
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, parameter in named:
         prefixes = [p for p in config.lr_for if name.startswith(p)]
         peak = config.lr_for[max(prefixes, key=len)] if prefixes else config.lr
         groups.append({"params": [parameter], "lr": peak, "peak_lr": peak})
     if config.kind == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.lr, weight_decay=config.weight_decay)
+    if config.kind == "muon":
+        for group, (name, parameter) in zip(groups, named, strict=True):
+            group["matrix"] = is_matrix(name, parameter)
+        return Muon(groups, config.betas, config.weight_decay)
     # One pass over each tensor where torch has it: for a small LM the optimizer is seen in a step.
     fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in named)
     return torch.optim.AdamW(
