@@ -19,8 +19,12 @@ from shoulders.prompts.generator import GeneratorConfig, PromptGenerator
 from shoulders.prompts.initial import InitConfig, initial_keys_values
 from shoulders.prompts.interface import ProducerConfig, Surroundings
 
-# Learning rates to begin with (AdamW): chosen on validation rows of 24 tasks, see docs/log.md.
-RATES: dict[str, Any] = {"lr": 1e-2, "lr_for": {"generator": 5e-4, "project": 1e-4}}
+# Optimizer and rates to begin with: chosen on validation rows of 24 tasks, see docs/log.md.
+RATES: dict[str, Any] = {
+    "kind": "muon",
+    "lr": 1e-2,
+    "lr_for": {"generator": 1e-3, "project": 2e-4},
+}
 
 
 class Config(ProducerConfig):
