@@ -78,7 +78,8 @@ def test_a_producers_recipe_writes_its_rates_out(kind: str) -> None:
     """So that one of them can be overridden; they must not drift apart."""
     path = next(path for path in RECIPES if path.stem == f"multitask_{kind}")
     optimizer = read_recipe(path).training.optimizer
-    assert optimizer.model_dump(include={"lr", "lr_for"}) == {
+    assert optimizer.model_dump(include={"kind", "lr", "lr_for"}) == {
+        "kind": "adamw",
         "lr_for": {},
         **(rates_of(kind) or {}),
     }
