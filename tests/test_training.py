@@ -770,7 +770,6 @@ def test_a_second_interrupt_stops_at_once() -> None:
     [
         ("adamw", 3),
         ("adafactor", 3),
-        ("muon", 3),
         pytest.param("adamw", 20, marks=pytest.mark.slow),
         pytest.param("adafactor", 20, marks=pytest.mark.slow),
         pytest.param("muon", 20, marks=pytest.mark.slow),
