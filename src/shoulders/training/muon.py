@@ -1,10 +1,10 @@
 """Muon for the weight matrices of a small trained network, AdamW for the rest of it.
 
-Within some hundreds of steps a matrix that is moved in all its directions alike learns more than one
-that follows each number's own gradient (docs/log.md; within fewer than 100 it learns less): Muon
-(Jordan 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum's nearest orthogonal
-matrix as the step. Step sizes are those of Liu et al. 2025 (arXiv 2502.16982), so that a number of a matrix moves
-by a fifth of the rate and rates are of AdamW's order.
+Within some hundreds of steps a matrix that is moved in all its directions alike learns more than
+one that follows each number's own gradient (docs/log.md; within fewer than 100 it learns less):
+Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum's nearest
+orthogonal matrix as the step. Step sizes are those of Liu et al. 2025 (arXiv 2502.16982), so that a
+number of a matrix moves by a fifth of the rate and rates are of AdamW's order.
 
 torch's own Muon takes single matrices only. Here a stack of them, as every layer of the LM has one,
 is one tensor, and one optimizer has one state to save, whatever it moves.
