@@ -40,9 +40,10 @@ def kind_of(spec: Mapping[str, Any]) -> Any:
 
 
 def rates_of(kind: Any) -> dict[str, Any] | None:
-    """Return the learning rates that training a kind of producer begins with.
+    """Return the optimizer and learning rates that training a kind of producer begins with.
 
-    `lr` and `lr_for`, as an optimizer's settings have them; None where its module has no `RATES`.
+    `lr`, and `kind` and `lr_for` where they are not the usual ones, as an optimizer's settings have
+    them; None where its module has no `RATES`.
     """
     return getattr(_module(kind), "RATES", None)
 
