@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoulders.lm.block16 import Block16
 from shoulders.lm.decode import DecodingConfig, generate
+from shoulders.lm.factors import Factors
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.kernels import available
 from shoulders.lm.prompt import Prompt
@@ -104,18 +105,29 @@ def test_one_call_for_all_layers_is_bit_equal_to_one_each(lm: FrozenLM) -> None:
         assert torch.equal(whole, single)
 
 
+def drawn_factors(lm: FrozenLM, rank: int, random: torch.Generator) -> Factors:
+    down = [torch.randn(lm.layers, s.reads, rank, generator=random) for s in lm.sites]
+    up = [torch.randn(lm.layers, rank, sum(s.writes), generator=random) for s in lm.sites]
+    both = zip(down, up, lm.sites, strict=True)
+    scaled = [(a / s.reads**0.5, 0.1 * b / rank**0.5) for a, b, s in both]
+    return Factors(lm.sites, tuple(a for a, _ in scaled), tuple(b for _, b in scaled))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [3, 32])
-def test_updates_in_one_call_equal_one_each(lm: FrozenLM, rank: int) -> None:
+@pytest.mark.parametrize("kinds", ["between", "inside", "both"])
+def test_updates_in_one_call_equal_one_each(lm: FrozenLM, rank: int, kinds: str) -> None:
     """Rows of two skills with updates and one without; what a row reads is its own affair."""
     assert lm.blocks is not None
     assert lm.blocks._whole is not None
     random, d = torch.Generator().manual_seed(1), lm.hidden_size
     plain = prompt_for(lm, len(ROWS))
     prompts = [plain.select([row]) for row in range(len(ROWS))]
-    several: list[Matrices] = []
+    several: list[Matrices | Factors] = []
     for row, number in ((0, 0), (1, 1), (3, 0)):
-        if row != 3:
+        if row != 3 and kinds in ("inside", ("between", "both")[number]):
+            several.append(drawn_factors(lm, rank + number, random))
+        elif row != 3:
             down = torch.randn(lm.layers, d, rank + number, generator=random) / d**0.5
             up = torch.randn(lm.layers, rank + number, d, generator=random)
             unit = lm.embedding_scale * (1 + torch.rand(lm.layers, generator=random))

@@ -76,7 +76,7 @@ def examples(rows: Sequence[list[int]] = ROWS) -> list[Example]:
 def test_output_and_gradient_are_those_of_the_dequantised_weight(bias: bool, kernels: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 80, bias=bias)
-    rounded = Int8Linear.of(linear.weight, linear.bias)
+    rounded = Int8Linear.of(linear)
     weight = rounded.dequantised()
     assert (
         float((weight - linear.weight).detach().abs().max())

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from shoulders.lm import block, kernels
-from shoulders.lm.block import Rows, Saved, Sizes
+from shoulders.lm.block import Saved
 from shoulders.lm.kernels import Kernels
+from shoulders.lm.layer import Rows, Sizes
 from shoulders.lm.tiles import Tiles, fits_tiles, packed
 
 EPSILON = 1e-5

@@ -27,6 +27,7 @@ from shoulders.lm import states
 from shoulders.lm.cache import Cache
 from shoulders.lm.combine import combine
 from shoulders.lm.decode import Completion, DecodingConfig, Delta, generate, stream
+from shoulders.lm.factors import Factors
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.pack import Packed, can_pack, pack
 from shoulders.lm.prompt import Prompt
@@ -39,17 +40,27 @@ from shoulders.training.objective import Example, answer_losses
 
 TOLERANCE = 1e-4
 # Vectors and prefix positions of one row's prompt; nothing, one form, the other, both. A third
-# number says whose low-rank updates it has: rows of the same share their matrices.
-FORMS = ((0, 0), (1, 0), (3, 0, 1), (5, 0), (0, 1), (0, 4, 1), (0, 6), (2, 3, 2))
+# number says whose low-rank updates it has: rows of the same share their matrices, and those of
+# `INSIDE` and above are factors of the layers' products.
+INSIDE = 3
+FORMS = ((0, 0), (1, 0), (3, 0, 1), (5, 0, 3), (0, 1, 3), (0, 4, 1), (0, 6, 4), (2, 3, 2))
 
 
 # -- the naive reference -----------------------------------------------------------------
 
 
 @functools.cache
-def make_matrices(lm: FrozenLM, number: int) -> Matrices:
+def make_matrices(lm: FrozenLM, number: int) -> Matrices | Factors:
     """Make random low-rank updates that change an LM's states by a tenth or so."""
     random = torch.Generator().manual_seed(number)
+    if number >= INSIDE:
+        thin, wide = [], []
+        for site in lm.sites:
+            shape = lm.layers, site.reads, number
+            thin.append(torch.randn(shape, generator=random) / site.reads**0.5)
+            shape = lm.layers, number, sum(site.writes)
+            wide.append(0.1 * torch.randn(shape, generator=random))
+        return Factors(lm.sites, tuple(thin), tuple(wide))
     d, rank = lm.hidden_size, 2 + number
     down = torch.randn(lm.layers, d, rank, generator=random) / d**0.5
     up = torch.randn(lm.layers, rank, d, generator=random)
@@ -116,6 +127,10 @@ def updated_plainly(lm: FrozenLM, prompt: Prompt) -> Iterator[None]:
     handles = []
     if prompt.updates is not None:
         (own,) = prompt.updates.sets
+        if isinstance(own, Factors):
+            with multiplied_plainly(lm, own):
+                yield
+            return
 
         def change(number: int, output: Any) -> Any:
             states = output[0] if isinstance(output, tuple) else output
@@ -130,6 +145,33 @@ def updated_plainly(lm: FrozenLM, prompt: Prompt) -> Iterator[None]:
 
         for number, layer in enumerate(decoder_layers(lm.model)):
             handles.append(layer.register_forward_hook(lambda _, __, out, n=number: change(n, out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def multiplied_plainly(lm: FrozenLM, own: Factors) -> Iterator[None]:
+    """Let every linear layer end with its factors' product, written out position by position."""
+
+    def change(x: Tensor, output: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        new = output.clone()
+        for place in range(x.shape[-2]):
+            added = up.double().T @ (down.double().T @ x[0, place].double())
+            new[0, place] = (output[0, place].double() + added).to(output.dtype)
+        return new
+
+    handles = []
+    for number, layer in enumerate(decoder_layers(lm.model)):
+        for index, site in enumerate(own.sites):
+            start = 0
+            for name, width in zip(site.names, site.writes, strict=True):
+                down, up = own.down[index][number], own.up[index][number, :, start : start + width]
+                start += width
+                hook = lambda _, x, out, a=down, b=up: change(x[0], out, a, b)  # noqa: E731
+                handles.append(layer.get_submodule(name).register_forward_hook(hook))
     try:
         yield
     finally:
@@ -289,7 +331,7 @@ def test_every_part_of_the_prompt_matters(lm: FrozenLM) -> None:
             for i in range(4)
         ),
     ]
-    changed += [prompt.updated(make_matrices(lm, 1)), prompt.updated(make_matrices(lm, 2))]
+    changed += [prompt.updated(make_matrices(lm, number)) for number in (1, 2, 3, 4)]
     for other in changed:
         (moved,) = combined_logits(lm, other, [ids])
         assert float((moved[-1] - found[-1]).abs().max()) > 10 * TOLERANCE
@@ -422,6 +464,7 @@ def test_prefix_of_another_shape_is_refused(tiny_lm: Callable[[str], FrozenLM]) 
 def test_states_between_layers_are_the_updated_ones(exact_lm: FrozenLM) -> None:
     lm, (ids,) = exact_lm, make_rows([4])
     matrices, embedded = make_matrices(lm, 1), lm.embed_rows([ids])
+    assert isinstance(matrices, Matrices)
     plain, found = (
         states.states(lm, prompt, embedded, [4], taps=(0, 1)).values[:, :4]
         for prompt in (Prompt.empty(1), Prompt.empty(1).updated(matrices))
@@ -437,7 +480,7 @@ def test_states_between_layers_are_the_updated_ones(exact_lm: FrozenLM) -> None:
 # -- packing -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [(0, 0), (5, 0), (0, 6), (2, 3), (0, 2, 1)])
+@pytest.mark.parametrize("form", [(0, 0), (5, 0), (0, 6), (2, 3), (0, 2, 1), (2, 3, 3)])
 def test_pack_of_a_shared_prompt_equals_combine(exact_lm: FrozenLM, form: tuple[int, ...]) -> None:
     lm = exact_lm
     prompt = make_prompt(lm, *form)
@@ -455,7 +498,7 @@ def test_pack_of_a_shared_prompt_equals_combine(exact_lm: FrozenLM, form: tuple[
     assert_close(selected[1], packed[0])
 
 
-@pytest.mark.parametrize("form", [(4, 0), (0, 5), (3, 0, 1), (0, 2, 2), "mixture"])
+@pytest.mark.parametrize("form", [(4, 0), (0, 5), (3, 0, 1), (0, 2, 3), "mixture"])
 def test_pack_of_own_prompts_equals_combine(exact_lm: FrozenLM, form: Any) -> None:
     lm = exact_lm
     forms = FORMS if form == "mixture" else [form] * 4
@@ -593,7 +636,7 @@ def with_ends(
 
 
 @pytest.mark.parametrize(
-    "forms", [[(0, 0)] * 5, [(4, 0)] * 5, [(0, 5)] * 5, [(0, 5, 1)] * 5, FORMS]
+    "forms", [[(0, 0)] * 5, [(4, 0)] * 5, [(0, 5)] * 5, [(0, 5, 1)] * 5, [(0, 5, 3)] * 5, FORMS]
 )
 def test_greedy_equals_loop_without_cache(
     lm: FrozenLM,

@@ -4,9 +4,7 @@ The weights are frozen, so the backward pass needs no product for them: only the
 goes on to the layer below and to the prefix's keys/values. Written out by hand, both directions
 are functions without autograd in them, the reference of `shoulders.lm.block8`.
 
-Shapes: `t` packed positions of width `d`; `b` rows of at most `s` positions; `c` positions
-before them that a row also sees (its prefix, then a shared prompt's own positions); `h` query
-heads and `g` key/value heads of width `e`.
+Shapes are those of `shoulders.lm.layer`.
 """
 
 from __future__ import annotations
@@ -18,63 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Inside
+from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
+
 _LEVELS = 127
 _SMALLEST = 1e-30
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class Matrix(NamedTuple):
-    """A frozen weight `[n, k]`: floating point, or int8 with `scale` `[n]`."""
-
-    values: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-
-
-class Layer(NamedTuple):
-    """What one layer computes with; `qkv` and `gate_up` are several matrices in one."""
-
-    attention_norm: Tensor
-    qkv: Matrix
-    output: Matrix
-    feed_norm: Tensor
-    gate_up: Matrix
-    down: Matrix
-
-
-class Rows(NamedTuple):
-    """Where the rows of a pack lie; the same for every layer.
-
-    Attributes:
-        cos, sin: `[t, 1, e / 2]` rotary tables of every position.
-        spread: `[b * s]`, packed position of every padded place (any position for a pad).
-        packed: `[t]`, padded place of every packed position.
-        mask: `[b, 1, s, c + s]`, 0 where a key is seen, the dtype's minimum elsewhere.
-        start, length: `[b]`, packed position where each row begins, and how many it has.
-        seen, slot: `[b]`, where the prefix is a cache with room to spare: how many of its
-            positions each row sees, and which of its rows is theirs; else None.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    spread: Tensor
-    packed: Tensor
-    mask: Tensor
-    start: Tensor
-    length: Tensor
-    seen: Tensor | None = None
-    slot: Tensor | None = None
-
-
-class Sizes(NamedTuple):
-    """Constants of a layer: heads, key/value heads, head width, norm epsilon, shared positions."""
-
-    heads: int
-    kv_heads: int
-    width: int
-    epsilon: float
-    shared: int
 
 
 class Saved(NamedTuple):
@@ -91,53 +39,94 @@ class Saved(NamedTuple):
 
 
 def forward(
-    x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
-) -> tuple[Tensor, Tensor, Saved]:
+    x: Tensor,
+    prefix: Tensor,
+    layer: Layer,
+    rows: Rows,
+    sizes: Sizes,
+    inside: Inside | None = None,
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Map `x [t, d]` to the layer's output `[t, d]`.
 
-    `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0. The
-    second result is `[t, (h + 2 g) e]`: rotated queries and keys, and values.
+    `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0; `inside`
+    are low-rank factors of the products. The second result is `[t, (h + 2 g) e]`: rotated queries
+    and keys, and values; the third what `backward` needs.
     """
-    qkv = turned(times(norm(x, layer.attention_norm, sizes.epsilon), layer.qkv), rows, sizes)
+    normed = norm(x, layer.attention_norm, sizes.epsilon)
+    qkv = times(normed, layer.qkv)
+    kept = [inside.add(QKV, normed, qkv)] if inside else []
+    qkv = turned(qkv, rows, sizes)
     attended = attend(qkv, prefix, rows, sizes)
     middle = x + times(attended.out, layer.output)
-    y, gate_up = feed(middle, layer, sizes.epsilon)
-    return y, qkv, Saved(x, middle, *attended.saved, gate_up)
+    if inside:
+        kept.append(inside.add(OUTPUT, attended.out, middle))
+    y, gate_up = feed(middle, layer, sizes.epsilon, inside, kept)
+    return y, qkv, (*Saved(x, middle, *attended.saved, gate_up), *kept)
 
 
 def backward(
-    gradient: Tensor, tensors: Sequence[Tensor], layer: Layer, rows: Rows, sizes: Sizes
+    gradient: Tensor,
+    tensors: Sequence[Tensor],
+    layer: Layer,
+    rows: Rows,
+    sizes: Sizes,
+    inside: Inside | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
-    saved = Saved(*tensors)
-    g_middle = feed_back(gradient, saved.middle, saved.gate_up, layer, sizes.epsilon)
-    g_qkv, g_prefix = attend_back(times_back(g_middle, layer.output), saved, rows, sizes)
+    """Return the gradients of `x [t, d]` and `prefix [2, b, q, g, e]`; `inside` notes its own."""
+    saved, kept = Saved(*tensors[: len(Saved._fields)]), tensors[len(Saved._fields) :]
+    g_middle = feed_back(gradient, saved.middle, saved.gate_up, layer, sizes.epsilon, inside, kept)
+    g_read = times_back(g_middle, layer.output)
+    if inside:
+        g_read = g_read + inside.back(OUTPUT, kept[OUTPUT], g_middle)
+    g_qkv, g_prefix = attend_back(g_read, saved, rows, sizes)
     g_qkv = turned(g_qkv, rows, sizes, back=True)
-    g_x = g_middle + norm_back(
-        times_back(g_qkv, layer.qkv), saved.x, layer.attention_norm, sizes.epsilon
-    )
+    through = times_back(g_qkv, layer.qkv)
+    if inside:
+        through = through + inside.back(QKV, kept[QKV], g_qkv)
+    g_x = g_middle + norm_back(through, saved.x, layer.attention_norm, sizes.epsilon)
     return g_x, g_prefix
 
 
-def feed(middle: Tensor, layer: Layer, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return `middle [t, d]` plus its feed-forward part, and the gates' inputs `[t, 2 f]`."""
-    gate_up = times(norm(middle, layer.feed_norm, epsilon), layer.gate_up)
+def feed(
+    middle: Tensor, layer: Layer, epsilon: float, inside: Inside | None, kept: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return `middle [t, d]` plus its feed-forward part, and the gates' inputs `[t, 2 f]`.
+
+    With factors `kept` grows by what they have read.
+    """
+    normed = norm(middle, layer.feed_norm, epsilon)
+    gate_up = times(normed, layer.gate_up)
+    if inside:
+        kept.append(inside.add(GATE_UP, normed, gate_up))
     gate, up = gate_up.chunk(2, -1)
-    return middle + times(torch.nn.functional.silu(gate) * up, layer.down), gate_up
+    gated = torch.nn.functional.silu(gate) * up
+    y = middle + times(gated, layer.down)
+    if inside:
+        kept.append(inside.add(DOWN, gated, y))
+    return y, gate_up
 
 
 def feed_back(
-    gradient: Tensor, middle: Tensor, gate_up: Tensor, layer: Layer, epsilon: float
+    gradient: Tensor,
+    middle: Tensor,
+    gate_up: Tensor,
+    layer: Layer,
+    epsilon: float,
+    inside: Inside | None,
+    kept: Sequence[Tensor],
 ) -> Tensor:
     """Return the gradient of `middle`, given that of what `feed` returned first."""
     gate, up = gate_up.chunk(2, -1)
     through = times_back(gradient, layer.down)
+    if inside:
+        through = through + inside.back(DOWN, kept[DOWN], gradient)
     sigmoid = torch.sigmoid(gate)
     g_gate = through * up * sigmoid * (1 + gate * (1 - sigmoid))
     g_gate_up = torch.cat([g_gate, through * gate * sigmoid], -1)
-    return gradient + norm_back(
-        times_back(g_gate_up, layer.gate_up), middle, layer.feed_norm, epsilon
-    )
+    g_normed = times_back(g_gate_up, layer.gate_up)
+    if inside:
+        g_normed = g_normed + inside.back(GATE_UP, kept[GATE_UP], g_gate_up)
+    return gradient + norm_back(g_normed, middle, layer.feed_norm, epsilon)
 
 
 class Attended(NamedTuple):

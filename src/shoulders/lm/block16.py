@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shoulders.lm.block import Layer, Matrix, Rows, Sizes
+from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Inside
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
+from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
 from shoulders.lm.tiles import Tiles
 
 
@@ -24,33 +25,64 @@ class Block16:
         self._kernels, self._tiles, self._laid = kernels, tiles, laid
 
     def forward(
-        self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        layer: Layer,
+        rows: Rows,
+        sizes: Sizes,
+        inside: Inside | None = None,
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Map `x [t, d]` to the layer's output `[t, d]`; the second result is rotated qkv."""
         kernels, tiles = self._kernels, self._tiles
         x, prefix = x.contiguous(), prefix.contiguous()
-        qkv = self._times(tiles.norm_half(x, layer.attention_norm, sizes.epsilon), layer.qkv)
+        kept: list[Tensor] = []
+
+        def times(
+            site: int, read: Tensor, by: Matrix, rest: Tensor | None = None, *, half: bool = False
+        ) -> Tensor:
+            y = self._times(read, by, rest, half=half)
+            if inside:
+                kept.append(inside.add(site, read, y))
+            return y
+
+        normed = tiles.norm_half(x, layer.attention_norm, sizes.epsilon)
+        qkv = times(QKV, normed, layer.qkv)
         kernels.rotate(qkv, rows, sizes)
         read = kernels.attend(qkv, prefix, rows, sizes)
-        middle = self._times(read.bfloat16(), layer.output, x)
+        middle = times(OUTPUT, read.bfloat16(), layer.output, x)
         normed = tiles.norm_half(middle, layer.feed_norm, sizes.epsilon)
-        gate_up = self._times(normed, layer.gate_up, half=True)
-        y = self._times(tiles.gate_half(gate_up), layer.down, middle)
-        return y, qkv, (x, prefix, qkv, middle, gate_up)
+        gate_up = times(GATE_UP, normed, layer.gate_up, half=True)
+        y = times(DOWN, tiles.gate_half(gate_up), layer.down, middle)
+        return y, qkv, (x, prefix, qkv, middle, gate_up, *kept)
 
     def backward(
-        self, gradient: Tensor, tensors: Sequence[Tensor], layer: Layer, rows: Rows, sizes: Sizes
+        self,
+        gradient: Tensor,
+        tensors: Sequence[Tensor],
+        layer: Layer,
+        rows: Rows,
+        sizes: Sizes,
+        inside: Inside | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
         kernels, tiles, gradient = self._kernels, self._tiles, gradient.contiguous()
-        x, prefix, qkv, middle, gate_up = tensors
-        g_gates = tiles.gate_back_half(self._back(gradient.bfloat16(), layer.down), gate_up)
-        through = self._back(g_gates, layer.gate_up)
+        x, prefix, qkv, middle, gate_up, *kept = tensors
+
+        def back(site: int, g: Tensor, by: Matrix) -> Tensor:
+            g = g.bfloat16()
+            through = self._back(g, by)
+            if inside:
+                through += inside.back(site, kept[site], g)
+            return through
+
+        g_gates = tiles.gate_back_half(back(DOWN, gradient, layer.down), gate_up)
+        through = back(GATE_UP, g_gates, layer.gate_up)
         g_middle = tiles.norm_back(through, middle, layer.feed_norm, sizes.epsilon, gradient)
-        g_read = self._back(g_middle.bfloat16(), layer.output)
+        g_read = back(OUTPUT, g_middle, layer.output)
         g_qkv, g_prefix = kernels.attend_back(g_read, qkv, prefix, rows, sizes)
         kernels.rotate(g_qkv, rows, sizes, -1.0)
-        through = self._back(g_qkv.bfloat16(), layer.qkv)
+        through = back(QKV, g_qkv, layer.qkv)
         g_x = tiles.norm_back(through, x, layer.attention_norm, sizes.epsilon, g_middle)
         return g_x, g_prefix
 

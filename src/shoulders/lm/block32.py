@@ -10,18 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shoulders.lm.block import (
-    Layer,
-    Rows,
-    Sizes,
-    feed,
-    feed_back,
-    norm,
-    norm_back,
-    times,
-    times_back,
-)
+from shoulders.lm.block import feed, feed_back, norm, norm_back, times, times_back
+from shoulders.lm.inside import OUTPUT, QKV, Inside
 from shoulders.lm.kernels import Kernels
+from shoulders.lm.layer import Layer, Rows, Sizes
 
 
 class Block32:
@@ -31,25 +23,46 @@ class Block32:
         self._kernels = kernels
 
     def forward(
-        self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        layer: Layer,
+        rows: Rows,
+        sizes: Sizes,
+        inside: Inside | None = None,
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Map `x [t, d]` to the layer's output `[t, d]`; the second result is rotated qkv."""
         prefix = prefix.contiguous()
-        qkv = times(norm(x, layer.attention_norm, sizes.epsilon), layer.qkv)
+        normed = norm(x, layer.attention_norm, sizes.epsilon)
+        qkv = times(normed, layer.qkv)
+        kept = [inside.add(QKV, normed, qkv)] if inside else []
         self._kernels.rotate(qkv, rows, sizes)
         read = self._kernels.attend(qkv, prefix, rows, sizes)
         middle = x + times(read, layer.output)
-        y, gate_up = feed(middle, layer, sizes.epsilon)
-        return y, qkv, (x, prefix, qkv, middle, gate_up)
+        if inside:
+            kept.append(inside.add(OUTPUT, read, middle))
+        y, gate_up = feed(middle, layer, sizes.epsilon, inside, kept)
+        return y, qkv, (x, prefix, qkv, middle, gate_up, *kept)
 
     def backward(
-        self, gradient: Tensor, tensors: Sequence[Tensor], layer: Layer, rows: Rows, sizes: Sizes
+        self,
+        gradient: Tensor,
+        tensors: Sequence[Tensor],
+        layer: Layer,
+        rows: Rows,
+        sizes: Sizes,
+        inside: Inside | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
-        x, prefix, qkv, middle, gate_up = tensors
-        g_middle = feed_back(gradient.contiguous(), middle, gate_up, layer, sizes.epsilon)
+        x, prefix, qkv, middle, gate_up, *kept = tensors
+        gradient = gradient.contiguous()
+        g_middle = feed_back(gradient, middle, gate_up, layer, sizes.epsilon, inside, kept)
         g_read = times_back(g_middle, layer.output)
+        if inside:
+            g_read += inside.back(OUTPUT, kept[OUTPUT], g_middle)
         g_qkv, g_prefix = self._kernels.attend_back(g_read, qkv, prefix, rows, sizes)
         self._kernels.rotate(g_qkv, rows, sizes, -1.0)
         through = times_back(g_qkv, layer.qkv)
+        if inside:
+            through += inside.back(QKV, kept[QKV], g_qkv)
         return g_middle + norm_back(through, x, layer.attention_norm, sizes.epsilon), g_prefix

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shoulders.lm.block import Layer, Matrix, Rows, Sizes, multiplied
+from shoulders.lm.block import multiplied
+from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Inside
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
+from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
 from shoulders.lm.tiles import fits_tiles
 
 
@@ -26,39 +28,83 @@ class Block8:
         self._kernels, self._laid = kernels, laid
 
     def forward(
-        self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
+        self,
+        x: Tensor,
+        prefix: Tensor,
+        layer: Layer,
+        rows: Rows,
+        sizes: Sizes,
+        inside: Inside | None = None,
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Map `x [t, d]` to the layer's output `[t, d]`; the second result is rotated qkv."""
-        kernels, prefix = self._kernels, prefix.contiguous()
+        kernels, prefix, kept = self._kernels, prefix.contiguous(), list[Tensor]()
+
+        def times(
+            site: int,
+            read: tuple[Tensor, Tensor],
+            by: Matrix,
+            rest: Tensor | None = None,
+            *,
+            half: bool = False,
+        ) -> Tensor:
+            y = self._times(read, by, rest, half=half)
+            if inside:
+                levels, scale = read
+                kept.append(inside.add(site, levels * scale[:, None], y))
+            return y
+
         levels = kernels.norm_round(x, layer.attention_norm, sizes.epsilon)
-        qkv = self._times(levels, layer.qkv)
+        qkv = times(QKV, levels, layer.qkv)
         kernels.rotate(qkv, rows, sizes)
         read = kernels.attend(qkv, prefix, rows, sizes)
-        middle = self._times(kernels.round_rows(read), layer.output, rest=x)
+        middle = times(OUTPUT, kernels.round_rows(read), layer.output, x)
         levels = kernels.norm_round(middle, layer.feed_norm, sizes.epsilon)
-        gate_up = self._times(levels, layer.gate_up, half=True)
-        y = self._times(kernels.gate_round(gate_up), layer.down, rest=middle)
-        return y, qkv, (x, prefix, qkv, middle, gate_up)
+        gate_up = times(GATE_UP, levels, layer.gate_up, half=True)
+        y = times(DOWN, kernels.gate_round(gate_up), layer.down, middle)
+        return y, qkv, (x, prefix, qkv, middle, gate_up, *kept)
 
     def backward(
-        self, gradient: Tensor, tensors: Sequence[Tensor], layer: Layer, rows: Rows, sizes: Sizes
+        self,
+        gradient: Tensor,
+        tensors: Sequence[Tensor],
+        layer: Layer,
+        rows: Rows,
+        sizes: Sizes,
+        inside: Inside | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
         kernels, gradient = self._kernels, gradient.contiguous()
-        x, prefix, qkv, middle, gate_up = tensors
+        x, prefix, qkv, middle, gate_up, *kept = tensors
         channel = layer.gate_up.scale
         assert channel is not None
+
+        def sent(site: int, g: Tensor | None) -> Tensor | None:
+            """Return what goes through a site's factors besides, float32."""
+            if inside is None:
+                return None
+            assert g is not None
+            return inside.back(site, kept[site], g).float()
+
         product, scale = self._back(gradient, layer.down)
-        levels, scale = kernels.gate_back_round(product, scale, gate_up, channel)
+        levels, scale, g_gates = kernels.gate_back_round(
+            *(product, scale, gate_up, channel, sent(DOWN, gradient)),
+            plain=inside.dtype if inside else None,
+        )
         product = self._multiplied_back(levels, layer.gate_up)
         g_middle = kernels.norm_back(
-            product, scale, middle, layer.feed_norm, sizes.epsilon, gradient
+            *(product, scale, middle, layer.feed_norm, sizes.epsilon, gradient),
+            added=sent(GATE_UP, g_gates),
         )
-        g_read = kernels.rescale(*self._back(g_middle, layer.output), None)
+        g_read = kernels.rescale(
+            *self._back(g_middle, layer.output), None, rest=sent(OUTPUT, g_middle)
+        )
         g_qkv, g_prefix = kernels.attend_back(g_read, qkv, prefix, rows, sizes)
         kernels.rotate(g_qkv, rows, sizes, -1.0)
         product, scale = self._back(g_qkv, layer.qkv)
-        g_x = kernels.norm_back(product, scale, x, layer.attention_norm, sizes.epsilon, g_middle)
+        g_x = kernels.norm_back(
+            *(product, scale, x, layer.attention_norm, sizes.epsilon, g_middle),
+            added=sent(QKV, g_qkv),
+        )
         return g_x, g_prefix
 
     def _times(

@@ -15,8 +15,10 @@ from transformers import DynamicCache
 
 from shoulders.fingerprint import digest
 from shoulders.lm.drivable import check_drivable
+from shoulders.lm.factors import Site
 from shoulders.lm.fused import Blocks
 from shoulders.lm.head import Head
+from shoulders.lm.hooks import LayerHooks
 from shoulders.lm.identity import lm_fingerprint, lm_tensors
 from shoulders.lm.int8 import Int8Linear
 from shoulders.lm.lent import device_of, held_tensors, size
@@ -24,7 +26,8 @@ from shoulders.lm.masks import masks_by_position
 from shoulders.lm.prefix_shape import PrefixShape, prefix_shape
 from shoulders.lm.quantized import Quantization
 from shoulders.lm.shard import Shards, decoder_layers
-from shoulders.lm.updates import LayerHooks, Updates
+from shoulders.lm.sites import sites_of
+from shoulders.lm.updates import Updates
 
 
 class FrozenLM:
@@ -124,6 +127,11 @@ class FrozenLM:
     def prefix_shape(self) -> PrefixShape:
         """Shape of the key/value cache; raises `LMError` where layers differ in shape or place."""
         return prefix_shape(self)
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Products of a layer that low-rank factors change; `LMError` where layers differ."""
+        return sites_of(decoder_layers(self.model), self.name)
 
     @functools.cached_property
     def embedding_scale(self) -> float:
@@ -297,4 +305,4 @@ class FrozenLM:
 
     @functools.cached_property
     def _hooks(self) -> LayerHooks:
-        return LayerHooks(decoder_layers(self.model))
+        return LayerHooks(decoder_layers(self.model), self.sites)

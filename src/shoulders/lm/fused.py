@@ -11,19 +11,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shoulders.lm import block
-from shoulders.lm.block import Layer, Matrix, Rows, Sizes
 from shoulders.lm.block8 import Block8
 from shoulders.lm.block16 import Block16
 from shoulders.lm.block32 import Block32
 from shoulders.lm.cache import Cache
+from shoulders.lm.gradient import Functions, LayerFunction, inside_of
 from shoulders.lm.kernels import available
 from shoulders.lm.laid import Laid
+from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
 from shoulders.lm.layers import Layers
 from shoulders.lm.layout import is_llama_style, laid_out
 from shoulders.lm.placing import further_rows, laid_rows
@@ -130,7 +131,11 @@ class Blocks:
         x, prefixes = pack.embeddings, pack.prefix.unbind(0)
         written = [x]
         for number, (layer, prefix) in enumerate(zip(self.layers, prefixes, strict=True)):
-            x = _Block.apply(x, prefix, layer, pack.rows, sizes, run, recompute)
+            placed, pairs = pack.updates.inside(number) if pack.updates else ([], [])
+            added = placed, self._narrow
+            x = LayerFunction.apply(
+                x, prefix, layer, pack.rows, sizes, run, recompute, added, *pairs
+            )
             if pack.updates is not None:
                 x = pack.updates.applied(number, x)
             if taps:
@@ -171,7 +176,9 @@ class Blocks:
         for number, (layer, values) in enumerate(
             zip(self.layers, cache.values.unbind(0), strict=True)
         ):
-            x, qkv, _ = run.forward(x, values, layer, rows, sizes)
+            placed, pairs = updates.inside(number) if updates else ([], [])
+            inside = inside_of(layer, (placed, self.dtype), pairs)
+            x, qkv, _ = run.forward(x, values, layer, rows, sizes, inside)
             if updates is not None:
                 x = updates.applied(number, x)
             split = qkv.view(len(x), h + 2 * g, self.width)
@@ -189,7 +196,7 @@ class Blocks:
         return normed
 
     @functools.cached_property
-    def _functions(self) -> _Functions:
+    def _functions(self) -> Functions:
         if self.dtype != torch.float32 or (kernels := available()) is None:
             return block
         if self._tiles is not None:
@@ -197,6 +204,13 @@ class Blocks:
         if self.layers[0].qkv.scale is None:
             return Block32(kernels)
         return Block8(kernels, self._laid)
+
+    @functools.cached_property
+    def _narrow(self) -> torch.dtype:
+        """What factors are multiplied in: bfloat16 beside narrow weights, where that is fast."""
+        narrow = self._tiles is not None or self.layers[0].qkv.scale is not None
+        capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return torch.bfloat16 if narrow and capable.get("avx512_bf16") else self.dtype
 
     @functools.cached_property
     def _whole(self) -> Layers | None:
@@ -234,47 +248,3 @@ def in_float32(layer: Layer) -> Layer:
         return part._replace(bias=None if part.bias is None else part.bias.float())
 
     return Layer(*(wide(part) for part in layer))
-
-
-class _Functions(Protocol):
-    """`shoulders.lm.block`, or an equal of it."""
-
-    def forward(
-        self, x: Tensor, prefix: Tensor, layer: Layer, rows: Rows, sizes: Sizes
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]: ...
-
-    def backward(
-        self, gradient: Tensor, tensors: Sequence[Tensor], layer: Layer, rows: Rows, sizes: Sizes
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class _Block(torch.autograd.Function):
-    """One layer in autograd's eyes: inputs `x [t, d]` and `prefix [2, b, q, kv_heads, e]`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        prefix: Tensor,
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        run: _Functions,
-        recompute: bool,
-    ) -> Tensor:
-        y, _, saved = run.forward(x, prefix, layer, rows, sizes)
-        ctx.constants = layer, rows, sizes, run
-        ctx.recompute = recompute
-        ctx.save_for_backward(*((x, prefix) if recompute else saved))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        layer, rows, sizes, run = ctx.constants
-        with torch.no_grad():
-            if ctx.recompute:
-                _, _, saved = run.forward(*ctx.saved_tensors, layer, rows, sizes)
-            else:
-                saved = ctx.saved_tensors
-            g_x, g_prefix = run.backward(gradients[0], saved, layer, rows, sizes)
-        return g_x, g_prefix, None, None, None, None, None

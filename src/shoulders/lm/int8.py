@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shoulders.lm.block import Matrix, multiplied, rounded, times, times_back
+from shoulders.lm.block import multiplied, rounded, times, times_back
 from shoulders.lm.kernels import available
+from shoulders.lm.layer import Matrix
 
 
 class Int8Linear(nn.Module):
@@ -28,22 +29,39 @@ class Int8Linear(nn.Module):
         weight: `[n, k]` int8, never trained.
         scale: `[n]` float32, what one level of a channel is worth.
         bias: `[n]` or None.
+        reads: `[k]`, what its input's channels were divided by before (`shoulders.lm.smooth`), or
+            None.
+        writes: `[n]`, likewise its output's.
     """
 
     scale: Tensor
+    reads: Tensor | None
+    writes: Tensor | None
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        reads: Tensor | None = None,
+        writes: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
+        self.register_buffer("reads", reads)
+        self.register_buffer("writes", writes)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = weight.shape
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """Round a layer's weight `[n, k]`."""
+    def of(cls, linear: Any) -> Self:
+        """Round a linear layer's weight."""
+        # GPT-2's are [k, n].
+        weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
         levels, scale = rounded(weight.detach())
-        return cls(levels, scale[:, 0].contiguous(), bias)
+        divided = (getattr(linear, name, None) for name in ("reads", "writes"))
+        return cls(levels, scale[:, 0].contiguous(), linear.bias, *divided)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b`."""
@@ -62,9 +80,7 @@ def to_int8(model: Any) -> None:
     entry a row, beside which rounding would lose all others.
     """
     for one in linears(model):
-        layer = getattr(one.parent, one.child)
-        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # GPT-2: [k, n]
-        setattr(one.parent, one.child, Int8Linear.of(weight, layer.bias))
+        setattr(one.parent, one.child, Int8Linear.of(getattr(one.parent, one.child)))
 
 
 class Place(NamedTuple):

@@ -142,45 +142,54 @@ void gate_round(const void *gate_up, int64_t half, int8_t *levels, float *scale,
     else gate_rows(gate_up, 0, levels, scale, row, m, n);
 }
 
-INLINE void gate_back_rows(const int32_t *product, const float *product_scale, const void *gate_up,
-                           int half, const float *channel, int8_t *levels, float *scale,
-                           float *row, size m, size n) {
+INLINE void gate_back_rows(const int32_t *product, const float *product_scale, const float *added,
+                           const void *gate_up, int half, const float *channel, float *plain,
+                           half_t *plain_half, int8_t *levels, float *scale, float *row, size m,
+                           size n) {
     for (size j = 0; j < m; j++) {
         size gates = j * 2 * n, ups = gates + n;
         const int32_t *from = product + j * n;
         float s = product_scale[j];
+        for (size i = 0; i < n; i++) row[i] = (float)from[i] * s;
+        if (added) for (size i = 0; i < n; i++) row[i] += added[j * n + i];
         for (size i = 0; i < n; i++) {
             float gate = value_of(gate_up, gates + i, half), up = value_of(gate_up, ups + i, half);
-            float g = (float)from[i] * s, on = sigmoid(gate);
-            row[i] = g * up * on * (1.0f + gate * (1.0f - on)) * channel[i];
-            row[n + i] = g * gate * on * channel[n + i];
+            float g = row[i], on = sigmoid(gate);
+            row[i] = g * up * on * (1.0f + gate * (1.0f - on));
+            row[n + i] = g * gate * on;
         }
+        if (plain) memcpy(plain + gates, row, 2 * n * 4);
+        if (plain_half) for (size i = 0; i < 2 * n; i++) plain_half[gates + i] = to_half(row[i]);
+        for (size i = 0; i < 2 * n; i++) row[i] *= channel[i];
         scale[j] = rounded(row, levels + j * 2 * n, 2 * n);
     }
 }
 
 /* levels, scale [m, 2 n] <- gradient of gate_up * channel [2 n], where the gradient of
- * silu(gate) * up is product [m, n] * product_scale [m]. */
-void gate_back_round(const int32_t *product, const float *product_scale, const void *gate_up,
-                     int64_t half, const float *channel, int8_t *levels, float *scale, float *row,
-                     size m, size n) {
+ * silu(gate) * up is product [m, n] * product_scale [m] + added [m, n] (or NULL). That gradient
+ * itself goes to plain or plain_half [m, 2 n] (or NULL). */
+void gate_back_round(const int32_t *product, const float *product_scale, const float *added,
+                     const void *gate_up, int64_t half, const float *channel, float *plain,
+                     half_t *plain_half, int8_t *levels, float *scale, float *row, size m, size n) {
     if (half)
-        gate_back_rows(product, product_scale, gate_up, 1, channel, levels, scale, row, m, n);
-    else gate_back_rows(product, product_scale, gate_up, 0, channel, levels, scale, row, m, n);
+        gate_back_rows(product, product_scale, added, gate_up, 1, channel, plain, plain_half,
+                       levels, scale, row, m, n);
+    else
+        gate_back_rows(product, product_scale, added, gate_up, 0, channel, plain, plain_half,
+                       levels, scale, row, m, n);
 }
 
 /* y [m, n] <- rest + gradient of x through its RMS norm, where the norm's output has the
- * gradient product [m, n] * product_scale [m]. */
-void norm_back(const int32_t *product, const float *product_scale, const float *x,
-               const float *weight, float epsilon, const float *rest, float *y, float *row, size m,
-               size n) {
+ * gradient product [m, n] * product_scale [m] + added [m, n] (or NULL). */
+void norm_back(const int32_t *product, const float *product_scale, const float *added,
+               const float *x, const float *weight, float epsilon, const float *rest, float *y,
+               float *row, size m, size n) {
     for (size j = 0; j < m; j++) {
         const float *from = x + j * n;
         float inverse = inverse_rms(from, n, epsilon), s = product_scale[j], sum = 0.0f;
-        for (size i = 0; i < n; i++) {
-            row[i] = (float)product[j * n + i] * s * weight[i];
-            sum += row[i] * from[i];
-        }
+        for (size i = 0; i < n; i++) row[i] = (float)product[j * n + i] * s * weight[i];
+        if (added) for (size i = 0; i < n; i++) row[i] += added[j * n + i] * weight[i];
+        for (size i = 0; i < n; i++) sum += row[i] * from[i];
         float mean = sum * inverse * inverse / (float)n;
         for (size i = 0; i < n; i++)
             y[j * n + i] = rest[j * n + i] + inverse * (row[i] - from[i] * mean);

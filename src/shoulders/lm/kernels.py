@@ -23,9 +23,9 @@ from torch import Tensor
 
 from shoulders.errors import ShouldersError
 from shoulders.files import atomic_path, cache_folder
-from shoulders.lm.block import Rows, Sizes
+from shoulders.lm.beside import Beside
+from shoulders.lm.layer import Rows, Sizes
 from shoulders.lm.tiles import Tiles
-from shoulders.lm.updates import Beside
 
 _FLAGS = (
     *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
@@ -62,10 +62,10 @@ class Kernels:
             size,
             size,
         ]
-        self._c.norm_back.argtypes = [*[pointer] * 4, real, *[pointer] * 3, size, size]
+        self._c.norm_back.argtypes = [*[pointer] * 5, real, *[pointer] * 3, size, size]
         self._c.rotate.argtypes = [pointer, pointer, pointer, real, *[size] * 4]
         self._c.gate_round.argtypes = [pointer, size, *[pointer] * 3, *[size] * 2]
-        self._c.gate_back_round.argtypes = [*[pointer] * 3, size, *[pointer] * 4, *[size] * 2]
+        self._c.gate_back_round.argtypes = [*[pointer] * 4, size, *[pointer] * 6, *[size] * 2]
         if self._c.tiles_ready():
             first: list[Any] = [pointer, size, size, pointer, pointer, size]
             rows: list[Any] = [*[pointer] * 9, size, real, pointer]
@@ -119,20 +119,29 @@ class Kernels:
         return levels, scale
 
     def gate_back_round(
-        self, product: Tensor, scale: Tensor, gate_up: Tensor, channel: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        product: Tensor,
+        scale: Tensor,
+        gate_up: Tensor,
+        channel: Tensor,
+        added: Tensor | None = None,
+        plain: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return levels and scales of the gradient of `gate_up [m, 2 n]`, times `channel`.
 
-        The gradient of `silu(gate) * up` is `product [m, n] int32 * scale [m]`.
+        The gradient of `silu(gate) * up` is `product [m, n] int32 * scale [m] + added [m, n]`.
+        With `plain`, float32 or bfloat16, the third result is the gradient of `gate_up` itself.
         """
         m, n = product.shape
         levels, out, row = _room(m, 2 * n)
         half = gate_up.dtype == torch.bfloat16
+        itself = None if plain is None else torch.empty(m, 2 * n, dtype=plain)
+        both = (None, itself) if plain == torch.bfloat16 else (itself, None)
         self._c.gate_back_round(
-            *(_at(product), _at(scale), _at(gate_up), half, _at(channel)),
-            *(_at(levels), _at(out), _at(row), m, n),
+            *(_at(product), _at(scale), _at(added), _at(gate_up), half, _at(channel)),
+            *(_at(both[0]), _at(both[1]), _at(levels), _at(out), _at(row), m, n),
         )
-        return levels, out
+        return levels, out, itself
 
     def norm_back(
         self,
@@ -142,15 +151,16 @@ class Kernels:
         weight: Tensor,
         epsilon: float,
         rest: Tensor,
+        added: Tensor | None = None,
     ) -> Tensor:
         """Return `rest` plus the gradient of `x [m, n]` through its RMS norm.
 
-        The gradient of the norm's output is `product [m, n] int32 * scale [m]`.
+        The gradient of the norm's output is `product [m, n] int32 * scale [m] + added [m, n]`.
         """
         y, row = torch.empty(product.shape), torch.empty(product.shape[1])
         self._c.norm_back(
-            *(_at(product), _at(scale), _at(x), _at(weight), epsilon, _at(rest), _at(y), _at(row)),
-            *product.shape,
+            *(_at(product), _at(scale), _at(added), _at(x), _at(weight), epsilon, _at(rest)),
+            *(_at(y), _at(row), *product.shape),
         )
         return y
 

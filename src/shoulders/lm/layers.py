@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoulders.lm.block import Layer, Matrix, Rows, Sizes
+from shoulders.lm.beside import Beside
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
+from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
 from shoulders.lm.tiles import PANEL, WITHIN
-from shoulders.lm.updates import Beside, Placed
+from shoulders.lm.updates import Placed
 
 _LINE = 64  # bytes: pieces of the room begin at multiples of it
 _ALIKE = 4  # positions with the same updates that are computed together: MOST of attention.c
@@ -55,10 +56,11 @@ class Layers:
         h, g, e = sizes.heads, sizes.kv_heads, sizes.width
         (t, d), most = x.shape, self._kernels.most_seen(rows)
         widest, beside = max(d, f, h * e), Beside.of(updates)
+        written = max(d, 2 * f, (h + 2 * g) * e)
         parts = (
             *(t * widest * 2, t * 4, widest * 4, t * (h + 2 * g) * e * 4, t * h * e * 4),
             *(t * d * 4, t * 4 * f, most * (3 * e + h // g) * 4, PANEL * widest * 2 + WITHIN),
-            _ALIKE * (2 * d + beside.rank) * 4,
+            _ALIKE * (widest + written + beside.rank) * 4,
         )
         room = torch.empty(sum(-(-part // _LINE) * _LINE for part in parts), dtype=torch.int8)
         self._kernels.read_layers(
@@ -72,7 +74,7 @@ def _addresses(layer: Layer, laid: Laid) -> list[int]:
     """Return a layer's addresses in the order of `layer_t`; 0 for what is not there."""
 
     def of(matrix: Matrix) -> list[int]:
-        rest = (matrix.scale, matrix.bias)
+        rest = (matrix.scale, matrix.bias, matrix.reads, matrix.writes)
         return [
             laid.forward(matrix.values).data_ptr(),
             *(0 if r is None else r.data_ptr() for r in rest),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shoulders.lm.block import Layer, Matrix
 from shoulders.lm.int8 import Int8Linear
+from shoulders.lm.layer import Layer, Matrix
 from shoulders.lm.lent import is_quantised
 
 
@@ -73,8 +73,13 @@ def _joined(linears: Sequence[Any]) -> Matrix:
             empty.expand(size) if linear.bias is None else linear.bias
             for linear, size in zip(linears, sizes, strict=True)
         ]
+    writes = [getattr(linear, "writes", None) for linear in linears]
+    ones = [values.new_ones(size, dtype=torch.float32) for size in sizes]
+    divided = [o if w is None else w for w, o in zip(writes, ones, strict=True)]
     return Matrix(
         values,
         torch.cat(scales) if scales else None,
         torch.cat(biases) if biases else None,
+        getattr(linears[0], "reads", None),  # they read the same
+        torch.cat(divided) if any(w is not None for w in writes) else None,
     )

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoulders.lm.block import Rows
 from shoulders.lm.cache import Cache
+from shoulders.lm.layer import Rows
 
 
 def laid_rows(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shoulders.lm.factors import Factors
 from shoulders.lm.updates import Matrices, Updates
 
 
@@ -86,8 +87,8 @@ class Prompt:
             updates=self.updates.select([0] * rows) if self.updates else None,
         )
 
-    def updated(self, matrices: Matrices) -> Prompt:
-        """Return these prompts with low-rank updates of the states between the LM's layers."""
+    def updated(self, matrices: Matrices | Factors) -> Prompt:
+        """Return these prompts with low-rank updates, between the LM's layers or inside them."""
         return replace(self, updates=Updates.alike(matrices, self.rows))
 
     @classmethod

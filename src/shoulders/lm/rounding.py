@@ -22,8 +22,9 @@ from shoulders.lm.layout import is_llama_style
 from shoulders.lm.smooth import smooth
 
 # Part of the file's name: raise it when smoothing or rounding change their result.
-VERSION = 2
+VERSION = 3
 DIGEST = "digest"
+PARTS = ("weight", "scale", "bias", "reads", "writes")  # of an `Int8Linear`
 
 
 def round_to_int8(model: Any, tokenizer: Any, fingerprint: str) -> None:
@@ -95,7 +96,7 @@ def _put(model: Any, tensors: dict[str, Tensor]) -> bool:
     if not needed | {name for name, _ in others} <= tensors.keys():
         return False
     for name, parent, child in linears(model):
-        parts = (tensors.get(f"{name}.{part}") for part in ("weight", "scale", "bias"))
+        parts = (tensors.get(f"{name}.{part}") for part in PARTS)
         setattr(parent, child, Int8Linear(*parts))  # type: ignore[arg-type]
     for name, tensor in others:
         tensor.data = tensors[name]

@@ -6,7 +6,8 @@ changes nothing in exact arithmetic (SmoothQuant, arXiv 2211.10438, alpha = 0.5)
 costs nothing to compute: the division goes into the norm's weight, or into the weights that
 write the channel. Keys and values stay as they are, although attention's output would round
 better with the values' channels balanced: a trained prefix is keys and values, and must mean the
-same in every precision.
+same in every precision. What was divided is noted on the layers (`reads`, `writes`), for low-rank
+factors to undo it (`shoulders.lm.inside`).
 """
 
 from __future__ import annotations
@@ -104,9 +105,11 @@ def _through_norm(norm: Any, readers: Sequence[Any], largest: Tensor) -> None:
 # Not in place: weights may be mapped from a file, whose pages a write would copy for good.
 def _multiply(linear: Any, s: Tensor) -> None:
     linear.weight.data = linear.weight * s
+    linear.reads = s.clone()  # each its own: a buffer that is shared is stored once
 
 
 def _divide(linear: Any, s: Tensor) -> None:
     linear.weight.data = linear.weight / s[:, None]
+    linear.writes = s.clone()
     if linear.bias is not None:
         linear.bias.data = linear.bias / s

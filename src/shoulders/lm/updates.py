@@ -10,14 +10,15 @@ matrices of their own.
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from shoulders.lm.factors import Factors
+from shoulders.lm.factors import Pair as SitePair
 
 EPSILON = 1e-6
 # From so many positions on a product's sums are the same, whatever their number: see `steady`.
@@ -53,22 +54,23 @@ class Updates:
     """The updates of `b` rows.
 
     Attributes:
-        sets: the matrices that rows use, each once.
+        sets: the matrices that rows use, each once: of the states between layers, or of the
+            products inside them.
         of: for each row the index of its own among them, -1 for a row without updates.
     """
 
-    sets: tuple[Matrices, ...]
+    sets: tuple[Matrices | Factors, ...]
     of: tuple[int, ...]
 
     @classmethod
-    def alike(cls, matrices: Matrices, rows: int) -> Updates:
+    def alike(cls, matrices: Matrices | Factors, rows: int) -> Updates:
         """Return updates of `rows` rows with the same matrices."""
         return cls((matrices,), (0,) * rows)
 
     @classmethod
     def stack(cls, several: Sequence[Updates | None], rows: Sequence[int]) -> Updates | None:
         """Join updates along the rows; None stands for so many `rows` without any."""
-        sets: list[Matrices] = []
+        sets: list[Matrices | Factors] = []
         of: list[int] = []
         for own, count in zip(several, rows, strict=True):
             if own is None:
@@ -104,24 +106,37 @@ class Placed:
         self.which = torch.tensor(updates.of, device=owner.device)[owner]
 
     @functools.cached_property
-    def _parts(self) -> list[tuple[list[Pair], Tensor | None]]:
-        """The matrices in use, and their positions; None for all, which need no picking out."""
-        parts: list[tuple[list[Pair], Tensor | None]] = []
-        for index, matrices in enumerate(self.sets):
+    def _used(self) -> list[tuple[Matrices | Factors, Tensor | None]]:
+        """The sets in use, and their positions; None for all, which need no picking out."""
+        found: list[tuple[Matrices | Factors, Tensor | None]] = []
+        for index, own in enumerate(self.sets):
             mine = self.which == index
             if bool(mine.any()):
-                places = None if bool(mine.all()) else mine.nonzero()[:, 0]
-                parts.append((matrices.pairs(), places))
-        return parts
+                found.append((own, None if bool(mine.all()) else mine.nonzero()[:, 0]))
+        return found
+
+    @functools.cached_property
+    def _between(self) -> list[tuple[list[Pair], Tensor | None]]:
+        return [(own.pairs(), at) for own, at in self._used if isinstance(own, Matrices)]
+
+    @functools.cached_property
+    def within(self) -> list[tuple[Factors, list[tuple[SitePair, ...]], Tensor | None]]:
+        """The factors in use with their pairs of each layer, and their positions."""
+        return [(own, own.pairs(), at) for own, at in self._used if isinstance(own, Factors)]
 
     def applied(self, layer: int, x: Tensor) -> Tensor:
         """Return the states `[t, d]` that a layer has written, with their updates."""
-        for pairs, places in self._parts:
+        for pairs, places in self._between:
             if places is None:
                 x = updated(x, *pairs[layer])
             else:
                 x = x.index_copy(0, places, updated(x[places], *pairs[layer]))
         return x
+
+    def inside(self, layer: int) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Return the positions of every set of factors, and its pairs, as `Inside` takes them."""
+        places = [at for _, _, at in self.within]
+        return places, [t for _, pairs, _ in self.within for pair in pairs[layer] for t in pair]
 
 
 def updated(x: Tensor, down: Tensor, up: Tensor, unit: Tensor) -> Tensor:
@@ -166,67 +181,3 @@ class _Updated(torch.autograd.Function):
             along = (torch.linalg.vecdot(through, normal) / normal.shape[1])[:, None]
             g_x = inverse * torch.addcmul(through, normal, along, value=-1)
         return gradient + g_x.to(gradient), g_down, g_up, None
-
-
-class Beside(NamedTuple):
-    """Low-rank updates as `layers.c` takes them: `update_t` of every set, and whose they are.
-
-    Attributes:
-        table: addresses of each set's matrices, and its rank; None without updates.
-        which: `[t]` int64, each position's set, -1 for none.
-        rank: the largest.
-        parts: what lies at the addresses.
-    """
-
-    table: Tensor | None = None
-    which: Tensor | None = None
-    rank: int = 0
-    parts: tuple[Tensor, ...] = ()
-
-    @classmethod
-    def of(cls, updates: Placed | None) -> Beside:
-        """Lay out the updates of positions."""
-        if updates is None:
-            return cls()
-        parts = [
-            part.detach().float().contiguous()
-            for own in updates.sets
-            for part in (own.down, own.up, own.unit)
-        ]
-        ranks = [own.down.shape[2] for own in updates.sets]
-        addresses = torch.tensor([part.data_ptr() for part in parts]).view(-1, 3)
-        table = torch.cat([addresses, torch.tensor(ranks)[:, None]], 1).contiguous()
-        return cls(table, updates.which, max(ranks), tuple(parts))
-
-
-class LayerHooks:
-    """Applies updates in a Hugging Face model's own layers, for one call at a time.
-
-    The hooks stay on the layers and do nothing unless their thread is inside `applying`.
-    """
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self._now = threading.local()
-        for number, layer in enumerate(layers):
-            # First: transformers' own hooks, which keep states (`taps`), must see updated ones.
-            layer.register_forward_hook(self._hook(number), prepend=True)
-
-    @contextmanager
-    def applying(self, updates: Updates, owner: Tensor) -> Iterator[None]:
-        """Apply them to whatever this thread runs; `owner` `[b, s]` is each position's row."""
-        self._now.placed = updates.placed(owner.flatten())
-        try:
-            yield
-        finally:
-            self._now.placed = None
-
-    def _hook(self, number: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            placed: Placed | None = getattr(self._now, "placed", None)
-            if placed is None:
-                return output
-            states = output[0] if isinstance(output, tuple) else output
-            new = placed.applied(number, states.flatten(0, -2)).view(states.shape)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
-
-        return hook
