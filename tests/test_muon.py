@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from shoulders.training.configs import OptimizerConfig
-from shoulders.training.muon import orthogonal, squares
+from shoulders.training.muon import _turned, _turned_thin, orthogonal, squares
 from shoulders.training.optimizer import make_optimizer
 
-SHAPES = [(24, 24), (24, 40), (40, 24)]
+SHAPES = [(24, 24), (24, 40), (40, 24), (16, 48), (48, 16)]
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -32,6 +32,14 @@ def test_orthogonal_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
     assert values.max() < 1.3
     assert values.median() == pytest.approx(1, abs=0.3)
     assert (inside - torch.diag_embed(values)).abs().max() < 0.05
+
+
+def test_the_iteration_of_thin_matrices_is_that_of_others() -> None:
+    given = drawn(3, 8, 40)
+    found, plain = _turned_thin(given), _turned(given).float()
+    assert float((found - plain).norm()) < 0.02 * float(plain.norm())  # that one is in bfloat16
+    assert torch.equal(orthogonal(given), found)
+    assert torch.equal(orthogonal(given.mT), found.mT)
 
 
 def test_what_has_no_gradient_yet_does_not_move() -> None:

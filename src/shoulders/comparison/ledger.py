@@ -88,6 +88,13 @@ class Ledger:
         lines = file.read_text(encoding="utf-8").splitlines()
         return [(p["task"], p["exact_match"]) for p in map(json.loads, lines)]
 
+    def right(self, method: str, seed: int) -> str:
+        """Return 1 for each test row that a finished run has right, 0 for others, in order.
+
+        With them runs of other comparisons on the same rows can be compared row by row.
+        """
+        return "".join(str(int(score)) for _, score in self.scores(method, seed))
+
     def answers(self, method: str, seed: int) -> list[str]:
         """Return what a finished run has answered to the test rows."""
         lines = self.predictions(method, seed).read_text(encoding="utf-8").splitlines()

@@ -133,7 +133,10 @@ def run_comparison(
         "methods": [
             {"method": m.name, "family": m.family, "rank": m.rank, **_shape(m)} for m in methods
         ],
-        "runs": ledger.every(stage="run"),
+        "runs": [
+            {**run, "right": ledger.right(run["method"], run["seed"])}
+            for run in ledger.every(stage="run")
+        ],
         "trials": ledger.every(stage="trial"),
         "forgetting": ledger.every(stage="forgetting"),
         "latency_ms": {row["method"]: row["ms"] for row in ledger.every(stage="latency")},

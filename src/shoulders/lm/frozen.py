@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -215,7 +215,9 @@ class FrozenLM:
                 mask, embeddings.shape[1], self.sliding_window, self.dtype, layered=layered
             )
         arguments: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
-        with self._updating(updates, owner, embeddings.shape[:2]):
+        if owner is None:
+            owner = torch.arange(len(embeddings), device=self.device)[:, None].expand_as(positions)
+        with self._hooks.applying(updates, owner) if updates else nullcontext():
             output = self._body(
                 inputs_embeds=embeddings.to(self.dtype),
                 attention_mask=mask,
@@ -287,21 +289,10 @@ class FrozenLM:
             return None  # float32 stays exact
         return Head.of(self._head)
 
-    # -- inside --------------------------------------------------------------------------
-
     @property
     def placed(self) -> dict[str, Any]:
         """Where a device map has put the LM's modules; empty without one."""
         return getattr(self.model, "hf_device_map", None) or {}
-
-    def _updating(
-        self, updates: Updates | None, owner: Tensor | None, shape: tuple[int, ...]
-    ) -> AbstractContextManager[None]:
-        if updates is None:
-            return nullcontext()
-        if owner is None:
-            owner = torch.arange(shape[0], device=self.device)[:, None].expand(shape)
-        return self._hooks.applying(updates, owner)
 
     @functools.cached_property
     def _hooks(self) -> LayerHooks:

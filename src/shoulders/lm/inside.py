@@ -1,9 +1,9 @@
 """Low-rank factors inside one layer, forwards and backwards (`shoulders.lm.factors`).
 
 The layer's own functions (`shoulders.lm.block` and its equals) say what each of their products has
-read and written; here that is changed for the positions that have factors. Weights in int8 read
-channels that were divided beforehand (`shoulders.lm.smooth`): factors are the LM's own, and are
-multiplied by the same numbers first, so that they mean the same in every precision.
+read and written; here that is changed for the positions that have factors. Weights in int8 read and
+write channels that were divided beforehand (`shoulders.lm.smooth`): factors are the LM's own, so
+that they mean the same in every precision, and channels are multiplied by the same numbers again.
 """
 
 from __future__ import annotations
@@ -39,18 +39,14 @@ class Inside:
         pairs: Sequence[Tensor],
         dtype: torch.dtype,
     ) -> None:
-        matrices = (layer.qkv, layer.output, layer.gate_up, layer.down)
-        each = 2 * len(matrices)
+        each = 2 * SITES
         self.dtype = dtype
-        self._matrices, self._places = matrices, places
-        self._pairs = [
-            [
-                (_times(down, matrix.reads).to(dtype), _over(up, matrix.writes).to(dtype))
-                for matrix, down, up in zip(matrices, own[::2], own[1::2], strict=True)
-            ]
-            for own in (pairs[i : i + each] for i in range(0, len(pairs), each))
+        self._matrices = (layer.qkv, layer.output, layer.gate_up, layer.down)
+        self._places = places
+        self._sets = [
+            [part.to(dtype) for part in pairs[i : i + each]] for i in range(0, len(pairs), each)
         ]
-        self._gradients: list[list[Tensor | None]] = [[None] * each for _ in self._pairs]
+        self._gradients: list[list[Tensor | None]] = [[None] * each for _ in self._sets]
 
     def add(self, site: int, x: Tensor, y: Tensor) -> Tensor:
         """Add `x A B` to what a site has written, `y [t, n]`, in place.
@@ -58,13 +54,16 @@ class Inside:
         Returns:
             `x [t, k]` as it was multiplied, which `back` needs.
         """
-        x = x.to(self.dtype)
-        for places, pairs in zip(self._places, self._pairs, strict=True):
-            down, up = pairs[site]
+        matrix = self._matrices[site]
+        x = (x if matrix.reads is None else x * matrix.reads).to(self.dtype)
+        for places, pairs in zip(self._places, self._sets, strict=True):
+            down, up = pairs[2 * site], pairs[2 * site + 1]
+            added = _product(x if places is None else x[places], down, up)
+            added = added if matrix.writes is None else added / matrix.writes
             if places is None:
-                y += _product(x, down, up)
+                y += added
             else:
-                y.index_add_(0, places, _product(x[places], down, up).to(y.dtype))
+                y.index_add_(0, places, added.to(y.dtype))
         return x
 
     def back(self, site: int, x: Tensor, gradient: Tensor) -> Tensor:
@@ -75,10 +74,12 @@ class Inside:
             x: what `add` returned.
             gradient: of `y`.
         """
+        matrix = self._matrices[site]
+        gradient = gradient if matrix.writes is None else gradient / matrix.writes
         gradient = gradient.to(self.dtype)
         through: Tensor | None = None
-        for places, pairs, noted in zip(self._places, self._pairs, self._gradients, strict=True):
-            down, up = pairs[site]
+        for places, pairs, noted in zip(self._places, self._sets, self._gradients, strict=True):
+            down, up = pairs[2 * site], pairs[2 * site + 1]
             own, g = (x, gradient) if places is None else (x[places], gradient[places])
             g_read = g @ up.T
             noted[2 * site] = own.T @ g_read
@@ -89,18 +90,14 @@ class Inside:
             else:
                 through = torch.zeros_like(x) if through is None else through
                 through.index_add_(0, places, sent)
-        return torch.zeros_like(x) if through is None else through
+        if through is None:
+            return torch.zeros_like(x)
+        return through if matrix.reads is None else through * matrix.reads
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of all pairs, in their order, float32; every site must be back."""
-        found = []
-        for noted in self._gradients:
-            for i, gradient in enumerate(noted):
-                assert gradient is not None
-                matrix = self._matrices[i // 2]
-                wide = gradient.float()
-                found.append(_over(wide, matrix.writes) if i % 2 else _times(wide, matrix.reads))
-        return found
+        every = [gradient for noted in self._gradients for gradient in noted]
+        return [gradient.float() for gradient in every if gradient is not None]
 
 
 def _product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -109,11 +106,3 @@ def _product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     if t < MANY:
         x = torch.cat([x, x.new_zeros(MANY - t, x.shape[1])])
     return ((x @ down) @ up)[:t]
-
-
-def _times(down: Tensor, reads: Tensor | None) -> Tensor:
-    return down if reads is None else down * reads[:, None]
-
-
-def _over(up: Tensor, writes: Tensor | None) -> Tensor:
-    return up if writes is None else up / writes

@@ -101,15 +101,38 @@ def orthogonal(matrices: Tensor) -> Tensor:
     Five steps of a Newton-Schulz iteration leave singular values between 0.7 and 1.2 (Jordan 2024);
     what is zero stays zero.
     """
-    kind = torch.bfloat16 if fast_bfloat16(matrices.device.type) else torch.float32
-    x = matrices.to(kind)
-    lying = x.shape[1] > x.shape[2]
-    if lying:
-        x = x.mT
+    lying = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if lying else matrices
+    thin = 2 * x.shape[1] <= x.shape[2]
+    x = _turned_thin(x.float()) if thin else _turned(x)
+    return x.mT if lying else x
+
+
+def _turned(x: Tensor) -> Tensor:
+    """Iterate on the matrices themselves, `x <- (a + b x x' + c (x x')^2) x`."""
+    kind = torch.bfloat16 if fast_bfloat16(x.device.type) else torch.float32
+    x = x.to(kind)
     x = x / torch.linalg.matrix_norm(x.float(), keepdim=True).clamp_min(EPSILON).to(kind)
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
-    return x.mT if lying else x
+    return x
+
+
+def _turned_thin(x: Tensor) -> Tensor:
+    """Iterate on `x x'` alone, which is much smaller: each step is a polynomial of it, times `x`.
+
+    Of a pair of rank 48 that is a fifth of the work, and float32 costs nothing.
+    """
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(EPSILON)
+    gram = x @ x.mT
+    unit = torch.eye(gram.shape[1], device=x.device)
+    whole = unit.expand_as(gram)
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        step = torch.baddbmm(b * gram, gram, gram, alpha=c) + a * unit
+        whole = step @ whole
+        gram = step @ gram @ step
+    return whole @ x
