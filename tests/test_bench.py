@@ -94,7 +94,7 @@ def test_bench_from_the_command_line(what: str, figure: str, tmp_path: Path) -> 
 def test_missing_peers_and_unknown_kinds_are_named(tmp_path: Path) -> None:
     for extra, said in (
         (["--peers", str(tmp_path)], "peft_train.py: not found"),
-        (["--kind", "magic", "--no-peers"], "--kind magic: use one of static"),
+        (["--kind", "magic", "--no-peers"], "--kind magic: use one of idpt"),
         (["--dtype", "int3", "--no-peers"], "--dtype int3: use one of auto"),
     ):
         done = subprocess.run(

@@ -12,6 +12,7 @@ from shoulders.benchmark.limits import step_operations
 from shoulders.benchmark.worker import arguments, new_skill, report
 from shoulders.data.rows import Row
 from shoulders.lm.streams import Streams
+from shoulders.prompts.build import rates_of
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.fit import example_of
@@ -30,11 +31,10 @@ def main() -> None:
     keep_freed_memory()
     skill = new_skill(options)
     assert skill.trained is not None
-    rates = {"static": 0.1, "idpt": 0.1}
     config = TrainingConfig(
         steps=1,
         rows_per_step=options.rows_per_step,
-        optimizer=OptimizerConfig(lr=rates.get(options.kind, 1e-2)),
+        optimizer=OptimizerConfig.model_validate(rates_of(options.kind) or {"lr": 1e-2}),
     )
     optimizer = make_optimizer(skill.trained.named_parameters(), config.optimizer)
     rows = read_rows(options.rows)

@@ -27,7 +27,8 @@ _Dtype = Annotated[
     typer.Option(help="Precision; repeatable, the first is the headline. Default: int8, float32."),
 ]
 _Kind = Annotated[
-    list[str] | None, typer.Option(help="Kind of prompt; repeatable. Default: all four.")
+    list[str] | None,
+    typer.Option(help="Kind of prompt; repeatable. Default: static, idpt, static_kv, idpt_kv."),
 ]
 _Length = Annotated[int, typer.Option(min=1, help="Prompt positions.")]
 _Peers = Annotated[
@@ -143,13 +144,15 @@ def _checked(dtype: list[str] | None, kind: list[str] | None) -> tuple[list[str]
     """Return what was asked for, or everything; raises for what there is not."""
     from shoulders.benchmark.train import KINDS
     from shoulders.lm.load import PRECISIONS
+    from shoulders.prompts.build import producer_kinds
 
     for wanted in dtype or ():
         if wanted not in PRECISIONS:
             raise ShouldersError(f"--dtype {wanted}: use one of {', '.join(PRECISIONS)}")
     for wanted in kind or ():
-        if wanted not in KINDS:
-            raise ShouldersError(f"--kind {wanted}: use one of {', '.join(KINDS)}")
+        if wanted not in producer_kinds():
+            known = ", ".join(producer_kinds())
+            raise ShouldersError(f"--kind {wanted}: use one of {known}")
     return dtype or ["int8", "float32"], kind or list(KINDS)
 
 

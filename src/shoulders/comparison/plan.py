@@ -22,7 +22,7 @@ LEAST_ROWS = 10  # distinct rows: fewer cannot be split into three
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 BARE = ("zero_shot", "few_shot")
 FROZEN = ("static", "static_kv", "static_lowrank", "static_lora", "idpt", "idspam", "idpt_kv",
-          "idpt_lowrank", "idpt_lora", "static_kv_matched", "static_lowrank_matched",
+          "idpt_lowrank", "static_kv_matched", "static_lowrank_matched",
           "idpt_kv_small", "textual", "neural")  # fmt: skip
 TUNED = ("lora_r4", "lora_r16", "lora_r64", "lora_matched", "full")
 # A prompt of vectors learns too slowly for a small budget to be among them.

@@ -76,7 +76,6 @@ def _more_parameters(lines: Sequence[Line]) -> list[str]:
     said = []
     for one, other in (("idpt_kv", "static_kv_matched"),
                        ("idpt_kv", "static_kv"), ("idpt_lowrank", "static_lowrank"),
-                       ("idpt_lora", "static_lora"),
                        ("idpt", "static"), ("idspam", "static")):  # fmt: skip
         if one in by_name and other in by_name:
             a, b = by_name[one], by_name[other]
