@@ -76,6 +76,7 @@ def skills(folder: Path, lm: FrozenLM) -> dict[str, Skill]:
         "idpt_kv": [{"prompt": idpt_kv}],
         "static_lowrank": [{"prompt": {"kind": "static_lowrank", "length": 3, "rank": 2}}],
         "idpt_lowrank": [{"prompt": {**idpt_kv, "kind": "idpt_lowrank", "rank": 3}}],
+        "static_lora": [{"prompt": {"kind": "static_lora", "length": 3, "rank": 2}}],
         "neural": [{"prompt": static, "link": LINK}, {"prompt": idpt_kv}],
         "three passes": [{"link": LINK}, {"link": "same"}, {"prompt": static}],
         "textual": [{"prompt": static, "propose": PROPOSE}, {"prompt": idpt}],

@@ -93,6 +93,7 @@ def skills(folder: Path, lm: FrozenLM) -> Iterator[dict[str, Skill]]:
         "static_kv": [{"prompt": {"kind": "static_kv", "length": 3}}],
         "idpt_kv": [{"prompt": {"kind": "idpt_kv", "length": 2, "generator": generator}}],
         "lowrank": [{"prompt": {"kind": "static_lowrank", "length": 3, "rank": 2}}],
+        "lora": [{"prompt": {"kind": "static_lora", "length": 3, "rank": 2}}],
         "neural": [{"link": {"heads": 2, "skip": False}}, {"prompt": static}],
         "textual": [{"prompt": static, "propose": PROPOSE}, {"prompt": idpt}],
     }

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Inside
+from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Inside, Work
 from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
 
 _LEVELS = 127
@@ -38,20 +38,14 @@ class Saved(NamedTuple):
     gate_up: Tensor
 
 
-def forward(
-    x: Tensor,
-    prefix: Tensor,
-    layer: Layer,
-    rows: Rows,
-    sizes: Sizes,
-    inside: Inside | None = None,
-) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+def forward(x: Tensor, prefix: Tensor, work: Work) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
     """Map `x [t, d]` to the layer's output `[t, d]`.
 
-    `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0; `inside`
-    are low-rank factors of the products. The second result is `[t, (h + 2 g) e]`: rotated queries
-    and keys, and values; the third what `backward` needs.
+    `prefix` is `[2, b, q, g, e]`: keys (rotated) and values before each row, `q` may be 0. The
+    second result is `[t, (h + 2 g) e]`: rotated queries and keys, and values; the third what
+    `backward` needs.
     """
+    layer, rows, sizes, inside = work
     normed = norm(x, layer.attention_norm, sizes.epsilon)
     qkv = times(normed, layer.qkv)
     kept = [inside.add(QKV, normed, qkv)] if inside else []
@@ -64,15 +58,9 @@ def forward(
     return y, qkv, (*Saved(x, middle, *attended.saved, gate_up), *kept)
 
 
-def backward(
-    gradient: Tensor,
-    tensors: Sequence[Tensor],
-    layer: Layer,
-    rows: Rows,
-    sizes: Sizes,
-    inside: Inside | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `x [t, d]` and `prefix [2, b, q, g, e]`; `inside` notes its own."""
+def backward(gradient: Tensor, tensors: Sequence[Tensor], work: Work) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `x [t, d]` and `prefix [2, b, q, g, e]`; factors note their own."""
+    layer, rows, sizes, inside = work
     saved, kept = Saved(*tensors[: len(Saved._fields)]), tensors[len(Saved._fields) :]
     g_middle = feed_back(gradient, saved.middle, saved.gate_up, layer, sizes.epsilon, inside, kept)
     g_read = times_back(g_middle, layer.output)

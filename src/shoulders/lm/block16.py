@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Inside
+from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Work
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
-from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
+from shoulders.lm.layer import Matrix
 from shoulders.lm.tiles import Tiles
 
 
@@ -25,15 +25,10 @@ class Block16:
         self._kernels, self._tiles, self._laid = kernels, tiles, laid
 
     def forward(
-        self,
-        x: Tensor,
-        prefix: Tensor,
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        inside: Inside | None = None,
+        self, x: Tensor, prefix: Tensor, work: Work
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Map `x [t, d]` to the layer's output `[t, d]`; the second result is rotated qkv."""
+        layer, rows, sizes, inside = work
         kernels, tiles = self._kernels, self._tiles
         x, prefix = x.contiguous(), prefix.contiguous()
         kept: list[Tensor] = []
@@ -57,15 +52,10 @@ class Block16:
         return y, qkv, (x, prefix, qkv, middle, gate_up, *kept)
 
     def backward(
-        self,
-        gradient: Tensor,
-        tensors: Sequence[Tensor],
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        inside: Inside | None = None,
+        self, gradient: Tensor, tensors: Sequence[Tensor], work: Work
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
+        layer, rows, sizes, inside = work
         kernels, tiles, gradient = self._kernels, self._tiles, gradient.contiguous()
         x, prefix, qkv, middle, gate_up, *kept = tensors
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from shoulders.lm.block import feed, feed_back, norm, norm_back, times, times_back
-from shoulders.lm.inside import OUTPUT, QKV, Inside
+from shoulders.lm.inside import OUTPUT, QKV, Work
 from shoulders.lm.kernels import Kernels
-from shoulders.lm.layer import Layer, Rows, Sizes
 
 
 class Block32:
@@ -23,15 +22,10 @@ class Block32:
         self._kernels = kernels
 
     def forward(
-        self,
-        x: Tensor,
-        prefix: Tensor,
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        inside: Inside | None = None,
+        self, x: Tensor, prefix: Tensor, work: Work
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Map `x [t, d]` to the layer's output `[t, d]`; the second result is rotated qkv."""
+        layer, rows, sizes, inside = work
         prefix = prefix.contiguous()
         normed = norm(x, layer.attention_norm, sizes.epsilon)
         qkv = times(normed, layer.qkv)
@@ -45,15 +39,10 @@ class Block32:
         return y, qkv, (x, prefix, qkv, middle, gate_up, *kept)
 
     def backward(
-        self,
-        gradient: Tensor,
-        tensors: Sequence[Tensor],
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        inside: Inside | None = None,
+        self, gradient: Tensor, tensors: Sequence[Tensor], work: Work
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
+        layer, rows, sizes, inside = work
         x, prefix, qkv, middle, gate_up, *kept = tensors
         gradient = gradient.contiguous()
         g_middle = feed_back(gradient, middle, gate_up, layer, sizes.epsilon, inside, kept)

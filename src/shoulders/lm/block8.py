@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from shoulders.lm.block import multiplied
-from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Inside
+from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Work
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
-from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
+from shoulders.lm.layer import Matrix
 from shoulders.lm.tiles import fits_tiles
 
 
@@ -28,15 +28,10 @@ class Block8:
         self._kernels, self._laid = kernels, laid
 
     def forward(
-        self,
-        x: Tensor,
-        prefix: Tensor,
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        inside: Inside | None = None,
+        self, x: Tensor, prefix: Tensor, work: Work
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Map `x [t, d]` to the layer's output `[t, d]`; the second result is rotated qkv."""
+        layer, rows, sizes, inside = work
         kernels, prefix, kept = self._kernels, prefix.contiguous(), list[Tensor]()
 
         def times(
@@ -64,15 +59,10 @@ class Block8:
         return y, qkv, (x, prefix, qkv, middle, gate_up, *kept)
 
     def backward(
-        self,
-        gradient: Tensor,
-        tensors: Sequence[Tensor],
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        inside: Inside | None = None,
+        self, gradient: Tensor, tensors: Sequence[Tensor], work: Work
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of `x [t, d]` and of `prefix [2, b, q, g, e]`."""
+        layer, rows, sizes, inside = work
         kernels, gradient = self._kernels, gradient.contiguous()
         x, prefix, qkv, middle, gate_up, *kept = tensors
         channel = layer.gate_up.scale

@@ -22,6 +22,7 @@ from shoulders.lm.block16 import Block16
 from shoulders.lm.block32 import Block32
 from shoulders.lm.cache import Cache
 from shoulders.lm.gradient import Functions, LayerFunction, inside_of
+from shoulders.lm.inside import Work
 from shoulders.lm.kernels import available
 from shoulders.lm.laid import Laid
 from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
@@ -178,7 +179,7 @@ class Blocks:
         ):
             placed, pairs = updates.inside(number) if updates else ([], [])
             inside = inside_of(layer, (placed, self.dtype), pairs)
-            x, qkv, _ = run.forward(x, values, layer, rows, sizes, inside)
+            x, qkv, _ = run.forward(x, values, Work(layer, rows, sizes, inside))
             if updates is not None:
                 x = updates.applied(number, x)
             split = qkv.view(len(x), h + 2 * g, self.width)

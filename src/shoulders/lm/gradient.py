@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from shoulders.lm.inside import Inside
+from shoulders.lm.inside import Inside, Work
 from shoulders.lm.layer import Layer, Rows, Sizes
 
 # Where the positions of every set of factors are, and the type they are multiplied in.
@@ -19,25 +19,13 @@ class Functions(Protocol):
     """`shoulders.lm.block`, or an equal of it."""
 
     def forward(
-        self,
-        x: Tensor,
-        prefix: Tensor,
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        inside: Inside | None = None,
+        self, x: Tensor, prefix: Tensor, work: Work
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Return the layer's output, rotated qkv, and what `backward` needs."""
         ...
 
     def backward(
-        self,
-        gradient: Tensor,
-        tensors: Sequence[Tensor],
-        layer: Layer,
-        rows: Rows,
-        sizes: Sizes,
-        inside: Inside | None = None,
+        self, gradient: Tensor, tensors: Sequence[Tensor], work: Work
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of `x` and of `prefix`."""
         ...
@@ -64,7 +52,7 @@ class LayerFunction(torch.autograd.Function):
     ) -> Tensor:
         """Return the layer's output `[t, d]`."""
         inside = inside_of(layer, added, pairs)
-        y, _, saved = run.forward(x, prefix, layer, rows, sizes, inside)
+        y, _, saved = run.forward(x, prefix, Work(layer, rows, sizes, inside))
         ctx.constants = layer, rows, sizes, run, added
         ctx.recompute, ctx.count = recompute, len(pairs)
         ctx.save_for_backward(*pairs, *((x, prefix) if recompute else saved))
@@ -77,9 +65,10 @@ class LayerFunction(torch.autograd.Function):
         pairs, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         with torch.no_grad():
             inside = inside_of(layer, added, pairs)
+            work = Work(layer, rows, sizes, inside)
             if ctx.recompute:
-                _, _, saved = run.forward(*saved, layer, rows, sizes, inside)
-            g_x, g_prefix = run.backward(gradients[0], saved, layer, rows, sizes, inside)
+                _, _, saved = run.forward(*saved, work)
+            g_x, g_prefix = run.backward(gradients[0], saved, work)
             g_pairs = inside.gradients() if inside else ()
         return g_x, g_prefix, *[None] * 6, *g_pairs
 

@@ -9,11 +9,12 @@ that they mean the same in every precision, and channels are multiplied by the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shoulders.lm.layer import Layer
+from shoulders.lm.layer import Layer, Rows, Sizes
 
 # The sites of a Llama-style layer, in the order of its modules (`shoulders.lm.factors.sites_of`).
 QKV, OUTPUT, GATE_UP, DOWN = range(4)
@@ -98,6 +99,22 @@ class Inside:
         """Return the gradients of all pairs, in their order, float32; every site must be back."""
         every = [gradient for noted in self._gradients for gradient in noted]
         return [gradient.float() for gradient in every if gradient is not None]
+
+
+class Work(NamedTuple):
+    """What one call of a layer's functions works on.
+
+    Attributes:
+        layer: its frozen matrices.
+        rows: where the packed rows lie.
+        sizes: its constants.
+        inside: low-rank factors of its products, or None.
+    """
+
+    layer: Layer
+    rows: Rows
+    sizes: Sizes
+    inside: Inside | None = None
 
 
 def _product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
