@@ -128,14 +128,18 @@ def test_an_lm_is_rounded_once(
     def logits() -> Tensor:
         lm = load_lm(str(tmp_path / "lm"), dtype="int8")
         assert all(p.dtype in (torch.int8, torch.float32) for p in lm.model.parameters())
+        buffers.append(dict(lm.model.named_buffers(remove_duplicate=False)))
         return lm.model(ids).logits  # type: ignore[no-any-return]
 
+    buffers: list[dict[str, Tensor]] = []
     first = logits()
     (file,) = own_cache.rglob("int8/*.safetensors")
     kept = file.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(rounding, "to_int8", None)
         assert torch.equal(logits(), first)
+    assert buffers[0].keys() == buffers[1].keys()
+    assert all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
     for damaged in (kept[:-7], kept[:-1] + bytes([kept[-1] ^ 1]), b""):
         file.write_bytes(damaged)
         assert torch.equal(logits(), first)
