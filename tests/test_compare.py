@@ -36,6 +36,7 @@ from shoulders.lm.load import load_lm
 from shoulders.skills.artefact import read_artefact
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
+from shoulders.skills.spelling import most_tokens
 from shoulders.training.fit import example_at, example_of
 from shoulders.training.run import load_data
 from shoulders.training.validation import validate
@@ -520,6 +521,29 @@ def test_variants_read_their_share_as_often_as_they_should(tmp_path: Path, lm_fo
     recipe = read_artefact(out / "runs/static_half_x3-seed0").provenance["recipe"]
     assert recipe["data"]["examples"] == 8
     assert [line.examples_read for line in lines(result, Ledger(out))] == ["16", "8 x 3"]
+
+
+@pytest.mark.slow
+def test_variants_in_another_format_read_other_tokens(tmp_path: Path, lm_folder: Path) -> None:
+    """Frozen and tuned alike; what is asked afterwards is asked in the same format."""
+    spelled = {"format": {"spelling": 6}}
+    variants = {"kv_spelled": {"of": "static_kv", **spelled}}
+    variants |= {"lora_spelled": {"of": "lora_r4", **spelled}}
+    plan = plan_for(tmp_path, lm_folder, variants=variants, search={"trials": 0},
+                    methods=["lora_r4", *variants])  # fmt: skip
+    out = tmp_path / "out"
+    result = run_comparison(plan, out)
+    assert [run["method"] for run in result["runs"]] == ["lora_r4", *variants]
+    assert read_artefact(out / "runs/kv_spelled-seed0").skill.format.spelling == 6
+    lines_of = {}
+    for name in ("lora_r4", "lora_spelled"):
+        text = (out / f"runs/{name}-seed0/train.jsonl").read_text().splitlines()
+        lines_of[name] = [json.loads(line) for line in text]
+    for row, other in zip(*lines_of.values(), strict=True):
+        assert other["ids"][-len(row["ids"]) :] == row["ids"]
+        assert other["answer_ids"] == row["answer_ids"]
+    longer = [len(b["ids"]) - len(a["ids"]) for a, b in zip(*lines_of.values(), strict=True)]
+    assert all(5 < more <= most_tokens(6) for more in longer)
 
 
 def test_a_rival_may_read_its_examples_several_times_too(tmp_path: Path, lm_folder: Path) -> None:

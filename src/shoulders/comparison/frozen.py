@@ -93,7 +93,7 @@ class Frozen:
         }
         values: dict[str, Any] = {
             "lm": self.plan.lm.model_dump(),
-            "skill": {"passes": list(method.passes)},
+            "skill": {"passes": list(method.passes), "format": method.format.model_dump()},
             "data": method.data(self.plan, steps).model_dump(),
             "training": {
                 "steps": steps,

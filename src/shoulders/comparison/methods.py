@@ -16,7 +16,7 @@ from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.lm.frozen import FrozenLM
 from shoulders.prompts.build import rates_of
-from shoulders.skills.config import SkillConfig
+from shoulders.skills.config import SkillConfig, TextFormat
 from shoulders.skills.skill import Skill
 
 Family = Literal["bare", "frozen", "tuned"]
@@ -40,6 +40,7 @@ class Method:
         rank: of LoRA; None tunes every weight.
         share: of the budget's examples that it learns from.
         epochs: how often it reads them.
+        format: how rows become its tokens.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Method:
     rank: int | None = None
     share: float = 1.0
     epochs: int = 1
+    format: TextFormat = field(default_factory=TextFormat)
 
     def steps(self, plan: Plan) -> int:
         """Optimizer steps of a whole run; the plan's budget must be in examples."""
@@ -88,9 +90,9 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
             continue
         same = _method(variant.of, plan, lm, encoder)
         rated = variant.optimizer.model_dump() if variant.optimizer else same.optimizer
-        found.append(
-            replace(same, name=name, share=variant.share, epochs=variant.epochs, optimizer=rated)
-        )
+        changed = replace(same, name=name, share=variant.share, epochs=variant.epochs)
+        form = variant.format or same.format
+        found.append(replace(changed, optimizer=rated, format=form))
     return found
 
 
@@ -99,7 +101,8 @@ def _method(name: str, plan: Plan, lm: FrozenLM, encoder: Callable[[str], Frozen
         return Method(name, "bare")
     if name in plan.own:
         own = plan.own[name]
-        return Method(name, "frozen", own.passes, own.optimizer.model_dump())
+        rated = own.optimizer.model_dump()
+        return Method(name, "frozen", own.passes, rated, format=own.format)
     if name in TUNED:
         if name == "full":
             return Method(name, "tuned", optimizer={"lr": FULL_RATE})

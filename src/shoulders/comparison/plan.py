@@ -15,6 +15,7 @@ from shoulders.data.mixture import MixtureConfig
 from shoulders.data.rows import Row, read_rows
 from shoulders.errors import DataError, RecipeError, nearest
 from shoulders.files import write_text
+from shoulders.skills.config import TextFormat
 from shoulders.training.configs import LMConfig, OptimizerConfig
 from shoulders.training.recipe import explain, located, read_values
 
@@ -83,26 +84,29 @@ class ForgettingConfig(_Part):
 
 
 class OwnMethod(_Part):
-    """A method of the user's own: passes as in a recipe, and their learning rates."""
+    """A method of the user's own: passes and format as in a recipe, and their learning rates."""
 
     passes: list[dict[str, Any]] = Field(min_length=1)
+    format: TextFormat = TextFormat()
     optimizer: OptimizerConfig
 
 
 class Variant(_Part):
-    """A method once more, with other examples than the budget's.
+    """A method once more, with other examples than the budget's, or read in another format.
 
     Attributes:
         of: that method.
         share: of the budget's examples, the first ones.
         epochs: how often it reads them.
         optimizer: its rates where they are not that method's: a longer training likes lower ones.
+        format: how it reads rows, where not as that method does; of frozen and tuned methods.
     """
 
     of: str
     share: float = Field(default=1.0, gt=0, le=1)
     epochs: int = Field(default=1, ge=1)
     optimizer: OptimizerConfig | None = None
+    format: TextFormat | None = None
 
 
 class Plan(_Part):
@@ -116,7 +120,8 @@ class Plan(_Part):
         validation_rows: of every task that selects, likewise.
         methods: by name; see `shoulders.comparison.methods`.
         own: further methods.
-        variants: methods with a share of the examples, or that read them several times.
+        variants: methods with a share of the examples, that read them several times, or in another
+            format.
         budget: training examples, or minutes.
         rows_per_step: examples in an optimizer step.
         length: positions of a prompt.

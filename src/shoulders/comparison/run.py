@@ -19,11 +19,10 @@ from shoulders.comparison.measure import interference, latencies, measured, once
 from shoulders.comparison.methods import Method, methods_of
 from shoulders.comparison.plan import Plan
 from shoulders.comparison.search import best_factor
-from shoulders.comparison.tuned import Tuned
+from shoulders.comparison.tuned import Tuned, plain
 from shoulders.errors import DataError, ShouldersError, TrainingError
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import load_lm
-from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.run import load_data, machine, read_all, unseen_rows
 from shoulders.training.validation import choose_rows
@@ -97,7 +96,7 @@ def run_comparison(
                 continue
             done = tuned.train(method, folder, keep=True, **settings)
             facts = {"trained_parameters": tuned.trained_parameters(folder)}
-            with tuned.skill(folder) as skill:
+            with tuned.skill(method, folder) as skill:
                 examine = functools.partial(examined, skill.lm, plan.forgetting, text, others)
                 once(ledger, "forgetting", method.name, seed, examine)
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
@@ -106,13 +105,12 @@ def run_comparison(
     # 5. What an answer takes: by turns, when all is trained. Merged, a tuned LM is as fast as the
     # LM itself in the plan's precision.
     if not all(ledger.find(stage="latency", method=m.name) for m in methods):
-        plain = Skill.base(lm, SkillConfig())
         asked_of: list[tuple[Skill, list[str]]] = []
         for method in methods:
             if method.family == "bare":
                 asked_of.append(bare(method, lm, plan, rows))
             elif method.family == "tuned":
-                asked_of.append((plain, texts))
+                asked_of.append((plain(lm, method), texts))
             else:
                 folder = ledger.folder(method.name, plan.seeds[0])
                 asked_of.append((frozen.skill(folder), texts))

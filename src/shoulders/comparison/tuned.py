@@ -49,7 +49,7 @@ class Tuned:
     """
 
     def __init__(self, lm: FrozenLM, plan: Plan, rows: Rows, console: Console) -> None:
-        self._plain = Skill.base(lm, SkillConfig())  # the text format of every skill, no prompt
+        self._tokens_of = lm
         self._plan, self._rows, self._console = plan, rows, console
         name = plan.lm.name
         self._lm = str(embedded_lm()) if name == EMBEDDED else name
@@ -74,10 +74,10 @@ class Tuned:
         return Trained(found["seconds"], curve[-1][1], curve)
 
     @contextmanager
-    def skill(self, folder: Path) -> Iterator[Skill]:
+    def skill(self, method: Method, folder: Path) -> Iterator[Skill]:
         """Yield the tuned LM as a skill without a prompt; its weights leave the disk afterwards."""
         lm = load_lm(str(folder / WEIGHTS), dtype="float32")
-        yield Skill.base(lm, SkillConfig())
+        yield plain(lm, method)
         del lm
         shutil.rmtree(folder / WEIGHTS)
 
@@ -98,10 +98,10 @@ class Tuned:
     ) -> None:
         data = method.data(self._plan, steps)
         mixture = Mixture(self._rows.train, self._rows.templates, data, seed)
-        count = steps * self._plan.rows_per_step
-        examples = [example_at(self._plain, mixture, i, seed) for i in range(count)]
+        count, skill = steps * self._plan.rows_per_step, plain(self._tokens_of, method)
+        examples = [example_at(skill, mixture, i, seed) for i in range(count)]
         checked = [
-            example_of(self._plain, row, self._rows.templates.render(row, 0), 0)
+            example_of(skill, row, self._rows.templates.render(row, 0), 0)
             for row in self._rows.validation
         ]
         write_text(folder / "train.jsonl", _lines(examples))
@@ -121,6 +121,11 @@ class Tuned:
         command = [sys.executable, "-m", "shoulders.comparison.tune", str(folder)]
         with quiet_progress(self._console, f"{method.name}, seed {seed}", steps) as advance:
             watched(command, advance, method.name)
+
+
+def plain(lm: FrozenLM, method: Method) -> Skill:
+    """Return an LM in a method's text format, without a prompt."""
+    return Skill.base(lm, SkillConfig(format=method.format))
 
 
 def watched(command: Sequence[str], advance: Any, name: str) -> None:

@@ -33,6 +33,8 @@ class TextFormat(BaseModel):
             leaves.
         keep: what to keep of a longer input: its `start` or `end` (wherever the instruction
             stands); None refuses it with an error that names the row.
+        spelling: so many letters of the input's rarest words stand spelled out ahead of it
+            (`shoulders.skills.spelling`); 0 for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +44,7 @@ class TextFormat(BaseModel):
     answer_prefix: str = " "
     max_input_tokens: int | None = Field(default=None, ge=1)
     keep: Literal["start", "end"] | None = None
+    spelling: int = Field(default=0, ge=0)
 
 
 class PassConfig(BaseModel):

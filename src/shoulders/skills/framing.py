@@ -9,6 +9,7 @@ from shoulders.errors import LMError, WindowError
 from shoulders.lm.decode import Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.config import TextFormat
+from shoulders.skills.spelling import most_tokens, spelled
 
 
 class Framing:
@@ -32,6 +33,7 @@ class Framing:
         head, tail = self._frame()
         limit = self.input_room(answer_room)
         rows = []
+        ahead = self._ahead(texts)
         for i, ids in enumerate(self._lm.tokenize(texts)):
             if len(ids) > limit and self._form.keep is None:
                 raise WindowError(
@@ -45,13 +47,15 @@ class Framing:
             cut = ids[:limit] if self._form.keep == "start" else ids[-limit:]
             if not cut + tail:
                 raise WindowError(f"row {i + 1}: its input has no tokens")
-            rows.append(head + cut + tail)
+            rows.append(head + ahead[i] + cut + tail)
         return rows
 
     def input_room(self, answer_room: int = 1) -> int:
         """Return how many tokens of input fit beside prompt, separator and so long an answer."""
         head, tail = self._frame()
         taken = self._prompt_length + len(head) + len(tail) + answer_room
+        if self._form.spelling:
+            taken += most_tokens(self._form.spelling)
         room = self._lm.max_positions - taken
         return min(room, self._form.max_input_tokens or room)
 
@@ -59,6 +63,12 @@ class Framing:
         """Return each answer's token ids, with the LM's end token."""
         ids = self._lm.tokenize([self._form.answer_prefix + a for a in answers])
         return [[*row, self._lm.end_ids[0]] for row in ids]
+
+    def _ahead(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return what stands before each text: its rarest words, spelled out."""
+        if not self._form.spelling:
+            return [[] for _ in texts]
+        return self._lm.tokenize([spelled(self._lm, t, self._form.spelling) for t in texts])
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """Return the tokens before and after every input."""
