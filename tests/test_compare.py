@@ -48,7 +48,7 @@ def rows_file(folder: Path, tasks: int = 2, each: int = 20) -> Path:
     for t in range(tasks):
         for i in range(each):
             for target in ["one", "two"][: 1 + (i % 3 == 0)]:
-                row = {"task": f"t{t}", "input": f"{t} {i}", "targets": [target]}
+                row = {"task": f"t{t}", "input": f"number {t} {i}", "targets": [target]}
                 lines.append(json.dumps(row))
     file = folder / "rows.jsonl"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
