@@ -198,7 +198,7 @@ def test_no_candidates_and_too_long_ones(trained: Trained) -> None:
     same, _, ends = trained.reranker.score(
         ["q", "nobody", "r"], [[long, longer], [], [long]], [[1, 2], [], [3]]
     )
-    assert same[0] == same[1]  # what is beyond the limit is not read
+    assert same[0] == pytest.approx(same[1], rel=1e-6)  # what is beyond the limit is not read
     assert all(map(math.isfinite, [*same, *ends]))
     assert trained.reranker.score([], [], []) == []
     question = "the capital of france " * 500
@@ -208,10 +208,14 @@ def test_no_candidates_and_too_long_ones(trained: Trained) -> None:
 def test_the_length_limit_is_the_configured_one(encoder: Path) -> None:
     short = CrossEncoderReranker.start(config(encoder, max_length=8), device="cpu")
     tail = [Passage(end, "", f"the capital of france and the capital {end}") for end in "ab"]
-    (row,) = short.score(["answer the question with a short answer"], [tail], [[0, 0]])
-    assert row[0] == row[1]
+    question = ["answer the question with a short answer"]
+    (row,) = short.score(question, [tail], [[0, 0]])
+    # On some processors equal rows of one product differ in their last bits.
+    assert row[0] == pytest.approx(row[1], rel=1e-6)
     beyond = CrossEncoderReranker.start(config(encoder, max_length=500), device="cpu")
     assert beyond.model.max_seq_length == 64  # the encoder's positions
+    (row,) = beyond.score(question, [tail], [[0, 0]])
+    assert row[0] != pytest.approx(row[1], rel=1e-4)  # the end is read
 
 
 def test_scores_do_not_depend_on_the_company(trained: Trained) -> None:
