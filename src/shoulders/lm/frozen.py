@@ -296,4 +296,4 @@ class FrozenLM:
 
     @functools.cached_property
     def _hooks(self) -> LayerHooks:
-        return LayerHooks(decoder_layers(self.model), self.sites)
+        return LayerHooks(decoder_layers(self.model))

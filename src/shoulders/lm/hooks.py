@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shoulders.errors import LMError
-from shoulders.lm.factors import Site
+from shoulders.lm.factors import Factors, Site
 from shoulders.lm.updates import Placed, Updates
 
 
@@ -21,26 +21,37 @@ class LayerHooks:
     The hooks stay on the modules and do nothing unless their thread is inside `applying`.
     """
 
-    def __init__(self, layers: nn.ModuleList, sites: Sequence[Site]) -> None:
-        self._now = threading.local()
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._now, self._layers = threading.local(), layers
+        self._lock, self._in_products = threading.Lock(), False
         for number, layer in enumerate(layers):
             # First: transformers' own hooks, which keep states (`taps`), must see updated ones.
             layer.register_forward_hook(self._layer_hook(number), prepend=True)
-            for index, site in enumerate(sites):
-                ends = torch.tensor(site.writes).cumsum(0).tolist()
-                for name, end, width in zip(site.names, ends, site.writes, strict=True):
-                    linear = layer.get_submodule(name)
-                    hook = self._product_hook(number, index, slice(end - width, end), name)
-                    linear.register_forward_hook(hook)
 
     @contextmanager
     def applying(self, updates: Updates, owner: Tensor) -> Iterator[None]:
         """Apply them to whatever this thread runs; `owner` `[b, s]` is each position's row."""
+        factors = next((own for own in updates.sets if isinstance(own, Factors)), None)
+        if factors is not None:
+            self._hook_products(factors.sites)
         self._now.placed = updates.placed(owner.flatten())
         try:
             yield
         finally:
             self._now.placed = None
+
+    def _hook_products(self, sites: Sequence[Site]) -> None:
+        """Put hooks on the products, once; only factors need them, and layers that are alike."""
+        with self._lock:
+            if self._in_products:
+                return
+            self._in_products = True
+            for number, layer in enumerate(self._layers):
+                for index, site in enumerate(sites):
+                    ends = torch.tensor(site.writes).cumsum(0).tolist()
+                    for name, end, width in zip(site.names, ends, site.writes, strict=True):
+                        hook = self._product_hook(number, index, slice(end - width, end), name)
+                        layer.get_submodule(name).register_forward_hook(hook)
 
     def _layer_hook(self, number: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
