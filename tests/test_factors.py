@@ -20,6 +20,7 @@ from shoulders.lm.prompt import Prompt
 from shoulders.lm.reading import begun
 from shoulders.lm.sites import sites_of
 from shoulders.lm.smooth import smooth
+from shoulders.lm.updates import Matrices
 from shoulders.training.objective import Example, answer_losses
 
 ROWS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [5, 6]]
@@ -231,6 +232,21 @@ def test_experts_and_layers_that_differ_have_no_place() -> None:
         sites_of([layer(5), layer(6)], "LM")
     with pytest.raises(LMError, match="no linear layers"):
         sites_of([nn.ModuleDict({"norm": nn.LayerNorm(4)})], "LM")
+
+
+def test_updates_between_layers_need_no_layers_that_are_alike(
+    fresh_lm: Callable[..., FrozenLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = fresh_lm("gpt2")
+    d = lm.hidden_size
+    updates = Matrices(
+        torch.ones(lm.layers, d, 1), torch.ones(lm.layers, 1, d), torch.ones(lm.layers)
+    )
+    monkeypatch.setattr("shoulders.lm.frozen.sites_of", None)  # would fail
+    prompt = Prompt.empty(len(ROWS)).updated(updates)
+    with torch.no_grad():
+        changed, plain = (answer_losses(lm, p, EXAMPLES) for p in (prompt, Prompt.empty(len(ROWS))))
+    assert not torch.equal(changed, plain)
 
 
 def test_sites_are_those_of_the_fused_layers(tiny_lm: Callable[[str], FrozenLM]) -> None:

@@ -59,17 +59,20 @@ static void add_factors(const update_t *updates, const int64_t *which, size laye
         float *x = room, *added = x + MOST * k, *read = added + MOST * n;
         for (size c = 0; c < count; c++) {
             float *to = x + c * k;
-            if (halves) for (size j = 0; j < k; j++) to[j] = of_half(((half_t *)levels)[(i + c) * k + j]);
-            else for (size j = 0; j < k; j++) to[j] = ((int8_t *)levels)[(i + c) * k + j] * scale[i + c];
+            const half_t *half_levels = (const half_t *)levels + (i + c) * k;
+            const int8_t *int_levels = (const int8_t *)levels + (i + c) * k;
+            if (halves) for (size j = 0; j < k; j++) to[j] = of_half(half_levels[j]);
+            else for (size j = 0; j < k; j++) to[j] = int_levels[j] * scale[i + c];
             if (by->reads) for (size j = 0; j < k; j++) to[j] *= by->reads[j];
         }
         weighted(x, own->inside[site].a + layer * k * r, read, k, k, r, r, count);
         weighted(read, own->inside[site].b + layer * r * n, added, r, r, n, n, count);
         for (size c = 0; c < count; c++) {
             float *from = added + c * n, *plain = (float *)y + (i + c) * n;
-            half_t *short_ = (half_t *)y + (i + c) * n;
+            half_t *halved = (half_t *)y + (i + c) * n;
             if (by->writes) for (size j = 0; j < n; j++) from[j] /= by->writes[j];
-            if (half) for (size j = 0; j < n; j++) short_[j] = to_half(of_half(short_[j]) + from[j]);
+            if (half)
+                for (size j = 0; j < n; j++) halved[j] = to_half(of_half(halved[j]) + from[j]);
             else for (size j = 0; j < n; j++) plain[j] += from[j];
         }
     }
