@@ -247,6 +247,24 @@ def test_gguf_that_is_missing_or_garbage_is_named(tmp_path: Path, own_cache: Pat
     assert not list(own_cache.rglob("complete.json"))
 
 
+def test_two_processes_that_convert_at_once_share_the_first_ones_folder(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, calls = tmp_path / "lm.gguf", []
+    source.write_bytes(b"GGUF")
+
+    def convert(path: Path, out: Path) -> None:
+        calls.append(out)
+        if len(calls) == 1:  # meanwhile another process begins, and is done first
+            gguf.converted(path)
+        (out / "by.txt").write_text(str(out))
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    folder = gguf.converted(source)
+    assert (folder / "by.txt").read_text() == str(calls[1])
+    assert not list(own_cache.rglob(".*partial*"))
+
+
 def test_lm_that_does_more_than_head_on_hidden_is_refused(
     fresh_lm: Callable[..., FrozenLM],
 ) -> None:

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from shoulders.errors import LMError
+from shoulders.errors import LMError, ShouldersError
 from shoulders.files import atomic_directory, cache_folder, sha256_of_file
 
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -62,10 +62,15 @@ def _kept(gguf: Path, sha256: str) -> Path:
     folder = cache_folder() / "gguf" / f"{sha256[:32]}-v{CONVERSION}"
     if (folder / "complete.json").is_file():
         return folder
-    with atomic_directory(folder) as temporary:
-        _convert(gguf, temporary)
-        note = {"source": gguf.name, "conversion": CONVERSION}
-        (temporary / "complete.json").write_text(json.dumps(note), encoding="utf-8")
+    try:
+        with atomic_directory(folder) as temporary:
+            _convert(gguf, temporary)
+            note = {"source": gguf.name, "conversion": CONVERSION}
+            (temporary / "complete.json").write_text(json.dumps(note), encoding="utf-8")
+    except ShouldersError:
+        # Two processes that begin at once both convert; the second finds the first one's folder.
+        if not (folder / "complete.json").is_file():
+            raise
     return folder
 
 
