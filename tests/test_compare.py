@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from shoulders.comparison.plan import Plan, SearchConfig, make_plan, plan_of_row
 from shoulders.comparison.report import write_report
 from shoulders.comparison.run import run_comparison
 from shoulders.comparison.search import best_factor
-from shoulders.comparison.summary import Difference, Line, averaged, lines
+from shoulders.comparison.summary import Difference, Line, averaged, lead, lines, rests_on, without
 from shoulders.comparison.verdict import verdict
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import read_rows
@@ -163,6 +164,33 @@ def line(name: str, family: str, right: int, of: int = 400, **facts: Any) -> Lin
         "training_seconds": 1.0, "latency_ms": 1.0, "perplexity": None, "zero_shot": None,
     }  # fmt: skip
     return Line(name=name, family=family, scores=scores, **(defaults | facts))
+
+
+def test_a_lead_that_few_tasks_make_is_said_to_rest_on_them() -> None:
+    """Ten tasks; the leader has all of one and a little less of each other."""
+    letters, plain = [1.0] * 20, [1.0] * 9 + [0.0] * 11
+    tasks = [f"t{i}" for i in range(9)]
+    half = dict.fromkeys(tasks, [1.0] * 10 + [0.0] * 10)
+    reads = replace(line("reads", "frozen", 1), exact_match=50.5,
+                    scores={"letters": letters} | dict.fromkeys(tasks, plain))  # fmt: skip
+    tuned = replace(line("tuned", "tuned", 1), exact_match=45.0,
+                    scores={"letters": [0.0] * 20} | half)  # fmt: skip
+    assert rests_on(reads, tuned) == ["letters"]
+    assert rests_on(tuned, reads) == []
+    said = verdict([reads, tuned], None, digest_equal=True)
+    (found,) = [x for x in said if "rests on" in x]
+    assert "rests on letters: over the other 9 tasks reads has 45.0, tuned 50.0 (-5.0 [" in found
+    told = lead([tuned, reads])
+    assert told is not None
+    assert told["tasks"] == ["letters"]
+    assert told["exact_match_without"] == pytest.approx({"tuned": 50.0, "reads": 45.0})
+    assert lead([reads]) is None
+    assert lead([reads, replace(reads, family="tuned")]) is None
+    even = replace(reads, scores=dict.fromkeys([*tasks, "letters"], letters))
+    assert len(rests_on(even, tuned)) == 10
+    assert not any("rests on" in x for x in verdict([even, tuned], None, digest_equal=True))
+    with pytest.raises(ValueError, match="no task"):
+        without(reads, [*tasks, "letters"])
 
 
 def test_the_verdict_follows_the_numbers() -> None:

@@ -11,7 +11,7 @@ import jinja2
 
 from shoulders.comparison.figures import cost_figure, curves_figure
 from shoulders.comparison.ledger import Ledger
-from shoulders.comparison.summary import Line, best, difference, lines
+from shoulders.comparison.summary import Line, best, difference, lead, lines
 from shoulders.comparison.verdict import verdict
 from shoulders.files import write_json, write_text
 
@@ -42,6 +42,7 @@ def write_report(result: dict[str, Any], out: Path) -> list[str]:
             line.name: {after.name: str(difference(line, after)) for after in found[place + 1 :]}
             for place, line in enumerate(found)
         },
+        "rests_on": lead(found),
         "lines": [_figures(line) for line in found],
     }
     write_json(out / RESULT, {**result, **facts})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean as mean
 from typing import Any
 
@@ -11,6 +11,7 @@ from shoulders.comparison.ledger import Ledger
 from shoulders.evaluation.metrics import bootstrap_interval, paired_interval
 
 BYTES = 4  # of a trained parameter, as it is stored
+ROUNDING = 1e-9  # of a sum of shares: what is below is nothing
 CLOSE = 2.0  # points: an interval within them on either side says level, a wider one says little
 
 
@@ -22,7 +23,7 @@ class Line:
         name, family: as in the plan.
         exact_match: macro average over tasks, mean over seeds, in percent.
         ci95: its bootstrap interval over test rows.
-        by_seed: of each seed.
+        by_seed: of each seed; empty where tasks were left out.
         tasks: of each task.
         trained_parameters: outside the LM, or of it.
         examples: that it learned from, those of what it begins at included.
@@ -129,6 +130,52 @@ def difference(first: Line, second: Line) -> Difference:
     return Difference(*paired_interval(first.scores, second.scores))
 
 
+def rests_on(ahead: Line, behind: Line) -> list[str]:
+    """Return the fewest tasks without which `ahead` would not be ahead of `behind`.
+
+    The macro average is a mean over tasks, so that taking away the tasks with the greatest gains
+    first finds the fewest. Empty where `ahead` is not ahead.
+    """
+    gains = {t: mean(values) - mean(behind.scores[t]) for t, values in ahead.scores.items()}
+    left, found = sum(gains.values()), []
+    for task in sorted(gains, key=lambda t: (-gains[t], t)):
+        if left <= ROUNDING:
+            break
+        left -= gains[task]
+        found.append(task)
+    return found
+
+
+def without(line: Line, tasks: Sequence[str]) -> Line:
+    """Return `line` as it is over all tasks but these; `ValueError` where none is left."""
+    scores = {task: values for task, values in line.scores.items() if task not in tasks}
+    if not scores:
+        raise ValueError("no task would be left")
+    return replace(
+        line,
+        scores=scores,
+        tasks={task: 100 * mean(values) for task, values in sorted(scores.items())},
+        exact_match=100 * mean([mean(values) for values in scores.values()]),
+        ci95=bootstrap_interval(scores),
+        by_seed=[],
+    )
+
+
 def best(found: Sequence[Line]) -> Line | None:
     """Return the method with the highest exact match; of equal ones the smaller."""
     return max(found, key=lambda line: (line.exact_match, -line.trained_parameters), default=None)
+
+
+def lead(found: Sequence[Line]) -> dict[str, Any] | None:
+    """Return the tasks that the lead between frozen and tuned rests on, and means without them.
+
+    `None` where one of the two was not run, where neither is ahead, and where it takes all tasks.
+    """
+    frozen, tuned = (best([x for x in found if x.family == f]) for f in ("frozen", "tuned"))
+    if frozen is None or tuned is None:
+        return None
+    tasks = rests_on(frozen, tuned) or rests_on(tuned, frozen)
+    if not tasks or len(tasks) == len(frozen.scores):
+        return None
+    means = {line.name: without(line, tasks).exact_match for line in found}
+    return {"tasks": tasks, "exact_match_without": means}

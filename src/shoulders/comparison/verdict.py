@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoulders.comparison.summary import Difference, Line, best, difference
+from shoulders.comparison.summary import Difference, Line, best, difference, rests_on, without
 
 FEW_ROWS = 100
+FEW_TASKS = 0.2  # a lead that at most this share of the tasks makes is said to rest on them
 NOTICEABLE = 0.01  # share by which perplexity must rise to be called forgetting
 
 
@@ -24,6 +25,7 @@ def verdict(lines: Sequence[Line], base_perplexity: float | None, digest_equal: 
     if frozen and tuned:
         gap = difference(frozen, tuned)
         said += [_recommended(frozen, tuned, gap), _which(frozen, tuned, gap)]
+        said += _few_tasks(frozen, tuned, gap)
     elif winner := frozen or tuned:
         said.append(f"Use {winner.name}: {_score(winner)} exact match, the best that was tried.")
     if bare and (winner := best([*family["frozen"], *family["tuned"]])):
@@ -68,6 +70,21 @@ def _which(frozen: Line, tuned: Line, gap: Difference) -> str:
         f"{read}{frozen.training_seconds:.0f} and {tuned.training_seconds:.0f} s of training, "
         f"{frozen.latency_ms:.0f} and {tuned.latency_ms:.0f} ms an answer."
     )
+
+
+def _few_tasks(frozen: Line, tuned: Line, gap: Difference) -> list[str]:
+    """A lead that a few tasks make is worth less to a reader who has others."""
+    if not gap.sure:
+        return []
+    ahead, behind = (frozen, tuned) if gap.sure > 0 else (tuned, frozen)
+    tasks = rests_on(ahead, behind)
+    if len(tasks) > FEW_TASKS * len(ahead.scores):
+        return []
+    one, other = without(ahead, tasks), without(behind, tasks)
+    return [
+        f"That rests on {', '.join(tasks)}: over the other {len(one.scores)} tasks {one.name} has "
+        f"{one.exact_match:.1f}, {other.name} {other.exact_match:.1f} ({difference(one, other)})."
+    ]
 
 
 def _more_parameters(lines: Sequence[Line]) -> list[str]:
