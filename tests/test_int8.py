@@ -218,20 +218,22 @@ def test_compiled_layers_are_near_the_plain_ones(
         assert float((mine - theirs).norm() / theirs.norm()) < tolerance
 
 
-def test_layers_in_tiles_are_those_without(
+def test_layers_of_packed_weights_are_those_without(
     fresh_lm: Callable[..., FrozenLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products of integers are exact; a level falls to the other side where they are added to."""
     compiled = available()
-    if compiled is None or compiled.tiles is None:
-        pytest.skip("this processor has no AMX")
+    if compiled is None or compiled.int8 is None:
+        pytest.skip("on this processor torch multiplies int8")
     monkeypatch.setattr("shoulders.lm.head.available", lambda: None)
     whole = Block8._times
     monkeypatch.setattr(Block8, "_times", lambda *given, half=False, **more: whole(*given, **more))
     lm = int8_of(fresh_lm("llama64"))
     found = []
-    for tiles in (compiled.tiles, None):
-        monkeypatch.setattr(compiled, "tiles", tiles)
+    for packs in (True, False):
+        if not packs:
+            monkeypatch.setattr(compiled, "tiles", None)
+            monkeypatch.setattr(compiled, "pairs", None)
         prompt = prompt_for(lm, len(ROWS))
         losses = answer_losses(lm, prompt, examples())
         leaves = torch.autograd.grad(losses.sum(), [prompt.vectors, prompt.keys_values])

@@ -1,10 +1,15 @@
 /* Attention of packed rows, forwards and backwards. Compiled behind kernels.c, whose types and
  * functions it uses.
  */
+#if defined(__AVX512F__)
 #define LANES 16
-#define WIDE 32 /* two vectors: their sums do not wait for each other */
+#else
+#define LANES 8 /* compilers split what is wider than the processor's registers badly */
+#endif
+#define WIDE (2 * LANES) /* two vectors: their sums do not wait for each other */
+#define LINE 16          /* floats that are fetched at once */
 
-/* May lie anywhere and be any other pointer's floats; compilers split it where it is too wide. */
+/* May lie anywhere and be any other pointer's floats. */
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* Attention of packed rows. Row r owns the positions start[r] .. start[r] + length[r] of
@@ -174,9 +179,9 @@ typedef float vector8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float vector4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 INLINE float sum_of(vector x) {
-    vector8 eight[2];
+    vector8 eight[LANES / 8];
     memcpy(eight, &x, sizeof eight);
-    eight[0] += eight[1];
+    if (LANES > 8) eight[0] += eight[LANES / 8 - 1];
     vector4 four[2];
     memcpy(four, eight, sizeof four);
     four[0] += four[1];
@@ -190,7 +195,7 @@ INLINE void dots_where_they_lie(const float *restrict x, const float *restrict k
                                 const float *next_keys, const float *next_values, int count) {
     for (size j = 0; j < m; j++, keys += apart) {
         if (next_keys)
-            for (size d = 0; d < e; d += LANES) {
+            for (size d = 0; d < e; d += LINE) {
                 __builtin_prefetch(next_keys + j * apart + d, 0, 2);
                 __builtin_prefetch(next_values + j * apart + d, 0, 2);
             }

@@ -15,13 +15,14 @@ from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Work
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
 from shoulders.lm.layer import Matrix
-from shoulders.lm.tiles import fits_tiles
+from shoulders.lm.tiles import Tiles
 
 
 class Block8:
     """`forward` and `backward` as in `shoulders.lm.block`.
 
-    Where the processor has AMX, products are those of `shoulders.lm.tiles`.
+    Products are those of `shoulders.lm.tiles` where the processor has AMX, of `shoulders.lm.pairs`
+    where it has AVX2 only, and torch's between.
     """
 
     def __init__(self, kernels: Kernels, laid: Laid) -> None:
@@ -111,10 +112,13 @@ class Block8:
         of most of it is kept (the gates, whose product is rounded to eight bits next).
         """
         (levels, scale), kernels = rounded, self._kernels
-        if kernels.tiles is not None and fits_tiles(matrix.values):
+        packed = kernels.int8
+        if packed is not None and packed.fits(matrix.values):
             weights = self._laid.forward(matrix.values)
             scales = scale, matrix.scale, matrix.bias
-            return kernels.tiles.product(levels, weights, *scales, rest, half=half)
+            if isinstance(packed, Tiles):
+                return packed.product(levels, weights, *scales, rest, half=half)
+            return packed.product(levels, weights, *scales, rest)
         product = multiplied(levels, matrix.values.T)
         return kernels.rescale(product, scale, matrix.scale, matrix.bias, rest)
 
@@ -123,7 +127,7 @@ class Block8:
         return self._multiplied_back(levels, matrix), scale
 
     def _multiplied_back(self, levels: Tensor, matrix: Matrix) -> Tensor:
-        tiles = self._kernels.tiles
-        if tiles is not None and fits_tiles(matrix.values):
-            return tiles.product(levels, self._laid.back(matrix.values))
+        packed = self._kernels.int8
+        if packed is not None and packed.fits(matrix.values):
+            return packed.product(levels, self._laid.back(matrix.values))
         return multiplied(levels, matrix.values)

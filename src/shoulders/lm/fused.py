@@ -28,9 +28,10 @@ from shoulders.lm.laid import Laid
 from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
 from shoulders.lm.layers import Layers
 from shoulders.lm.layout import is_llama_style, laid_out
+from shoulders.lm.pairs import Pairs
 from shoulders.lm.placing import further_rows, laid_rows
 from shoulders.lm.prompt import Prompt
-from shoulders.lm.tiles import Tiles, fits_tiles
+from shoulders.lm.tiles import Tiles
 from shoulders.lm.updates import Placed
 
 
@@ -68,9 +69,11 @@ class Blocks:
         self.width = attention.head_dim
         self.epsilon = first.input_layernorm.variance_epsilon
         self.layers = [laid_out(layer) for layer in self._body.layers]
-        self._laid = Laid()
+        kernels = available()
+        self._laid = Laid(kernels.int8.packed if kernels and kernels.int8 else Tiles.packed)
         stored = self.layers[0].attention_norm.dtype
-        self._tiles = tiles_for(self.layers) if stored == torch.bfloat16 else None
+        tiles = packing(self.layers) if stored == torch.bfloat16 else None
+        self._tiles = tiles if isinstance(tiles, Tiles) else None
         # Of what goes in and comes out: float32 between bfloat16 products in tiles.
         self.dtype = stored if self._tiles is None else torch.float32
         if self._tiles is not None:
@@ -217,7 +220,7 @@ class Blocks:
     def _whole(self) -> Layers | None:
         kernels = available()
         narrow = self._tiles is not None or self.layers[0].qkv.scale is not None
-        if kernels is None or not narrow or tiles_for(self.layers) is None:
+        if kernels is None or not narrow or packing(self.layers) is None:
             return None
         return Layers(kernels, self.layers, self._laid)
 
@@ -231,13 +234,13 @@ class Blocks:
         return arranged.expand(-1, -1, b, -1, -1, -1)
 
 
-def tiles_for(layers: Sequence[Layer]) -> Tiles | None:
-    """Return the processor's tiles, where it has them and every matrix fits."""
+def packing(layers: Sequence[Layer]) -> Tiles | Pairs | None:
+    """Return our products of packed weights, where the processor has them and all matrices fit."""
     kernels = available()
-    if kernels is None or kernels.tiles is None:
+    if kernels is None or kernels.int8 is None:
         return None
     matrices = [m for layer in layers for m in layer if isinstance(m, Matrix)]
-    return kernels.tiles if all(fits_tiles(m.values) for m in matrices) else None
+    return kernels.int8 if all(kernels.int8.fits(m.values) for m in matrices) else None
 
 
 def in_float32(layer: Layer) -> Layer:

@@ -25,6 +25,7 @@ from shoulders.errors import ShouldersError
 from shoulders.files import atomic_path, cache_folder
 from shoulders.lm.beside import Beside
 from shoulders.lm.layer import Rows, Sizes
+from shoulders.lm.pairs import Pairs
 from shoulders.lm.tiles import Tiles
 
 _FLAGS = (
@@ -32,8 +33,8 @@ _FLAGS = (
     *("-fno-signed-zeros", "-fassociative-math"),
 )
 # One after the other, as one.
-_SOURCES = ("kernels.c", "halves.c", "attention.c", "tiles.c", "layers.c")
-_WIDE = 32  # as in attention.c
+_SOURCES = ("kernels.c", "halves.c", "attention.c", "tiles.c", "pairs.c", "layers.c")
+_WIDE = 32  # the most that attention.c takes at once
 _POINTERS = {
     "round_rows": 5,
     "rescale": 6,
@@ -45,6 +46,7 @@ class Kernels:
 
     Attributes:
         tiles: products in the processor's matrix unit, or None where it has none.
+        pairs: products of int8 on AVX2 alone, or None where there is better or less.
     """
 
     def __init__(self, library: Path) -> None:
@@ -66,14 +68,20 @@ class Kernels:
         self._c.rotate.argtypes = [pointer, pointer, pointer, real, *[size] * 4]
         self._c.gate_round.argtypes = [pointer, size, *[pointer] * 3, *[size] * 2]
         self._c.gate_back_round.argtypes = [*[pointer] * 4, size, *[pointer] * 6, *[size] * 2]
-        if self._c.tiles_ready():
+        if self._c.tiles_ready() or self._c.pairs_ready():
             first: list[Any] = [pointer, size, size, pointer, pointer, size]
             rows: list[Any] = [*[pointer] * 9, size, real, pointer]
             self._c.read_layers.argtypes = [*first, *rows, *[size] * 9]
         self.tiles = Tiles(self._c) if self._c.tiles_ready() else None
+        self.pairs = Pairs(self._c) if self._c.pairs_ready() else None
         self._c.likeliest.argtypes = [*[pointer] * 3, size, size]
         self._c.attend.argtypes = [*[pointer] * 9, *[size] * 6]
         self._c.attend_back.argtypes = [*[pointer] * 10, *[size] * 6]
+
+    @property
+    def int8(self) -> Tiles | Pairs | None:
+        """What multiplies packed int8 weights; None where torch's own product is to be taken."""
+        return self.tiles or self.pairs
 
     def round_rows(self, x: Tensor, channel: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `[m, n]` int8 levels and `[m]` scales of `x [m, n]`, times `channel [n]`."""

@@ -1,10 +1,10 @@
-"""Weights packed for tiles when they are first multiplied, once for each direction."""
+"""Weights packed when they are first multiplied, once for each direction."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
 
-from shoulders.lm.tiles import packed
+from torch import Tensor
 
 
 class Laid:
@@ -13,7 +13,8 @@ class Laid:
     An LM that is read has one copy more of its layers' weights, one trained through two.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, packed: Callable[[Tensor], Tensor]) -> None:
+        self._pack = packed
         self._packed: dict[tuple[int, bool], Tensor] = {}
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -28,5 +29,5 @@ class Laid:
         key = weight.data_ptr(), back
         found = self._packed.get(key)
         if found is None:  # two threads may both pack it: the same bytes
-            found = self._packed[key] = packed(weight.T if back else weight)
+            found = self._packed[key] = self._pack(weight.T if back else weight)
         return found

@@ -1,8 +1,9 @@
 /* All layers of a Llama-style LM over a cache, without gradients, in one call: what Python would do
  * between some ten functions a layer takes longer than they do for a few rows. Compiled behind
- * tiles.c, whose types and functions (and those of kernels.c, halves.c, attention.c) it uses.
+ * tiles.c and pairs.c, one of which multiplies; types and functions are also those of kernels.c,
+ * halves.c and attention.c.
  */
-#if defined(ROWS)
+#if defined(ROWS) || defined(PAIRS)
 typedef struct {
     const char *packed;
     const float *scale, *bias;
@@ -89,9 +90,20 @@ static void *taken(char **room, size bytes) {
 static void times_matrix(const void *levels, const float *scale, const matrix_t *by, int halves,
                          const float *rest, void *y, int half, char *spare, size t, size n,
                          size k) {
+#if defined(PAIRS)
+    pair_product(levels, (const int8_t *)by->packed, scale, by->scale, by->bias, rest, y, spare, t,
+                 n, k);
+#else
     tile_product(levels, by->packed, halves, halves ? 0 : scale, by->scale, by->bias, rest, y, half,
                  spare, t, n, halves ? 2 * k : k);
+#endif
 }
+
+#if defined(PAIRS)
+#define GATES_HALF 0
+#else
+#define GATES_HALF 1 /* what the gates read is written as halves */
+#endif
 
 /* x [t, d] <- the last layer's output; the cache [layers, 2, block], block being slots times q
  * positions of [g, e], takes the keys and values of position i at places[i]. Weights are int8, or
@@ -109,7 +121,7 @@ void read_layers(const layer_t *layers, size count, int64_t halves, float *x, fl
     float *scale = taken(&room, t * 4), *row = taken(&room, widest * 4);
     float *qkv = taken(&room, t * all * e * 4), *read = taken(&room, t * h * e * 4);
     float *middle = taken(&room, t * d * 4);
-    half_t *gate_up = taken(&room, t * 2 * f * 2);
+    void *gate_up = taken(&room, t * 2 * f * (GATES_HALF ? 2 : 4));
     float *attending = taken(&room, most * (3 * e + h / g) * 4);
     char *spare = taken(&room, PANEL * widest * 2 + WITHIN);
     size most_written = 2 * f > all * e ? 2 * f : all * e;
@@ -134,10 +146,10 @@ void read_layers(const layer_t *layers, size count, int64_t halves, float *x, fl
         FACTORS(OUTPUT, output, middle, 0, d, h * e);
         if (halves) norm_half(middle, own->feed_norm, epsilon, levels, t, d);
         else norm_round(middle, own->feed_norm, epsilon, levels, scale, row, t, d);
-        times_matrix(levels, scale, &own->gate_up, halves, 0, gate_up, 1, spare, t, 2 * f, d);
-        FACTORS(GATE_UP, gate_up, gate_up, 1, 2 * f, d);
+        times_matrix(levels, scale, &own->gate_up, halves, 0, gate_up, GATES_HALF, spare, t, 2 * f, d);
+        FACTORS(GATE_UP, gate_up, gate_up, GATES_HALF, 2 * f, d);
         if (halves) gate_half(gate_up, levels, t, f);
-        else gate_round(gate_up, 1, levels, scale, row, t, f);
+        else gate_round(gate_up, GATES_HALF, levels, scale, row, t, f);
         times_matrix(levels, scale, &own->down, halves, middle, x, 0, spare, t, d, f);
         FACTORS(DOWN, down, x, 0, d, f);
         if (updates) update_states(updates, which, l, x, updating, t, d);

@@ -57,9 +57,10 @@ class Layers:
         (t, d), most = x.shape, self._kernels.most_seen(rows)
         widest, beside = max(d, f, h * e), Beside.of(updates)
         written = max(d, 2 * f, (h + 2 * g) * e)
+        gates = 4 if self._kernels.tiles is not None else 8  # bytes of two, as in layers.c
         parts = (
             *(t * widest * 2, t * 4, widest * 4, t * (h + 2 * g) * e * 4, t * h * e * 4),
-            *(t * d * 4, t * 4 * f, most * (3 * e + h // g) * 4, PANEL * widest * 2 + WITHIN),
+            *(t * d * 4, t * gates * f, most * (3 * e + h // g) * 4, PANEL * widest * 2 + WITHIN),
             _ALIKE * (widest + written + beside.rank) * 4,
         )
         room = torch.empty(sum(-(-part // _LINE) * _LINE for part in parts), dtype=torch.int8)

@@ -40,6 +40,8 @@ def packed(weight: Tensor) -> Tensor:
 class Tiles:
     """The compiled functions; tensors are contiguous, float32 unless said otherwise."""
 
+    fits, packed = staticmethod(fits_tiles), staticmethod(packed)
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self._c = library
         pointer, size, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

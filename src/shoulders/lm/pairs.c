@@ -1,0 +1,90 @@
+/* Products of int8 where the processor has neither tiles nor instructions for int8 of their own
+ * (AVX2 alone): as pairs of int16, two products and their sum in one instruction, twice as many as
+ * of floats. Sums are exact, as in tiles. Compiled behind tiles.c; kernels.c has types and functions.
+ *
+ * Weights are packed once (`shoulders.lm.pairs.packed`): panels of 16 columns, in which two
+ * neighbours in k of each column stand beside each other. Rows are widened to int16 a group at a
+ * time, and stay near while every panel meets them.
+ */
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(ROWS)
+#include <immintrin.h>
+
+#define PAIRS
+#define ACROSS 16 /* columns of a panel: two vectors of sums */
+#define TALL 6    /* rows that meet a panel at once: 12 vectors of sums and what they read */
+#define PANEL 32  /* of these two the room is made, as for tiles */
+#define WITHIN (1 << 18)
+
+int pairs_ready(void) { return 1; }
+
+/* Sums [rows, 16] of rows of a, stride apart, with one panel. Written for constant `rows`. */
+INLINE void pair_sums(const int16_t *a, size stride, const int8_t *panel, size k, int rows,
+                      int32_t *sums) {
+    __m256i left[TALL], right[TALL];
+    for (int r = 0; r < rows; r++) left[r] = right[r] = _mm256_setzero_si256();
+    for (size i = 0; i < k; i += 2, panel += 2 * ACROSS) {
+        __m256i one = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)panel));
+        __m256i two = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)panel + 1));
+        for (int r = 0; r < rows; r++) {
+            int32_t both;
+            memcpy(&both, a + r * stride + i, 4);
+            __m256i pair = _mm256_set1_epi32(both);
+            left[r] = _mm256_add_epi32(left[r], _mm256_madd_epi16(pair, one));
+            right[r] = _mm256_add_epi32(right[r], _mm256_madd_epi16(pair, two));
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        _mm256_store_si256((__m256i *)(sums + r * ACROSS), left[r]);
+        _mm256_store_si256((__m256i *)(sums + r * ACROSS) + 1, right[r]);
+    }
+}
+
+static void pair_sums_of(const int16_t *a, size stride, const int8_t *panel, size k, size rows,
+                         int32_t *sums) {
+    switch (rows) {
+    case 1: pair_sums(a, stride, panel, k, 1, sums); break;
+    case 2: pair_sums(a, stride, panel, k, 2, sums); break;
+    case 3: pair_sums(a, stride, panel, k, 3, sums); break;
+    case 4: pair_sums(a, stride, panel, k, 4, sums); break;
+    case 5: pair_sums(a, stride, panel, k, 5, sums); break;
+    default: pair_sums(a, stride, panel, k, TALL, sums);
+    }
+}
+
+/* y [m, n] <- levels [m, k] times packed weights [n, k], plus bias [n] and rest [m, n] where given:
+ * as `tile_product` of int8, but never halves, which gain nothing beside products that take three
+ * times as long. n is a multiple of 16, k of 2; room: 32 k + WITHIN bytes. */
+void pair_product(const int8_t *levels, const int8_t *packed, const float *scale,
+                  const float *channel, const float *bias, const float *rest, void *y,
+                  char *room, size m, size n, size k) {
+    int32_t sums[TALL * ACROSS] __attribute__((aligned(32)));
+    int16_t *wide = (int16_t *)room;
+    size most = WITHIN / (2 * k) / TALL * TALL;
+    if (most < TALL) most = TALL; /* 12 k bytes */
+    for (size first = 0; first < m; first += most) {
+        size group = first + most < m ? most : m - first;
+        for (size i = 0; i < group * k; i++) wide[i] = levels[first * k + i];
+        for (size j = 0; j < n; j += ACROSS)
+            for (size i = 0; i < group; i += TALL) {
+                size rows = group - i < TALL ? group - i : TALL;
+                pair_sums_of(wide + i * k, k, packed + j * k, k, rows, sums);
+                for (size r = 0; r < rows; r++) {
+                    size row = first + i + r, at = row * n + j;
+                    const int32_t *from = sums + r * ACROSS;
+                    if (!scale) {
+                        memcpy((int32_t *)y + at, from, ACROSS * 4);
+                        continue;
+                    }
+                    float value[ACROSS], own = scale[row];
+                    for (int c = 0; c < ACROSS; c++) value[c] = (float)from[c] * own;
+                    if (channel) for (int c = 0; c < ACROSS; c++) value[c] *= channel[j + c];
+                    if (bias) for (int c = 0; c < ACROSS; c++) value[c] += bias[j + c];
+                    if (rest) for (int c = 0; c < ACROSS; c++) value[c] += rest[at + c];
+                    memcpy((float *)y + at, value, ACROSS * 4);
+                }
+            }
+    }
+}
+#else
+int pairs_ready(void) { return 0; }
+#endif
