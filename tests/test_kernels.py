@@ -12,6 +12,7 @@ from shoulders.lm import block, kernels
 from shoulders.lm.block import Saved
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.layer import Rows, Sizes
+from shoulders.lm.pairs import Pairs
 from shoulders.lm.tiles import Tiles, packed
 
 EPSILON = 1e-5
@@ -97,19 +98,25 @@ def tiles(compiled: Kernels) -> Tiles:
     return compiled.tiles
 
 
+@pytest.fixture
+def products(compiled: Kernels) -> Tiles | Pairs:
+    if compiled.int8 is None:
+        pytest.skip("on this processor torch multiplies int8")
+    return compiled.int8
+
+
 @pytest.mark.parametrize("m", [1, 5, 6, 15, 16, 31, 32, 33, 70, 700])
 @pytest.mark.parametrize(("n", "k"), [(64, 192), (192, 64), (64, 1600)])
-def test_products_of_packed_int8(compiled: Kernels, m: int, n: int, k: int) -> None:
-    ours = compiled.int8
-    if ours is None:
-        pytest.skip("on this processor torch multiplies int8")
+def test_products_of_packed_int8(
+    compiled: Kernels, products: Tiles | Pairs, m: int, n: int, k: int
+) -> None:
     random = torch.Generator().manual_seed(0)
     levels = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=random)
     weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=random)
-    assert ours.fits(weight)
-    laid = ours.packed(weight)
+    assert products.fits(weight)
+    laid = products.packed(weight)
     exact = (levels.long() @ weight.long().T).int()
-    assert torch.equal(ours.product(levels, laid), exact)
+    assert torch.equal(products.product(levels, laid), exact)
     scale, channel, bias, rest = drawn(m), drawn(n, seed=1), drawn(n, seed=2), drawn(m, n, seed=3)
     for some in (
         (channel, None, None),
@@ -117,11 +124,22 @@ def test_products_of_packed_int8(compiled: Kernels, m: int, n: int, k: int) -> N
         (None, None, rest),
         (channel, bias, rest),
     ):
-        mine = ours.product(levels, laid, scale, *some)
+        mine = products.product(levels, laid, scale, *some)
         assert close(mine, compiled.rescale(exact, scale, *some), 1e-6)
-        if isinstance(ours, Tiles):
-            halved = ours.product(levels, laid, scale, *some, half=True)
+        if isinstance(products, Tiles):
+            halved = products.product(levels, laid, scale, *some, half=True)
             assert torch.equal(halved, mine.bfloat16())
+
+
+@pytest.mark.parametrize("m", [1, 5, 6, 7, 70])
+def test_products_of_floats_with_packed_halves(products: Tiles | Pairs, m: int) -> None:
+    x, weight = drawn(m, 96), drawn(64, 96, seed=1).bfloat16()
+    assert products.fits(weight)
+    laid = products.packed(weight)
+    mine = products.wide_product(x, laid)
+    assert close(mine.double(), x.double() @ weight.double().T, 3e-5)
+    for row in range(m):
+        assert torch.equal(products.wide_product(x[row : row + 1].contiguous(), laid)[0], mine[row])
 
 
 @pytest.mark.parametrize("m", [1, 16, 33, 70, 700])
@@ -136,7 +154,7 @@ def test_products_of_halves_in_tiles(tiles: Tiles, m: int, k: int) -> None:
     assert torch.equal(tiles.product(x, laid, None, None, bias, rest, half=True), both.bfloat16())
     assert torch.equal(tiles.product(x[:1].contiguous(), laid), tiles.product(x, laid)[:1])
     wide = drawn(m, k, seed=4)
-    assert close(tiles.split_product(wide, laid).double(), wide.double() @ weight.double().T, 3e-5)
+    assert close(tiles.wide_product(wide, laid).double(), wide.double() @ weight.double().T, 3e-5)
 
 
 def test_norms_and_gates_in_halves(tiles: Tiles) -> None:
@@ -156,11 +174,11 @@ def test_norms_and_gates_in_halves(tiles: Tiles) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 17, 32, 50, 64, 130])
-def test_losses_of_a_head_in_tiles(tiles: Tiles, m: int) -> None:
+def test_losses_of_a_packed_head(products: Tiles | Pairs, m: int) -> None:
     states, weight = drawn(m, 64, scale=2.0), drawn(224, 64, seed=1).bfloat16()
     targets = torch.randint(0, 224, (m,), generator=torch.Generator().manual_seed(2))
-    laid, back = packed(weight), packed(weight.T)
-    losses, gradient = tiles.head_losses(states, laid, back, targets)
+    laid, back = products.packed(weight), products.packed(weight.T)
+    losses, gradient = products.head_losses(states, laid, back, targets)
     wide = states.double().requires_grad_(True)
     wanted = torch.nn.functional.cross_entropy(wide @ weight.double().T, targets, reduction="none")
     wanted.sum().backward()
@@ -169,16 +187,16 @@ def test_losses_of_a_head_in_tiles(tiles: Tiles, m: int) -> None:
     # 16 bits of a state and of a logit's gradient are left; float32 sums.
     assert close(losses.double(), wanted.detach(), 1e-4)
     assert close(gradient.double(), wide.grad, 1e-4)
-    alone, none = tiles.head_losses(states[:1].contiguous(), laid, None, targets[:1])
+    alone, none = products.head_losses(states[:1].contiguous(), laid, None, targets[:1])
     assert none is None
     assert torch.equal(alone, losses[:1]), "a row depends on what stands beside it"
 
 
-def test_nan_in_a_state_reaches_its_own_loss_only(tiles: Tiles) -> None:
+def test_nan_in_a_state_reaches_its_own_loss_only(products: Tiles | Pairs) -> None:
     states, weight = drawn(5, 64), drawn(64, 64, seed=1).bfloat16()
     states[2, 3] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]
-    laid, targets = packed(weight), torch.arange(5)
-    losses, _ = tiles.head_losses(states, laid, None, targets)
+    laid, targets = products.packed(weight), torch.arange(5)
+    losses, _ = products.head_losses(states, laid, None, targets)
     assert torch.isfinite(losses).tolist() == [True, True, False, True, True]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shoulders.lm.block import multiplied
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 
@@ -76,7 +77,7 @@ def _rate(shapes: Sequence[tuple[int, int]], kind: str) -> float:
     for n, k in sorted(set(shapes)):
         count = shapes.count((n, k))
         x, w, g = _drawn(POSITIONS, k, kind), _drawn(n, k, kind), _drawn(POSITIONS, n, kind)
-        multiply = torch._int_mm if kind == "int8" else torch.mm
+        multiply = multiplied if kind == "int8" else torch.mm
         for left, right in ((x, w.T), (g, w)):
             seconds += count * _seconds(functools.partial(multiply, left, right))
             operations += count * 2 * POSITIONS * n * k

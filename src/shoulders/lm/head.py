@@ -1,7 +1,7 @@
-"""The LM's head where the processor has AMX: logits, and losses that keep none.
+"""The LM's head in packed products (AMX, or AVX2 alone): logits, and losses that keep none.
 
-The head's weights are taken in bfloat16, which is what an LM is identified by; states and the
-gradients of logits are split into two bfloat16 each, which hold 16 bits of a float32 together. A
+The head's weights are taken in bfloat16, which is what an LM is identified by; with AMX states and
+the gradients of logits are split into two bfloat16 each, which hold 16 bits of a float32. A
 loss's gradient is a multiple of what is known as soon as the logits are, so both are computed at
 once and no logits are kept (the idea of Liger Kernel's fused cross-entropy, arXiv 2410.10989).
 """
@@ -15,30 +15,31 @@ import torch
 from torch import Tensor
 
 from shoulders.lm.kernels import available
-from shoulders.lm.tiles import Tiles, fits_tiles, packed
+from shoulders.lm.pairs import Pairs
+from shoulders.lm.tiles import Tiles
 
 
 class Head:
-    """A head `[vocabulary, d]` without bias, packed for tiles; for training once more, turned."""
+    """A head `[vocabulary, d]` without bias, packed; for training once more, turned."""
 
-    def __init__(self, tiles: Tiles, weight: Tensor) -> None:
-        self._tiles, self._weight = tiles, weight
-        self._forward = packed(weight.bfloat16())
+    def __init__(self, products: Tiles | Pairs, weight: Tensor) -> None:
+        self._products, self._weight = products, weight
+        self._forward = products.packed(weight.bfloat16())
 
     @classmethod
     def of(cls, head: Any) -> Head | None:
-        """Pack a linear layer, or return None where that does not fit or there are no tiles."""
+        """Pack a linear layer, or return None where that does not fit or torch is as fast."""
         kernels = available()
-        if kernels is None or kernels.tiles is None or getattr(head, "bias", None) is not None:
+        if kernels is None or kernels.int8 is None or getattr(head, "bias", None) is not None:
             return None
         weight = head.weight.detach()
         plain = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-        fits = plain and fits_tiles(weight, torch.bfloat16)
-        return cls(kernels.tiles, weight) if fits else None
+        fits = plain and kernels.int8.fits(weight, torch.bfloat16)
+        return cls(kernels.int8, weight) if fits else None
 
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 logits `[n, vocabulary]` of states `[n, d]`; no gradient goes back."""
-        return self._tiles.split_product(states.detach().float().contiguous(), self._forward)
+        return self._products.wide_product(states.detach().float().contiguous(), self._forward)
 
     def losses(self, states: Tensor, targets: Tensor) -> Tensor:
         """Return negative log-likelihoods `[n]` of `targets [n]`, for states `[n, d]`."""
@@ -47,14 +48,14 @@ class Head:
 
     @functools.cached_property
     def _back(self) -> Tensor:
-        return packed(self._weight.bfloat16().T)
+        return self._products.packed(self._weight.bfloat16().T)
 
     def losses_and_gradient(
         self, states: Tensor, targets: Tensor, *, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return losses `[n]` and, if wanted, their gradients `[n, d]`."""
         back = self._back if gradient else None
-        return self._tiles.head_losses(
+        return self._products.head_losses(
             states.contiguous(), self._forward, back, targets.contiguous()
         )
 

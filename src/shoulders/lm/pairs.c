@@ -1,12 +1,13 @@
-/* Products of int8 where the processor has neither tiles nor instructions for int8 of their own
- * (AVX2 alone): as pairs of int16, two products and their sum in one instruction, twice as many as
- * of floats. Sums are exact, as in tiles. Compiled behind tiles.c; kernels.c has types and functions.
+/* Products where the processor has neither tiles nor instructions for int8 (AVX2 alone). Of int8: as
+ * pairs of int16, two products and their sum in one instruction, twice as many as of floats; sums are
+ * exact, as in tiles. Of floats with bfloat16 weights: half the bytes where one row reads them all.
+ * Compiled behind tiles.c; kernels.c has types and functions.
  *
  * Weights are packed once (`shoulders.lm.pairs.packed`): panels of 16 columns, in which two
  * neighbours in k of each column stand beside each other. Rows are widened to int16 a group at a
  * time, and stay near while every panel meets them.
  */
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(ROWS)
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512VNNI__) && !defined(ROWS)
 #include <immintrin.h>
 
 #define PAIRS
@@ -84,6 +85,46 @@ void pair_product(const int8_t *levels, const int8_t *packed, const float *scale
                 }
             }
     }
+}
+
+/* Sums [rows, 16] of rows of x [., k] with one panel of halves. Written for constant `rows`. */
+INLINE void wide_sums(const float *x, const half_t *panel, size k, int rows, float *y, size n) {
+    __m256 left[TALL], right[TALL];
+    for (int r = 0; r < rows; r++) left[r] = right[r] = _mm256_setzero_ps();
+    for (size i = 0; i < k; i++, panel += ACROSS) {
+        __m128i low = _mm_loadu_si128((const __m128i *)panel);
+        __m128i high = _mm_loadu_si128((const __m128i *)panel + 1);
+        __m256 one = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(low), 16));
+        __m256 two = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16));
+        for (int r = 0; r < rows; r++) {
+            __m256 own = _mm256_broadcast_ss(x + r * k + i);
+            left[r] = _mm256_fmadd_ps(own, one, left[r]);
+            right[r] = _mm256_fmadd_ps(own, two, right[r]);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        _mm256_storeu_ps(y + r * n, left[r]);
+        _mm256_storeu_ps(y + r * n + 8, right[r]);
+    }
+}
+
+/* y [m, n] <- x [m, k] times packed bfloat16 weights [n, k], a multiple of 16 of them: panels of 16
+ * columns, all of k after each other. */
+void wide_product(const float *x, const half_t *packed, float *y, size m, size n, size k) {
+    for (size j = 0; j < n; j += ACROSS)
+        for (size i = 0; i < m; i += TALL) {
+            const half_t *panel = packed + j * k;
+            const float *from = x + i * k;
+            float *to = y + i * n + j;
+            switch (m - i) {
+            case 1: wide_sums(from, panel, k, 1, to, n); break;
+            case 2: wide_sums(from, panel, k, 2, to, n); break;
+            case 3: wide_sums(from, panel, k, 3, to, n); break;
+            case 4: wide_sums(from, panel, k, 4, to, n); break;
+            case 5: wide_sums(from, panel, k, 5, to, n); break;
+            default: wide_sums(from, panel, k, TALL, to, n);
+            }
+        }
 }
 #else
 int pairs_ready(void) { return 0; }

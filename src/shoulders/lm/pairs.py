@@ -1,4 +1,4 @@
-"""Call `pairs.c`: products of int8 on processors with AVX2 that have no instructions for int8.
+"""Call `pairs.c`: products on processors with AVX2 that have no instructions for int8.
 
 There torch multiplies int8 one by one, and floats half as fast as this. Weights are packed once. A
 row of a result depends on that row alone, to the last bit.
@@ -11,32 +11,35 @@ import ctypes
 import torch
 from torch import Tensor
 
-from shoulders.lm.tiles import PANEL, WITHIN
+from shoulders.lm.tiles import GROUP, PANEL, WITHIN
 
 ACROSS = 16  # columns of a panel, as in pairs.c
 
 
 class Pairs:
-    """The compiled functions; tensors are contiguous. The same methods as int8's of `Tiles`."""
+    """The compiled functions; tensors are contiguous. Methods are those of `Tiles`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._c = library
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         library.pair_product.argtypes = [*[pointer] * 8, *[size] * 3]
+        library.wide_product.argtypes = [*[pointer] * 3, *[size] * 3]
 
     @staticmethod
-    def fits(weight: Tensor) -> bool:
-        """Tell whether an int8 weight `[n, k]` and its transpose can be packed."""
-        sizes = weight.shape
-        return (
-            weight.dtype == torch.int8 and len(sizes) == 2 and all(s % ACROSS == 0 for s in sizes)
-        )
+    def fits(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+        """Tell whether a weight `[n, k]` and its transpose can be packed, as int8 or bfloat16."""
+        known = (dtype or weight.dtype) in (torch.int8, torch.bfloat16)
+        return known and weight.dim() == 2 and all(size % ACROSS == 0 for size in weight.shape)
 
     @staticmethod
     def packed(weight: Tensor) -> Tensor:
-        """Return int8 weights `[n, k]` as `[n / 16, k / 2, 16, 2]`: pairs of neighbours in `k`."""
-        n, k = weight.shape
-        return weight.reshape(n // ACROSS, ACROSS, k // 2, 2).transpose(1, 2).contiguous()
+        """Return weights `[n, k]` as `[n / 16, k / 2, 16, 2]` (int8) or `[n / 16, k, 16, 1]`.
+
+        Those of int8 are read as pairs of neighbours in `k`, those of bfloat16 one by one.
+        """
+        (n, k), beside = weight.shape, 2 // weight.element_size()
+        panels = weight.reshape(n // ACROSS, ACROSS, k // beside, beside)
+        return panels.transpose(1, 2).contiguous()
 
     def product(
         self,
@@ -56,6 +59,30 @@ class Pairs:
             *(_at(y), _at(room), m, n, k),
         )
         return y
+
+    def wide_product(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Return float32 `x [m, k]` times packed bfloat16 weights `[n, k]`."""
+        (m, k), n = x.shape, len(weights) * ACROSS
+        y = torch.empty(m, n)
+        self._c.wide_product(_at(x), _at(weights), _at(y), m, n, k)
+        return y
+
+    def head_losses(
+        self, states: Tensor, weights: Tensor, back: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return losses `[m]` of `targets [m]` and, with `back`, their gradients `[m, k]`.
+
+        As `Tiles.head_losses`.
+        """
+        losses, gradients = [], []
+        for some, wanted in zip(states.split(GROUP), targets.split(GROUP), strict=True):
+            likely = torch.log_softmax(self.wide_product(some, weights), 1)
+            losses.append(-likely.gather(1, wanted[:, None])[:, 0])
+            if back is not None:
+                own = likely.exp_()
+                own[torch.arange(len(own)), wanted] -= 1
+                gradients.append(self.wide_product(own, back))
+        return torch.cat(losses), torch.cat(gradients) if gradients else None
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -90,7 +90,7 @@ class Tiles:
         )
         return y
 
-    def split_product(self, x: Tensor, weights: Tensor) -> Tensor:
+    def wide_product(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return `x [m, k]` times packed bfloat16 weights `[n, k]`, with 16 bits of each `x`."""
         (m, k), n = x.shape, len(weights) * PANEL
         y, room = torch.empty(m, n), _split_room(m, k)
