@@ -22,6 +22,7 @@ HEAD = """# Commands
 
 Written by `docs/cli_reference.py` from the command line; `shoulders VERB --help` says the same.
 Exit codes: 0 done, 2 something to mend (one line on standard error says what), 130 Ctrl-C.
+With `--json -` the JSON goes to standard output and all else to standard error.
 """
 
 

@@ -525,6 +525,19 @@ def test_generate_streams_what_json_holds(run: Command, skill: Path, lm: Path) -
     assert run(*arguments, "--max-new-tokens", 12).out == first.out
 
 
+@pytest.mark.parametrize("asked", [["--json", "-"], ["--json=-"]])
+def test_json_may_go_to_standard_output(run: Command, skill: Path, asked: list[str]) -> None:
+    """Then nothing else does, and no file of that name is written."""
+    result = run("generate", "--skill", skill, "--text", "north question 1", *asked)
+    assert result.code == 0, result.err
+    text = json.loads(result.out)["outputs"][0]["text"]
+    assert text + "\n" in result.err
+    shown = run("info", skill, *asked)
+    assert json.loads(shown.out)["trained_parameters"] > 0
+    assert "trained" in shown.err
+    assert not Path("-").exists()
+
+
 def test_sampling_is_reproducible_by_its_seed(run: Command, skill: Path) -> None:
     def sample(seed: int, n: int = 3) -> list[str]:
         result = run(

@@ -15,6 +15,7 @@ from typing import Any
 from shoulders.errors import ShouldersError
 
 PARTIAL = ".partial-"  # in the name of everything that is still being written
+STANDARD_OUTPUT = Path("-")
 
 
 @contextlib.contextmanager
@@ -90,8 +91,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically; non-finite numbers are refused."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """Return `value` as indented JSON with a line's end; non-finite numbers are refused."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sha256_of_file(path: Path) -> str:
@@ -119,6 +124,8 @@ def cache_folder() -> Path:
 
 def check_writable(path: Path) -> None:
     """Raise `ShouldersError` now if `path` could not be written later, after hours of work."""
+    if path == STANDARD_OUTPUT:
+        return
     with writing_to(path):
         if path.is_dir():
             raise IsADirectoryError(21, "is a folder, a file name is needed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from shoulders.errors import ShouldersError
-from shoulders.files import write_json
+from shoulders.files import STANDARD_OUTPUT, as_json, write_json
 
 if TYPE_CHECKING:
     from shoulders.data.templates import Templates
@@ -117,8 +118,12 @@ def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated
 
 
 def emit_json(path: Path | None, value: dict[str, Any]) -> None:
-    """Write the machine-readable result where one was asked for."""
-    if path is not None:
+    """Write the machine-readable result where one was asked for; `-` is standard output."""
+    if path == STANDARD_OUTPUT:
+        # `sys.stdout` is standard error by now: see `shoulders.cli.app`.
+        sys.__stdout__.write(as_json(value))  # type: ignore[union-attr]
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+    elif path is not None:
         write_json(path, value)
 
 
