@@ -1,4 +1,4 @@
-"""bfloat16 layers in the processor's tiles: against the same weights in float32."""
+"""bfloat16 layers in the processor's tiles, or widened: against the same weights in float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoulders.lm import block, fused
 from shoulders.lm.block16 import Block16
+from shoulders.lm.block32 import Block32
 from shoulders.lm.decode import DecodingConfig, generate
 from shoulders.lm.factors import Factors
 from shoulders.lm.frozen import FrozenLM
@@ -19,19 +21,37 @@ from shoulders.lm.states import states
 from shoulders.lm.updates import Matrices
 from shoulders.training.objective import Example, answer_losses
 
+WAYS = {"tiles": "tiles", "wide": "pairs"}
 ROWS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [5, 6]]
 EXAMPLES = [Example("", row, [20 + i, 30, 0], "task") for i, row in enumerate(ROWS)]
 
 
-@pytest.fixture
-def lm(fresh_lm: Callable[..., FrozenLM]) -> FrozenLM:
-    compiled = available()
-    if compiled is None or compiled.tiles is None:
-        pytest.skip("this processor has no AMX")
+@pytest.fixture(params=["tiles", "wide", "plain"])
+def lm(
+    request: pytest.FixtureRequest,
+    fresh_lm: Callable[..., FrozenLM],
+    monkeypatch: pytest.MonkeyPatch,
+) -> FrozenLM:
+    """With AMX, with AVX2 alone, and where there is no compiler and bfloat16 is slow."""
+    compiled, way = available(), request.param
+    if way != "plain" and (compiled is None or getattr(compiled, WAYS[way]) is None):
+        pytest.skip(f"this processor has other products than those of {WAYS[way]}")
+    if way == "plain":
+        monkeypatch.setattr(fused, "available", lambda: None)
+        monkeypatch.setattr(fused, "fast_bfloat16", lambda _: False)
     found = fresh_lm("llama64", dtype="bfloat16")
     assert found.blocks is not None
-    assert isinstance(found.blocks._functions, Block16)
+    assert found.blocks.dtype == torch.float32
+    assert isinstance(found.blocks._functions, {"tiles": Block16, "wide": Block32}.get(way, object))
     return found
+
+
+@pytest.fixture
+def tiled(lm: FrozenLM) -> FrozenLM:
+    """What all layers are read with in one call."""
+    if lm.blocks is None or lm.blocks._whole is None:
+        pytest.skip("layers are read one by one")
+    return lm
 
 
 def prompt_for(lm: FrozenLM, rows: int) -> Prompt:
@@ -73,7 +93,9 @@ def test_a_row_is_what_it_is_alone(lm: FrozenLM) -> None:
     together = answer_losses(lm, prompt, EXAMPLES).view(len(ROWS), -1)
     for row, example in enumerate(EXAMPLES):
         alone = answer_losses(lm, prompt.select([row]), [example])
-        assert torch.equal(alone, together[row])
+        # torch's float32 products may sum in another order beside other rows.
+        gap = 1e-5 if lm.blocks is not None and lm.blocks._functions is block else 0.0
+        assert float((alone - together[row]).detach().abs().max()) <= gap
 
 
 def test_cached_answers_equal_a_loop_without_a_cache(lm: FrozenLM) -> None:
@@ -89,10 +111,10 @@ def test_cached_answers_equal_a_loop_without_a_cache(lm: FrozenLM) -> None:
 
 
 @torch.no_grad()
-def test_one_call_for_all_layers_is_bit_equal_to_one_each(lm: FrozenLM) -> None:
+def test_one_call_for_all_layers_is_bit_equal_to_one_each(tiled: FrozenLM) -> None:
+    lm = tiled
     assert lm.blocks is not None
     prompt, found = prompt_for(lm, len(ROWS)), []
-    assert lm.blocks._whole is not None
     for _ in range(2):
         reading = begun(lm, prompt, lm.embed_rows(ROWS), [len(row) for row in ROWS], 4)
         states = [reading.states]
@@ -116,10 +138,10 @@ def drawn_factors(lm: FrozenLM, rank: int, random: torch.Generator) -> Factors:
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [3, 32])
 @pytest.mark.parametrize("kinds", ["between", "inside", "both"])
-def test_updates_in_one_call_equal_one_each(lm: FrozenLM, rank: int, kinds: str) -> None:
+def test_updates_in_one_call_equal_one_each(tiled: FrozenLM, rank: int, kinds: str) -> None:
     """Rows of two skills with updates and one without; what a row reads is its own affair."""
+    lm = tiled
     assert lm.blocks is not None
-    assert lm.blocks._whole is not None
     random, d = torch.Generator().manual_seed(1), lm.hidden_size
     plain = prompt_for(lm, len(ROWS))
     prompts = [plain.select([row]) for row in range(len(ROWS))]

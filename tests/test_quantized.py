@@ -25,7 +25,8 @@ from shoulders.lm.combine import combine
 from shoulders.lm.decode import DecodingConfig, generate
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.lent import LentLinear, held_tensors
-from shoulders.lm.load import fast_bfloat16, load_lm
+from shoulders.lm.load import load_lm
+from shoulders.lm.processor import fast_bfloat16
 from shoulders.lm.prompt import Prompt
 from shoulders.skills.artefact import read_artefact
 from shoulders.training.objective import Example, answer_losses

@@ -27,7 +27,8 @@ from shoulders.errors import ShouldersError, TrainingError
 from shoulders.files import write_json, write_text
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.gguf import embedded_lm
-from shoulders.lm.load import EMBEDDED, fast_bfloat16, load_lm
+from shoulders.lm.load import EMBEDDED, load_lm
+from shoulders.lm.processor import fast_bfloat16
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.fit import example_at, example_of

@@ -9,8 +9,7 @@ Shapes are those of `shoulders.lm.layer`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from shoulders.lm.inside import DOWN, GATE_UP, OUTPUT, QKV, Inside, Work
 from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
+from shoulders.lm.processor import has_int8
 
 _LEVELS = 127
 _SMALLEST = 1e-30
@@ -54,7 +54,7 @@ def forward(x: Tensor, prefix: Tensor, work: Work) -> tuple[Tensor, Tensor, Sequ
     middle = x + times(attended.out, layer.output)
     if inside:
         kept.append(inside.add(OUTPUT, attended.out, middle))
-    y, gate_up = feed(middle, layer, sizes.epsilon, inside, kept)
+    y, gate_up = feed(middle, layer, sizes.epsilon, inside, kept, Products())
     return y, qkv, (*Saved(x, middle, *attended.saved, gate_up), *kept)
 
 
@@ -62,7 +62,8 @@ def backward(gradient: Tensor, tensors: Sequence[Tensor], work: Work) -> tuple[T
     """Return the gradients of `x [t, d]` and `prefix [2, b, q, g, e]`; factors note their own."""
     layer, rows, sizes, inside = work
     saved, kept = Saved(*tensors[: len(Saved._fields)]), tensors[len(Saved._fields) :]
-    g_middle = feed_back(gradient, saved.middle, saved.gate_up, layer, sizes.epsilon, inside, kept)
+    read = saved.middle, saved.gate_up
+    g_middle = feed_back(gradient, *read, layer, sizes.epsilon, inside, kept, Products())
     g_read = times_back(g_middle, layer.output)
     if inside:
         g_read = g_read + inside.back(OUTPUT, kept[OUTPUT], g_middle)
@@ -76,19 +77,24 @@ def backward(gradient: Tensor, tensors: Sequence[Tensor], work: Work) -> tuple[T
 
 
 def feed(
-    middle: Tensor, layer: Layer, epsilon: float, inside: Inside | None, kept: list[Tensor]
+    middle: Tensor,
+    layer: Layer,
+    epsilon: float,
+    inside: Inside | None,
+    kept: list[Tensor],
+    by: Products,
 ) -> tuple[Tensor, Tensor]:
     """Return `middle [t, d]` plus its feed-forward part, and the gates' inputs `[t, 2 f]`.
 
     With factors `kept` grows by what they have read.
     """
     normed = norm(middle, layer.feed_norm, epsilon)
-    gate_up = times(normed, layer.gate_up)
+    gate_up = by.times(normed, layer.gate_up)
     if inside:
         kept.append(inside.add(GATE_UP, normed, gate_up))
     gate, up = gate_up.chunk(2, -1)
     gated = torch.nn.functional.silu(gate) * up
-    y = middle + times(gated, layer.down)
+    y = middle + by.times(gated, layer.down)
     if inside:
         kept.append(inside.add(DOWN, gated, y))
     return y, gate_up
@@ -102,16 +108,17 @@ def feed_back(
     epsilon: float,
     inside: Inside | None,
     kept: Sequence[Tensor],
+    by: Products,
 ) -> Tensor:
     """Return the gradient of `middle`, given that of what `feed` returned first."""
     gate, up = gate_up.chunk(2, -1)
-    through = times_back(gradient, layer.down)
+    through = by.back(gradient, layer.down)
     if inside:
         through = through + inside.back(DOWN, kept[DOWN], gradient)
     sigmoid = torch.sigmoid(gate)
     g_gate = through * up * sigmoid * (1 + gate * (1 - sigmoid))
     g_gate_up = torch.cat([g_gate, through * gate * sigmoid], -1)
-    g_normed = times_back(g_gate_up, layer.gate_up)
+    g_normed = by.back(g_gate_up, layer.gate_up)
     if inside:
         g_normed = g_normed + inside.back(GATE_UP, kept[GATE_UP], g_gate_up)
     return gradient + norm_back(g_normed, middle, layer.feed_norm, epsilon)
@@ -160,9 +167,9 @@ def attend_back(gradient: Tensor, saved: Saved, rows: Rows, sizes: Sizes) -> tup
 
 
 def times(x: Tensor, matrix: Matrix) -> Tensor:
-    """Return `x W^T + bias`, `[t, k] -> [t, n]`."""
+    """Return `x W^T + bias`, `[t, k] -> [t, n]`; narrower weights are widened to `x`'s type."""
     if matrix.scale is None:
-        y = x @ matrix.values.T
+        y = x @ matrix.values.T.to(x.dtype)
     else:
         levels, row_scale = rounded(x)
         product = multiplied(levels, matrix.values.T).float()
@@ -173,9 +180,16 @@ def times(x: Tensor, matrix: Matrix) -> Tensor:
 def times_back(gradient: Tensor, matrix: Matrix) -> Tensor:
     """Return the gradient of `x`, `[t, n] -> [t, k]`."""
     if matrix.scale is None:
-        return gradient @ matrix.values
+        return gradient @ matrix.values.to(gradient.dtype)
     levels, row_scale = rounded(gradient * matrix.scale)
     return (multiplied(levels, matrix.values).float() * row_scale).to(gradient.dtype)
+
+
+class Products(NamedTuple):
+    """How a layer multiplies: the two functions above, or equals of them."""
+
+    times: Callable[[Tensor, Matrix], Tensor] = times
+    back: Callable[[Tensor, Matrix], Tensor] = times_back
 
 
 def multiplied(left: Tensor, right: Tensor) -> Tensor:
@@ -187,13 +201,6 @@ def multiplied(left: Tensor, right: Tensor) -> Tensor:
     if has_int8():
         return torch._int_mm(left, right)
     return (left.float() @ right.float()).to(torch.int32)
-
-
-@functools.cache
-def has_int8() -> bool:
-    """Tell whether this processor multiplies int8 faster than float32 (VNNI or AMX)."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("amx_int8"))
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:

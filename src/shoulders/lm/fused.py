@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shoulders.lm import block
+from shoulders.lm.block import Products
 from shoulders.lm.block8 import Block8
 from shoulders.lm.block16 import Block16
 from shoulders.lm.block32 import Block32
@@ -30,9 +31,11 @@ from shoulders.lm.layers import Layers
 from shoulders.lm.layout import is_llama_style, laid_out
 from shoulders.lm.pairs import Pairs
 from shoulders.lm.placing import further_rows, laid_rows
+from shoulders.lm.processor import fast_bfloat16, has
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.tiles import Tiles
 from shoulders.lm.updates import Placed
+from shoulders.lm.wide import Wide
 
 
 @dataclass(slots=True)
@@ -74,9 +77,11 @@ class Blocks:
         stored = self.layers[0].attention_norm.dtype
         tiles = packing(self.layers) if stored == torch.bfloat16 else None
         self._tiles = tiles if isinstance(tiles, Tiles) else None
-        # Of what goes in and comes out: float32 between bfloat16 products in tiles.
-        self.dtype = stored if self._tiles is None else torch.float32
-        if self._tiles is not None:
+        # Of what goes in and comes out: float32 between bfloat16 products in tiles, and where the
+        # processor is slow at bfloat16.
+        widened = self._tiles is not None or not fast_bfloat16("cpu")
+        self.dtype = torch.float32 if widened else stored
+        if self.dtype != stored:
             self.layers = [in_float32(layer) for layer in self.layers]
 
     @classmethod
@@ -206,15 +211,15 @@ class Blocks:
         if self._tiles is not None:
             return Block16(kernels, self._tiles, self._laid)
         if self.layers[0].qkv.scale is None:
-            return Block32(kernels)
+            wide = Wide(kernels.pairs, self._laid) if kernels.pairs else None
+            return Block32(kernels, Products(wide.times, wide.back) if wide else Products())
         return Block8(kernels, self._laid)
 
     @functools.cached_property
     def _narrow(self) -> torch.dtype:
         """What factors are multiplied in: bfloat16 beside narrow weights, where that is fast."""
         narrow = self._tiles is not None or self.layers[0].qkv.scale is not None
-        capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return torch.bfloat16 if narrow and capable.get("avx512_bf16") else self.dtype
+        return torch.bfloat16 if narrow and has("avx512_bf16") else self.dtype
 
     @functools.cached_property
     def _whole(self) -> Layers | None:

@@ -133,6 +133,8 @@ def load_lm(
 def _precision(dtype: Precision, device: Any) -> Any:
     import torch
 
+    from shoulders.lm.processor import fast_bfloat16
+
     if dtype not in PRECISIONS:
         raise LMError(f"dtype '{dtype}': use one of {', '.join(PRECISIONS)}")
     if dtype == "int8" and device.type != "cpu":
@@ -142,16 +144,6 @@ def _precision(dtype: Precision, device: Any) -> Any:
     if dtype == "bfloat16":
         return torch.bfloat16
     return torch.bfloat16 if fast_bfloat16(device.type) else torch.float32
-
-
-def fast_bfloat16(device: str | None = None) -> bool:
-    """Tell whether the hardware multiplies bfloat16 faster than float32."""
-    import torch
-
-    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))
 
 
 def _explain(name: str, error: Exception) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from shoulders.lm.load import fast_bfloat16
+from shoulders.lm.processor import fast_bfloat16
 
 MOMENTUM = 0.95
 ITERATIONS = 5
