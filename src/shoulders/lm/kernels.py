@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shoulders.errors import ShouldersError
 from shoulders.files import atomic_path, cache_folder
+from shoulders.lm.address import at
 from shoulders.lm.beside import Beside
 from shoulders.lm.layer import Rows, Sizes
 from shoulders.lm.pairs import Pairs
@@ -88,7 +89,7 @@ class Kernels:
         x = x.contiguous()
         levels, scale, row = _room(x.shape[0], x.shape[1])
         self._c.round_rows(
-            _at(x), _at(channel), _at(levels), _at(scale), _at(row), x.shape[0], x.shape[1]
+            at(x), at(channel), at(levels), at(scale), at(row), x.shape[0], x.shape[1]
         )
         return levels, scale
 
@@ -96,7 +97,7 @@ class Kernels:
         """Return levels and scales of the RMS norm of `x [m, n]`."""
         levels, scale, row = _room(x.shape[0], x.shape[1])
         self._c.norm_round(
-            _at(x), _at(weight), epsilon, _at(levels), _at(scale), _at(row), x.shape[0], x.shape[1]
+            at(x), at(weight), epsilon, at(levels), at(scale), at(row), x.shape[0], x.shape[1]
         )
         return levels, scale
 
@@ -111,7 +112,7 @@ class Kernels:
         """Return `product [m, n] int32 * scale [m] * channel [n] + bias [n] + rest [m, n]`."""
         y = torch.empty(product.shape)
         self._c.rescale(
-            *(_at(product), _at(scale), _at(channel), _at(bias), _at(rest), _at(y)), *product.shape
+            *(at(product), at(scale), at(channel), at(bias), at(rest), at(y)), *product.shape
         )
         return y
 
@@ -123,7 +124,7 @@ class Kernels:
         m, n = gate_up.shape[0], gate_up.shape[1] // 2
         levels, scale, row = _room(m, n)
         half = gate_up.dtype == torch.bfloat16
-        self._c.gate_round(_at(gate_up), half, _at(levels), _at(scale), _at(row), m, n)
+        self._c.gate_round(at(gate_up), half, at(levels), at(scale), at(row), m, n)
         return levels, scale
 
     def gate_back_round(
@@ -146,8 +147,8 @@ class Kernels:
         itself = None if plain is None else torch.empty(m, 2 * n, dtype=plain)
         both = (None, itself) if plain == torch.bfloat16 else (itself, None)
         self._c.gate_back_round(
-            *(_at(product), _at(scale), _at(added), _at(gate_up), half, _at(channel)),
-            *(_at(both[0]), _at(both[1]), _at(levels), _at(out), _at(row), m, n),
+            *(at(product), at(scale), at(added), at(gate_up), half, at(channel)),
+            *(at(both[0]), at(both[1]), at(levels), at(out), at(row), m, n),
         )
         return levels, out, itself
 
@@ -167,8 +168,8 @@ class Kernels:
         """
         y, row = torch.empty(product.shape), torch.empty(product.shape[1])
         self._c.norm_back(
-            *(_at(product), _at(scale), _at(added), _at(x), _at(weight), epsilon, _at(rest)),
-            *(_at(y), _at(row), *product.shape),
+            *(at(product), at(scale), at(added), at(x), at(weight), epsilon, at(rest)),
+            *(at(y), at(row), *product.shape),
         )
         return y
 
@@ -176,14 +177,14 @@ class Kernels:
         """Turn queries and keys of `qkv [t, (h + 2 g) e]` by their positions, in place."""
         heads, kv_heads = sizes.heads, sizes.kv_heads
         self._c.rotate(
-            *(_at(qkv), _at(rows.cos), _at(rows.sin), sign, len(qkv)),
+            *(at(qkv), at(rows.cos), at(rows.sin), sign, len(qkv)),
             *(heads + kv_heads, heads + 2 * kv_heads, sizes.width),
         )
 
     def likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return where each row of `logits [m, n]` is greatest and its logsumexp, `[m]` each."""
         index, total = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
-        self._c.likeliest(_at(logits), _at(index), _at(total), *logits.shape)
+        self._c.likeliest(at(logits), at(index), at(total), *logits.shape)
         return index, total
 
     def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
@@ -192,8 +193,8 @@ class Kernels:
         b, q, group = len(rows.start), prefix.shape[2], sizes.heads // sizes.kv_heads
         room = torch.empty(self.most_seen(rows) * (3 * sizes.width + group))
         self._c.attend(
-            *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
-            *(_at(rows.seen), _at(rows.slot), _at(out), _at(room), b, q, sizes.shared),
+            *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),
+            *(at(rows.seen), at(rows.slot), at(out), at(room), b, q, sizes.shared),
             *(sizes.heads, sizes.kv_heads, sizes.width),
         )
         return out
@@ -206,8 +207,8 @@ class Kernels:
         (b, q), group = prefix.shape[1:3], sizes.heads // sizes.kv_heads
         room = torch.empty(self.most_seen(rows) * (6 * sizes.width + 2 * group))
         self._c.attend_back(
-            *(_at(qkv), _at(prefix[0]), _at(prefix[1]), _at(rows.start), _at(rows.length)),
-            *(_at(gradient), _at(g_qkv), _at(g_prefix[0]), _at(g_prefix[1]), _at(room)),
+            *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),
+            *(at(gradient), at(g_qkv), at(g_prefix[0]), at(g_prefix[1]), at(room)),
             *(b, q, sizes.shared, sizes.heads, sizes.kv_heads, sizes.width),
         )
         return g_qkv, g_prefix
@@ -228,9 +229,9 @@ class Kernels:
         """Read all layers into `x` and a cache's `values`, see `shoulders.lm.layers`."""
         tensors = (places, rows.cos, rows.sin, rows.start, rows.length, rows.seen, rows.slot)
         self._c.read_layers(
-            *(_at(table), len(table), halves, _at(x), _at(values), values[0, 0].numel()),
-            *(_at(tensor) for tensor in (*tensors, beside.table, beside.which)),
-            *(beside.rank, epsilon, _at(room), *counts),
+            *(at(table), len(table), halves, at(x), at(values), values[0, 0].numel()),
+            *(at(tensor) for tensor in (*tensors, beside.table, beside.which)),
+            *(beside.rank, epsilon, at(room), *counts),
         )
 
     def most_seen(self, rows: Rows) -> int:
@@ -270,10 +271,6 @@ def _processor_flags() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _room(m: int, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from shoulders.lm.address import at
 from shoulders.lm.tiles import GROUP, PANEL, WITHIN
 
 ACROSS = 16  # columns of a panel, as in pairs.c
@@ -55,8 +56,8 @@ class Pairs:
         y = torch.empty(m, n, dtype=torch.int32 if scale is None else torch.float32)
         room = torch.empty(PANEL * k + WITHIN, dtype=torch.int8)
         self._c.pair_product(
-            *(_at(x), _at(weights), _at(scale), _at(channel), _at(bias), _at(rest)),
-            *(_at(y), _at(room), m, n, k),
+            *(at(x), at(weights), at(scale), at(channel), at(bias), at(rest)),
+            *(at(y), at(room), m, n, k),
         )
         return y
 
@@ -64,7 +65,7 @@ class Pairs:
         """Return float32 `x [m, k]` times packed bfloat16 weights `[n, k]`."""
         (m, k), n = x.shape, len(weights) * ACROSS
         y = torch.empty(m, n)
-        self._c.wide_product(_at(x), _at(weights), _at(y), m, n, k)
+        self._c.wide_product(at(x), at(weights), at(y), m, n, k)
         return y
 
     def head_losses(
@@ -83,7 +84,3 @@ class Pairs:
                 own[torch.arange(len(own)), wanted] -= 1
                 gradients.append(self.wide_product(own, back))
         return torch.cat(losses), torch.cat(gradients) if gradients else None
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -11,6 +11,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from shoulders.lm.address import at
+
 # As in tiles.c: columns of a panel, bytes of a tile's row, rows of the head at a time, bytes of
 # sums that wait.
 PANEL, BYTES, GROUP, WITHIN = 32, 64, 64, 1 << 18
@@ -85,8 +87,8 @@ class Tiles:
         deep = x.shape[1] * x.element_size()
         room = torch.empty(PANEL * deep + WITHIN, dtype=torch.int8)
         self._c.tile_product(
-            *(_at(x), _at(weights), floats, _at(scale), _at(channel), _at(bias), _at(rest)),
-            *(_at(y), half, _at(room), m, n, deep),
+            *(at(x), at(weights), floats, at(scale), at(channel), at(bias), at(rest)),
+            *(at(y), half, at(room), m, n, deep),
         )
         return y
 
@@ -94,7 +96,7 @@ class Tiles:
         """Return `x [m, k]` times packed bfloat16 weights `[n, k]`, with 16 bits of each `x`."""
         (m, k), n = x.shape, len(weights) * PANEL
         y, room = torch.empty(m, n), _split_room(m, k)
-        self._c.split_product(_at(x), _at(weights), _at(y), _at(room), m, n, k)
+        self._c.split_product(at(x), at(weights), at(y), at(room), m, n, k)
         return y
 
     def head_losses(
@@ -108,28 +110,28 @@ class Tiles:
         losses, gradient = torch.empty(m), None if back is None else torch.empty(m, k)
         logits, room = torch.empty(min(m, GROUP), n), _split_room(min(m, GROUP), max(n, k))
         self._c.head_losses(
-            *(_at(states), _at(weights), _at(back), _at(targets), _at(losses)),
-            *(_at(gradient), _at(logits), _at(room), m, n, k),
+            *(at(states), at(weights), at(back), at(targets), at(losses)),
+            *(at(gradient), at(logits), at(room), m, n, k),
         )
         return losses, gradient
 
     def norm_half(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Return the RMS norm of `x [m, n]` in bfloat16."""
         y = torch.empty(x.shape, dtype=torch.bfloat16)
-        self._c.norm_half(_at(x), _at(weight), epsilon, _at(y), *x.shape)
+        self._c.norm_half(at(x), at(weight), epsilon, at(y), *x.shape)
         return y
 
     def gate_half(self, gate_up: Tensor) -> Tensor:
         """Return `silu(gate) * up [m, n]` of `gate_up [m, 2 n]`, both bfloat16."""
         m, n = len(gate_up), gate_up.shape[1] // 2
         y = torch.empty(m, n, dtype=torch.bfloat16)
-        self._c.gate_half(_at(gate_up), _at(y), m, n)
+        self._c.gate_half(at(gate_up), at(y), m, n)
         return y
 
     def gate_back_half(self, gradient: Tensor, gate_up: Tensor) -> Tensor:
         """Return the gradient of `gate_up`, in bfloat16, given that of `gate_half`, `[m, n]`."""
         y = torch.empty(gate_up.shape, dtype=torch.bfloat16)
-        self._c.gate_back_half(_at(gradient), _at(gate_up), _at(y), *gradient.shape)
+        self._c.gate_back_half(at(gradient), at(gate_up), at(y), *gradient.shape)
         return y
 
     def norm_back(
@@ -138,7 +140,7 @@ class Tiles:
         """Return `rest` plus the gradient of `x [m, n]`, given that of its RMS norm."""
         y = torch.empty(x.shape)
         self._c.norm_back_float(
-            *(_at(gradient), _at(x), _at(weight), epsilon, _at(rest), _at(y), *x.shape)
+            *(at(gradient), at(x), at(weight), epsilon, at(rest), at(y), *x.shape)
         )
         return y
 
@@ -146,7 +148,3 @@ class Tiles:
 def _split_room(m: int, k: int) -> Tensor:
     """Return room for both halves of `m` rows, in whole panels, each a little longer than `k`."""
     return torch.empty(2 * -(-m // PANEL) * PANEL * (k + PANEL), dtype=torch.bfloat16)
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
