@@ -19,6 +19,7 @@ import torch
 from conftest import save_lm
 from shoulders.cli.app import main
 from shoulders.comparison.figures import pareto
+from shoulders.comparison.join import joined
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method, methods_of, parameters
 from shoulders.comparison.plan import Plan, SearchConfig, make_plan, plan_of_rows, read_plan
@@ -403,9 +404,105 @@ def test_a_whole_comparison_is_resumable_and_reported(tmp_path: Path, lm_folder:
     assert not re.search(r'(src|href)="http', page.replace("xlink:href", ""))  # needs nothing else
     assert said[0] in (out / "report.md").read_text(encoding="utf-8")
     written = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    again = joined([out / "compare.json"])
+    assert [replace(x, scores={}) for x in lines(again)] == [
+        replace(x, scores={}) for x in lines(result)
+    ]
+    assert write_report(again, tmp_path / "again") == said
     assert [x["method"] for x in written["lines"]] == list(by_name)
     pairs = {(a, b) for a, others in written["differences"].items() for b in others}
     assert pairs == set(itertools.combinations(by_name, 2))
+
+
+def result_of(runs: dict[tuple[str, int], str], **more: Any) -> dict[str, Any]:
+    """Return what a comparison of two tasks with two rows each says of its runs."""
+    names = list(dict.fromkeys(name for name, _ in runs))
+    plan = make_plan({
+        "data": {"train": ["a.jsonl"], "validation": ["b.jsonl"], "templates": None},
+        "test": ["c.jsonl"], "methods": names, "budget": {"examples": 8},
+        "seeds": list(dict.fromkeys(seed for _, seed in runs)),
+    })  # fmt: skip
+    return {
+        "benchmark": "compare",
+        "plan": plan.model_dump(mode="json"),
+        "methods": [{"method": n, "family": "frozen", "begins_at": {}} for n in names],
+        "runs": [
+            {"method": name, "seed": seed, "family": "frozen", "trained_parameters": 10,
+             "exact_match": 25.0 * right.count("1"), "right": right}
+            for (name, seed), right in runs.items()
+        ],
+        "trials": [],
+        "forgetting": [{"stage": "forgetting", "method": "frozen", "seed": 0, "perplexity": 9.0}],
+        "latency_ms": dict.fromkeys(names, 1.0),
+        "interference": [],
+        "test_tasks": [["x", 2], ["y", 2]],
+        "rows": {"train": 8, "validation": 2, "test": 4},
+        "lm": {"fingerprint": "f", "digest_before": "d", "digest_after": "d", "name": "lm",
+               "parameters": 100},
+        "machine": {"processor": "one", "threads": 1, "torch": "2", "transformers": "5"},
+        "date": "2026-11-29",
+        **more,
+    }  # fmt: skip
+
+
+def joined_of(folder: Path, *results: dict[str, Any]) -> dict[str, Any]:
+    files = [folder / f"{number}.json" for number in range(len(results))]
+    for file, result in zip(files, results, strict=True):
+        file.write_text(json.dumps(result), encoding="utf-8")
+    return joined(files)
+
+
+def test_parts_of_a_comparison_are_joined_row_by_row(tmp_path: Path) -> None:
+    one = result_of({("static", 0): "1100", ("idpt", 0): "1111"})
+    other = result_of({("idpt", 0): "0000", ("idpt", 1): "1011"})
+    other["machine"] = {**one["machine"], "processor": "two"}
+    result = joined_of(tmp_path, one, other)
+    assert result["plan"]["seeds"] == [0, 1]
+    assert result["plan"]["methods"] == ["static", "idpt"]
+    assert result["machine"]["processor"] == "one, two"
+    static, idpt = lines(result)
+    assert (static.by_seed, idpt.by_seed) == ([50.0], [100.0, 75.0])  # the first's own seed 0
+    assert static.tasks == {"x": 100.0, "y": 0.0}
+    assert idpt.tasks == {"x": 75.0, "y": 100.0}
+    assert len(result["forgetting"]) == 1
+    assert [part["date"] for part in result["joined"]] == ["2026-11-29"] * 2
+
+
+def test_the_command_joins_parts_into_one_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, right in (("static", "1100"), ("idpt", "1111")):
+        text = json.dumps(result_of({(name, 0): right}))
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    given = [f"--join={tmp_path / name}.json" for name in ("static", "idpt")]
+    monkeypatch.setattr(sys, "argv", ["shoulders", "compare", *given, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert "Use idpt: 100.0" in capsys.readouterr().out
+    assert "| static | 50.0" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": {"train": 9, "validation": 2, "test": 4}}, "number of its rows"),
+        ({"test_tasks": [["y", 2], ["x", 2]]}, "order of its test rows"),
+        ({"lm": {"fingerprint": "g", "digest_before": "d", "digest_after": "d"}}, "its LM"),
+        ({"plan": {"budget": {"examples": 16}}}, "its plan"),
+        ({"benchmark": "train"}, r"1\.json: is no compare\.json"),
+    ],
+)
+def test_comparisons_that_differ_are_not_joined(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    one = result_of({("static", 0): "1100"})
+    other = {**one, **change}
+    if "plan" in change:
+        other["plan"] = {**one["plan"], **change["plan"]}
+    with pytest.raises(DataError, match=said):
+        joined_of(tmp_path, one, other)
 
 
 @pytest.mark.slow
@@ -548,7 +645,7 @@ def test_variants_read_their_share_as_often_as_they_should(tmp_path: Path, lm_fo
     assert (again["examples"], again["epochs"], again["curve"][-1][0]) == (8, 3, 6)
     recipe = read_artefact(out / "runs/static_half_x3-seed0").provenance["recipe"]
     assert recipe["data"]["examples"] == 8
-    assert [line.examples_read for line in lines(result, Ledger(out))] == ["16", "8 x 3"]
+    assert [line.examples_read for line in lines(result)] == ["16", "8 x 3"]
 
 
 @pytest.mark.slow
@@ -612,6 +709,9 @@ def test_matched_rivals_have_the_size_of_the_network(tmp_path: Path, lm_folder: 
         (["plan.yaml", "--minutes", "3"], "goes with --data"),
         (["missing.yaml"], "no such recipe file"),
         (["--data", "missing.jsonl"], "no such file"),
+        (["--join", "missing.json"], "missing.json: no such file"),
+        (["plan.yaml", "--join", "a.json"], "either a plan"),
+        (["--join", "a.json", "--resume"], "it takes --out and --json only"),
     ],
 )
 def test_the_command_says_what_is_wrong(

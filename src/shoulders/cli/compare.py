@@ -34,6 +34,10 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on: finished runs are kept.")
     ] = False,
+    join: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of a plan: the compare.json of parts of one. Repeatable."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write every figure here.")] = None,
 ) -> None:
     """Is the frozen LM enough? Compare frozen methods with fine-tuning on your own rows.
@@ -41,13 +45,15 @@ def compare(
     Trains and measures every method on the same rows, order and seeds, and writes a report
     (report.html, report.md, compare.json) with a verdict in words. Safe to stop: --resume.
     """
+    from shoulders.comparison.join import joined
     from shoulders.comparison.plan import Plan, plan_of_rows, read_plan
-    from shoulders.comparison.report import write_report
     from shoulders.comparison.run import run_comparison
     from shoulders.training.recipe import override
 
-    if (plan is None) == (data is None):
-        raise ShouldersError("give either a plan (YAML) or --data FILE.jsonl")
+    if [plan is None, data is None, not join].count(False) != 1:
+        raise ShouldersError("give either a plan (YAML), or --data FILE.jsonl, or --join FILEs")
+    if join and (methods or overrides or lm or resume):
+        raise ShouldersError("--join puts finished runs together: it takes --out and --json only")
     if minutes is not None and data is None:
         raise ShouldersError("--minutes goes with --data; in a plan it is budget.minutes")
     chosen = [name.strip() for name in methods.split(",")] if methods else None
@@ -57,6 +63,9 @@ def compare(
     if lm:
         given.append(f"lm.name={lm}")
     parsed: Plan
+    if join:
+        _report(joined(join), out, json)
+        return
     if plan is not None:
         parsed = read_plan(plan, given)
     else:
@@ -69,7 +78,12 @@ def compare(
             override(settings, one)
         parsed = plan_of_rows(data, out, **settings)
     quiet_libraries()
-    result = run_comparison(parsed, out, resume=resume, console=stderr())
+    _report(run_comparison(parsed, out, resume=resume, console=stderr()), out, json)
+
+
+def _report(result: dict[str, Any], out: Path, json: Path | None) -> None:
+    from shoulders.comparison.report import write_report
+
     said = write_report(result, out)
     emit_json(json, {**result, "verdict": said})
     stdout().print(_table(out))

@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 
 from shoulders.comparison.figures import cost_figure, curves_figure
-from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.summary import Line, best, difference, lead, lines
 from shoulders.comparison.verdict import verdict
 from shoulders.files import write_json, write_text
@@ -22,10 +21,10 @@ def write_report(result: dict[str, Any], out: Path) -> list[str]:
     """Write `compare.json`, `report.html` and `report.md` into `out`; return the verdict.
 
     Args:
-        result: what `run_comparison` returned.
-        out: the comparison's folder, with its ledger.
+        result: what `run_comparison` or `joined` returned.
+        out: the folder.
     """
-    found = lines(result, Ledger(out))
+    found = lines(result)
     forgetting = {f["method"]: f for f in result["forgetting"]}
     base = forgetting.get("frozen", {})
     unchanged = result["lm"]["digest_before"] == result["lm"]["digest_after"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def run_comparison(
         "forgetting": ledger.every(stage="forgetting"),
         "latency_ms": {row["method"]: row["ms"] for row in ledger.every(stage="latency")},
         "interference": ledger.every(stage="interference"),
+        "test_tasks": tasks_of(rows),
         "rows": {
             "train": len(rows.train),
             "validation": len(rows.validation),
@@ -169,6 +171,11 @@ def rows_of(plan: Plan) -> Rows:
     if not validation:
         raise DataError("data.validation: all of its rows are trained on; give others")
     return Rows(train, validation, unseen, templates)
+
+
+def tasks_of(rows: Rows) -> list[tuple[str, int]]:
+    """Return the tasks of the test rows in order, each with how many rows of it follow."""
+    return [(task, len(list(own))) for task, own in groupby(row.task for row in rows.test)]
 
 
 def starts(method: Method, ledger: Ledger, seed: int) -> dict[str, Path]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from statistics import fmean as mean
 from typing import Any
 
-from shoulders.comparison.ledger import Ledger
 from shoulders.evaluation.metrics import bootstrap_interval, paired_interval
 
 BYTES = 4  # of a trained parameter, as it is stored
@@ -59,15 +58,17 @@ class Line:
         return f"{self.examples:,}" + (f" x {self.epochs}" if self.epochs > 1 else "")
 
 
-def lines(result: dict[str, Any], ledger: Ledger) -> list[Line]:
+def lines(result: dict[str, Any]) -> list[Line]:
     """Return a line for every method that has a finished run, in the plan's order."""
+    tasks = [task for task, count in result["test_tasks"] for _ in range(count)]
     begun = {m["method"]: set(m["begins_at"].values()) for m in result["methods"]}
     found = []
     for name in (m["method"] for m in result["methods"]):
         runs = [run for run in result["runs"] if run["method"] == name]
         if not runs:
             continue
-        scores = averaged([ledger.scores(name, run["seed"]) for run in runs])
+        right = [[float(one) for one in run["right"]] for run in runs]
+        scores = averaged([list(zip(tasks, own, strict=True)) for own in right])
         before = [r for r in result["runs"] if r["method"] in begun[name] and r["seed"] == 0]
         forgot = [f for f in result["forgetting"] if f["method"] == name]
         zero = [f["zero_shot"] for f in forgot if "zero_shot" in f]

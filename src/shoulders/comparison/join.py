@@ -1,0 +1,108 @@
+"""Put comparisons of one plan together: parts of it that ran in several folders, or machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shoulders.comparison.ledger import GROWING
+from shoulders.comparison.plan import make_plan
+from shoulders.comparison.run import rows_of, tasks_of
+from shoulders.errors import DataError
+
+NAMED = ("own", "variants")
+FILES = ("data", "test", "forgetting")  # of a plan: they may lie elsewhere on another machine
+
+
+def joined(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return one result of several `compare.json`, as `run_comparison` returns one.
+
+    A run that several hold is the first one's, and so is what an answer of a method takes. The
+    second of two runs' rows must be the first's: they are paired row by row.
+
+    Raises:
+        DataError: a file that is no result, whose plan, LM or rows differ from the first's, or
+            that does not say which rows its runs have right.
+    """
+    results = [_read(path) for path in paths]
+    first = results[0]
+    for path, other in zip(paths[1:], results[1:], strict=True):
+        for what, own in _same(first).items():
+            if _same(other)[what] != own:
+                raise DataError(f"{path}: {what} differs from that of {paths[0]}: not comparable")
+        for key in NAMED:
+            for name, own in other["plan"][key].items():
+                if first["plan"][key].get(name, own) != own:
+                    raise DataError(f"{path}: {key}.{name} is not what it is in {paths[0]}")
+    plan = {**first["plan"]}
+    for key in GROWING:
+        values = [result["plan"][key] for result in results]
+        if isinstance(values[0], dict):
+            plan[key] = {name: value for own in reversed(values) for name, value in own.items()}
+        else:
+            plan[key] = list(dict.fromkeys(one for own in values for one in own))
+    several = {
+        "methods": _once(results, "methods", ("method",)),
+        **{key: _once(results, key, ("method", "seed"))
+           for key in ("runs", "forgetting", "interference")},
+        "trials": [trial for result in results for trial in result["trials"]],
+        "latency_ms": {k: v for r in reversed(results) for k, v in r["latency_ms"].items()},
+    }  # fmt: skip
+    machines = [result["machine"] for result in results]
+    return {
+        **first,
+        **several,
+        "plan": plan,
+        "lm": next((r["lm"] for r in results if _changed(r["lm"])), first["lm"]),
+        "machine": {
+            **machines[0],
+            "processor": ", ".join(dict.fromkeys(m["processor"] for m in machines)),
+        },
+        "joined": [
+            {"file": str(path), "date": r["date"], "machine": r["machine"]}
+            for path, r in zip(paths, results, strict=True)
+        ],
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = result["benchmark"] == "compare" and all("right" in r for r in result["runs"])
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise DataError(f"{path}: is no compare.json that says which rows each run has right")
+    # What earlier versions did not note: read from the test rows themselves.
+    if "test_tasks" not in result:
+        result["test_tasks"] = tasks_of(rows_of(make_plan(result["plan"])))
+    result["test_tasks"] = [(task, count) for task, count in result["test_tasks"]]
+    return result
+
+
+def _same(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what two comparisons must have in common."""
+    plan = make_plan(result["plan"]).model_dump(mode="json")
+    data = {k: v for k, v in plan["data"].items() if k not in ("train", "validation", "templates")}
+    return {
+        "its plan": {k: v for k, v in plan.items() if k not in (*GROWING, *FILES)} | data,
+        "its LM": result["lm"]["fingerprint"],
+        "the number of its rows": result["rows"],
+        "the order of its test rows": result["test_tasks"],
+    }
+
+
+def _changed(lm: dict[str, Any]) -> bool:
+    return bool(lm["digest_before"] != lm["digest_after"])
+
+
+def _once(results: Sequence[dict[str, Any]], what: str, by: Sequence[str]) -> list[dict[str, Any]]:
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for result in results:
+        for one in result[what]:
+            found.setdefault(tuple(one[key] for key in by), one)
+    return list(found.values())
