@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from shoulders.lm import block, kernels
-from shoulders.lm.block import Saved
+from shoulders.lm.block import Saved, times, times_back
 from shoulders.lm.kernels import Kernels
-from shoulders.lm.layer import Rows, Sizes
+from shoulders.lm.laid import Laid
+from shoulders.lm.layer import Matrix, Rows, Sizes
 from shoulders.lm.pairs import Pairs
 from shoulders.lm.tiles import Tiles, packed
+from shoulders.lm.wide import Wide
 
 EPSILON = 1e-5
 
@@ -155,6 +157,19 @@ def test_products_of_halves_in_tiles(tiles: Tiles, m: int, k: int) -> None:
     assert torch.equal(tiles.product(x[:1].contiguous(), laid), tiles.product(x, laid)[:1])
     wide = drawn(m, k, seed=4)
     assert close(tiles.wide_product(wide, laid).double(), wide.double() @ weight.double().T, 3e-5)
+
+
+def test_widened_products_are_the_plain_ones(compiled: Kernels) -> None:
+    if compiled.pairs is None:
+        pytest.skip("this processor has other products")
+    wide = Wide(compiled.pairs, Laid(Pairs.packed))
+    matrix = Matrix(drawn(64, 96, seed=1).bfloat16(), None, drawn(64, seed=2))
+    x, g = drawn(7, 96), drawn(7, 64)
+    assert close(wide.times(x, matrix), times(x, matrix))
+    assert close(wide.back(g, matrix), times_back(g, matrix))
+    odd = Matrix(drawn(10, 12, seed=1).bfloat16(), None, None)  # not in whole panels
+    assert close(wide.times(drawn(7, 12), odd), drawn(7, 12) @ odd.values.float().T)
+    assert close(wide.back(drawn(7, 10), odd), drawn(7, 10) @ odd.values.float())
 
 
 def test_norms_and_gates_in_halves(tiles: Tiles) -> None:
