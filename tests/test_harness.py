@@ -428,5 +428,6 @@ def test_the_embedded_lm_is_the_transformers_backend(embedded_lm: Any, tmp_path:
     wanted = tasks(tmp_path, rows=6)
     ours = run("shoulders", {"lm": "embedded", "dtype": "float32"}, wanted)
     name = peer_lm("embedded")
-    theirs = run("hf", {"pretrained": name, **HF}, wanted, batch_size=4)
+    # In float64: the backend's own sums in float32 are off by up to 2e-3 on some processors.
+    theirs = run("hf", {"pretrained": name, **HF, "dtype": "float64"}, wanted, batch_size=4)
     assert_equal(ours, theirs)
