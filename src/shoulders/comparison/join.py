@@ -43,6 +43,8 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
             plan[key] = {name: value for own in reversed(values) for name, value in own.items()}
         else:
             plan[key] = list(dict.fromkeys(one for own in values for one in own))
+    seen = {run["seed"] for result in results for run in result["runs"]}
+    plan["seeds"] = sorted(seen | set(plan["seeds"]))
     several = {
         "methods": _once(results, "methods", ("method",)),
         **{key: _once(results, key, ("method", "seed"))

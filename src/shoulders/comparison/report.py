@@ -29,6 +29,11 @@ def write_report(result: dict[str, Any], out: Path) -> list[str]:
     base = forgetting.get("frozen", {})
     unchanged = result["lm"]["digest_before"] == result["lm"]["digest_after"]
     said = verdict(found, base.get("perplexity"), digest_equal=unchanged)
+    if parts := result.get("joined"):
+        said.append(
+            f"Put together from {len(parts)} comparisons: seconds of training and milliseconds of "
+            "an answer were measured in each, on its machine, and compare within it only."
+        )
     first = best([line for line in found if line.family != "bare"])
     against = {
         line.name: str(difference(line, first)) for line in found if first and line is not first
