@@ -380,9 +380,9 @@ def test_a_whole_comparison_is_resumable_and_reported(tmp_path: Path, lm_folder:
     again = run_comparison(plan, out, resume=True)
     assert again["runs"] == result["runs"]
     assert (out / "runs.jsonl").read_text(encoding="utf-8") == kept
-    lines = [ln for ln in kept.splitlines() if '"method": "static_kv", "family"' not in ln]
-    assert len(lines) == len(kept.splitlines()) - 1
-    (out / "runs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    others = [ln for ln in kept.splitlines() if '"method": "static_kv", "family"' not in ln]
+    assert len(others) == len(kept.splitlines()) - 1
+    (out / "runs.jsonl").write_text("\n".join(others) + "\n", encoding="utf-8")
     mended = {r["method"]: r for r in run_comparison(plan, out, resume=True)["runs"]}
     for key in ("exact_match", "validation_loss", "rate_factor", "curve", "tasks"):
         assert mended["static_kv"][key] == by_name["static_kv"][key]
