@@ -66,7 +66,7 @@ def main() -> None:
     """Run the command line; exit 2 with one line for what a user can mend, 130 on Ctrl-C."""
     quiet_imports()
     # With `--json -` standard output is the JSON's alone: tables and answers go to standard error.
-    json_only = any(pair in (("--json", "-"), ("--json=-", "")) for pair in _pairs(sys.argv))
+    json_only = "--json=-" in sys.argv or ("--json", "-") in pairwise(sys.argv)
     try:
         with contextlib.redirect_stdout(sys.stderr) if json_only else contextlib.nullcontext():
             sys.exit(app(standalone_mode=False))
@@ -84,11 +84,6 @@ def main() -> None:
     except OSError as error:
         # The disk filled up or a file vanished: the user's to mend, not a defect.
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}", 2)
-
-
-def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    """Return each argument with the next, and with nothing where it holds its own value."""
-    return [(one, "" if "=" in one else other) for one, other in pairwise([*arguments, ""])]
 
 
 def _fail(message: str, code: int) -> None:

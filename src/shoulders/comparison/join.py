@@ -19,8 +19,8 @@ FILES = ("data", "test", "forgetting")  # of a plan: they may lie elsewhere on a
 def joined(paths: Sequence[Path]) -> dict[str, Any]:
     """Return one result of several `compare.json`, as `run_comparison` returns one.
 
-    A run that several hold is the first one's, and so is what an answer of a method takes. The
-    second of two runs' rows must be the first's: they are paired row by row.
+    A run that several hold is taken from the first of them, and so are the milliseconds that an
+    answer of a method takes. All must have asked the same test rows: runs are paired row by row.
 
     Raises:
         DataError: a file that is no result, whose plan, LM or rows differ from the first's, or
@@ -28,9 +28,11 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
     """
     results = [_read(path) for path in paths]
     first = results[0]
+    shared = _same(first)
     for path, other in zip(paths[1:], results[1:], strict=True):
-        for what, own in _same(first).items():
-            if _same(other)[what] != own:
+        theirs = _same(other)
+        for what, own in shared.items():
+            if theirs[what] != own:
                 raise DataError(f"{path}: {what} differs from that of {paths[0]}: not comparable")
         for key in NAMED:
             for name, own in other["plan"][key].items():

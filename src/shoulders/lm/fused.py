@@ -72,8 +72,6 @@ class Blocks:
         self.width = attention.head_dim
         self.epsilon = first.input_layernorm.variance_epsilon
         self.layers = [laid_out(layer) for layer in self._body.layers]
-        kernels = available()
-        self._laid = Laid(kernels.int8.packed if kernels and kernels.int8 else Tiles.packed)
         stored = self.layers[0].attention_norm.dtype
         tiles = packing(self.layers) if stored == torch.bfloat16 else None
         self._tiles = tiles if isinstance(tiles, Tiles) else None
@@ -203,6 +201,11 @@ class Blocks:
             return torch.stack([written[i] for i in taps])
         normed: Tensor = self._body.norm(x)
         return normed
+
+    @functools.cached_property
+    def _laid(self) -> Laid:
+        kernels = available()
+        return Laid(kernels.int8.packed if kernels and kernels.int8 else Tiles.packed)
 
     @functools.cached_property
     def _functions(self) -> Functions:

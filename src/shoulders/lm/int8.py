@@ -1,7 +1,7 @@
 """The LM's linear layers in 8-bit integers: weights once, activations and gradients per row.
 
 Processors with VNNI or AMX multiply int8 about four times as fast as float32, those with AVX2
-alone twice (`shoulders.lm.pairs`), and a frozen weight need be rounded only once. Each output
+alone up to twice (`shoulders.lm.pairs`), and a frozen weight need be rounded only once. Each output
 channel of a weight has its own scale, each row of an activation its own (LLM.int8(), arXiv
 2208.07339, without its float outliers): a row's result depends on that row alone, whatever
 stands beside it (promise 3).

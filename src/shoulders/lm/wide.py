@@ -1,8 +1,7 @@
 """Products of float32 states with bfloat16 weights, on processors that are slow at bfloat16.
 
 There torch multiplies bfloat16 up to nine times slower than float32. Here each product widens
-what it reads of the weights: as fast as float32 for many rows, and for one, which reads them
-all, faster.
+what it reads of the weights, as fast as float32.
 """
 
 from __future__ import annotations
