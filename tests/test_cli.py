@@ -640,3 +640,12 @@ def test_info_on_an_lm(run: Command, lm: Path) -> None:
     assert facts["lm_fingerprint"] == load_lm(str(lm), dtype="float32").fingerprint
     assert facts["window"] == WINDOW
     assert facts["trained_parameters"] == 0
+
+
+def test_libraries_draw_no_bars_into_logs() -> None:
+    script = (
+        "from shoulders.cli.common import quiet_imports; quiet_imports();"
+        "from tqdm.auto import tqdm; print(sum(tqdm(range(3))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")

@@ -33,10 +33,13 @@ def stderr() -> Console:
 
 
 def quiet_imports() -> None:
-    """Keep quiet what torchao says at import: which of its parts are for other machines.
+    """Keep quiet what libraries say at import, or decide there to say later.
 
-    transformers imports it wherever it is installed.
+    torchao, which transformers imports wherever it is installed, tells which of its parts are for
+    other machines; tqdm reads once whether bars are wanted, which in a log file nobody does.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     for library in ("torchao", "torch.utils._pytree"):
         getLogger(library).setLevel(ERROR)
 
