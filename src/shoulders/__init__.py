@@ -1,3 +1,61 @@
-"""Neural middleware for frozen language models (arXiv 2204.10019)."""
+"""Neural middleware for frozen language models (arXiv 2204.10019).
+
+What most programs need stands here, imported when it is first asked for:
+
+>>> from pathlib import Path
+>>> import shoulders
+>>> recipe = shoulders.read_recipe(Path("recipe.yaml"))  # doctest: +SKIP
+>>> skill = shoulders.run_recipe(recipe, Path("runs/skill"))  # doctest: +SKIP
+>>> lm = shoulders.load_lm("embedded")  # doctest: +SKIP
+>>> skill, templates = shoulders.load_skill(Path("runs/skill"), lm)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shoulders.comparison.plan import read_plan as read_plan
+    from shoulders.comparison.run import run_comparison as run_comparison
+    from shoulders.data.rows import read_rows as read_rows
+    from shoulders.data.templates import Templates as Templates
+    from shoulders.errors import ShouldersError as ShouldersError
+    from shoulders.evaluation.evaluate import evaluate as evaluate
+    from shoulders.lm.decode import DecodingConfig as DecodingConfig
+    from shoulders.lm.load import load_lm as load_lm
+    from shoulders.skills.artefact import load_skill as load_skill
+    from shoulders.skills.artefact import save_skill as save_skill
+    from shoulders.skills.skill import Skill as Skill
+    from shoulders.training.recipe import read_recipe as read_recipe
+    from shoulders.training.run import run_recipe as run_recipe
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "DecodingConfig": "lm.decode",
+    "ShouldersError": "errors",
+    "Skill": "skills.skill",
+    "Templates": "data.templates",
+    "evaluate": "evaluation.evaluate",
+    "load_lm": "lm.load",
+    "load_skill": "skills.artefact",
+    "read_plan": "comparison.plan",
+    "read_recipe": "training.recipe",
+    "read_rows": "data.rows",
+    "run_comparison": "comparison.run",
+    "run_recipe": "training.run",
+    "save_skill": "skills.artefact",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `import shoulders` loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shoulders' has no attribute '{name}'")
+    return getattr(import_module(f"shoulders.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from shoulders import __version__
 from shoulders.data.templates import Templates
 from shoulders.encoders.frozen import FrozenEncoder
+from shoulders.encoders.load import load_encoder
 from shoulders.errors import ArtefactError, RecipeError, ShouldersError
 from shoulders.files import atomic_path, sha256_of_file, write_json, write_text
 from shoulders.lm.frozen import FrozenLM
@@ -130,19 +132,28 @@ def read_artefact(folder: Path) -> Artefact:
 
 
 def load_skill(
-    folder: Path, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]
+    folder: Path, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder] | None = None
 ) -> tuple[Skill, Templates]:
     """Load a skill onto the LM it was trained on.
 
     Args:
         folder: as written by `save_skill`.
         lm: the frozen LM.
-        encoder: loads a frozen encoder by name.
+        encoder: loads a frozen encoder by name, `load_encoder` by default; give a cached one
+            where several skills share encoders.
+
+    Returns:
+        The skill, and the templates that put its tasks' rows into words.
 
     Raises:
         ArtefactError: the folder is damaged, or bound to another LM or encoder (the message
             holds both fingerprints).
+
+    >>> lm = load_lm("embedded")  # doctest: +SKIP
+    >>> skill, templates = load_skill(Path("runs/skill"), lm)  # doctest: +SKIP
+    >>> skill.generate(["What is the opposite of hot?"], DecodingConfig())  # doctest: +SKIP
     """
+    encoder = encoder or functools.cache(load_encoder)
     artefact = read_artefact(folder)
     _check_bound(folder, "LM", artefact.lm, lm.name, lm.fingerprint)
     skill = Skill.create(lm, artefact.skill, encoder)
