@@ -32,6 +32,7 @@ from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.running_text import RunningText
 from shoulders.training.start import begin_at, trained_parts
+from shoulders.training.teacher import Teacher
 from shoulders.training.validation import choose_rows
 
 
@@ -71,14 +72,18 @@ def run_recipe(
     begin_at(skill, folders, lm)
     mixture, validation, templates = given or _text_data(recipe, lm)
     bound = {"lm": lm.fingerprint, "data": data_hashes(recipe)}
-    processes.agree("LM or data files", bound)
+    teacher = None
+    if recipe.training.teacher is not None:
+        teacher = Teacher.of(recipe.training.teacher, lm)
+        bound["teacher"] = teacher.lm.fingerprint
+    processes.agree("LM, data files or teacher", bound)
     before = lm.digest()
     if recipe.training.remember_first_pass:
         taps = skill.parts.earlier[0].link.taps if skill.parts.earlier else ()
         skill = skill.remembering(FirstPass(lm, taps))
     progress = fit(
         skill, mixture, validation, templates, recipe, out,
-        bound=bound, resume=resume, console=console, processes=processes,
+        bound=bound, resume=resume, console=console, processes=processes, teacher=teacher,
     )  # fmt: skip
     if lm.digest() != before:
         raise TrainingError("the frozen LM changed during training; nothing was saved")
