@@ -31,7 +31,14 @@ from shoulders.comparison.verdict import verdict
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import read_rows
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import DataError, RecipeError, ShouldersError, TrainingError
+from shoulders.errors import (
+    DataError,
+    DivergedError,
+    InterruptedTraining,
+    RecipeError,
+    ShouldersError,
+    TrainingError,
+)
 from shoulders.evaluation.metrics import paired_interval
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
@@ -274,7 +281,7 @@ def test_the_search_takes_the_best_factor_and_is_not_repeated(tmp_path: Path) ->
     def attempt(number: int, factor: float) -> float:
         calls.append((number, factor))
         if number == 1:
-            raise TrainingError("diverged")
+            raise DivergedError("diverged")
         return abs(np.log(factor) - 0.4)
 
     config = SearchConfig(trials=5)
@@ -291,10 +298,30 @@ def test_the_search_takes_the_best_factor_and_is_not_repeated(tmp_path: Path) ->
 
 def test_a_search_of_nothing_but_divergence_says_so(tmp_path: Path) -> None:
     def attempt(number: int, factor: float) -> float:
-        raise TrainingError("diverged")
+        raise DivergedError("diverged")
 
     with pytest.raises(ShouldersError, match="m: every trial"):
         best_factor(Method("m", "frozen"), SearchConfig(trials=2), Ledger(tmp_path), attempt)
+
+
+def test_an_interrupted_trial_is_no_diverged_one(tmp_path: Path) -> None:
+    def attempt(number: int, factor: float) -> float:
+        raise InterruptedTraining("stopped at step 3")
+
+    with pytest.raises(InterruptedTraining):
+        best_factor(Method("m", "frozen"), SearchConfig(trials=2), Ledger(tmp_path), attempt)
+    assert Ledger(tmp_path).every(stage="trial") == []
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_answers_may_hold_what_some_call_the_end_of_a_line(mark: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    row = {"task": "t", "prediction": f"one{mark}two", "exact_match": 1.0}
+    file = ledger.predictions("m", 0)
+    file.parent.mkdir(parents=True)
+    file.write_text((json.dumps(row, ensure_ascii=False) + "\n") * 2, encoding="utf-8")
+    assert ledger.answers("m", 0) == [f"one{mark}two"] * 2
+    assert ledger.right("m", 0) == "11"
 
 
 def test_a_resumed_plan_may_have_moved_but_its_rows_not_changed(tmp_path: Path) -> None:
@@ -511,13 +538,16 @@ def test_comparisons_that_differ_are_not_joined(
 def test_recursion_is_compared_too(tmp_path: Path, lm_folder: Path) -> None:
     """Textual recursion begins at the prefix of the same seed, which stands before it."""
     names = ["idpt_kv", "textual", "neural"]
-    settings: dict[str, Any] = {"search": {"trials": 0}, "max_new_tokens": 2}
+    settings: dict[str, Any] = {"search": {"trials": 1}, "max_new_tokens": 2, "seeds": [1]}
     plan = plan_for(tmp_path, lm_folder, methods=names, **settings)
-    runs = {r["method"]: r for r in run_comparison(plan, tmp_path / "out")["runs"]}
+    result = run_comparison(plan, tmp_path / "out")
+    runs = {r["method"]: r for r in result["runs"]}
     assert list(runs) == names
     assert runs["textual"]["trained_parameters"] == 2 * runs["idpt_kv"]["trained_parameters"]
-    start = read_artefact(tmp_path / "out/runs/textual-seed0").provenance["recipe"]["start"]
-    assert {Path(folder).name for folder in start.values()} == {"idpt_kv-seed0"}
+    start = read_artefact(tmp_path / "out/runs/textual-seed1").provenance["recipe"]["start"]
+    assert {Path(folder).name for folder in start.values()} == {"idpt_kv-seed1"}
+    found = {line.name: line for line in lines(result)}
+    assert found["textual"].examples > found["idpt_kv"].examples  # those of what it begins at too
 
 
 def test_minutes_become_the_same_examples_for_all(tmp_path: Path, lm_folder: Path) -> None:

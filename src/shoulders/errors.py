@@ -38,6 +38,10 @@ class TrainingError(ShouldersError):
     """Training cannot go on: it diverged, does not learn, or cannot be resumed."""
 
 
+class DivergedError(TrainingError):
+    """Training does not work at these learning rates: it diverges, or moves nothing."""
+
+
 class InterruptedTraining(TrainingError):  # noqa: N818 - it is one, and not a failure
     """Training was stopped by the user; its checkpoint is on disk."""
 

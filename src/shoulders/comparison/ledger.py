@@ -31,7 +31,7 @@ class Ledger:
             remove_partial(out)
         self._rows: list[dict[str, Any]] = []
         if self._file.is_file():
-            for number, line in enumerate(self._file.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(_lines(self._file), 1):
                 try:
                     self._rows.append(json.loads(line))
                 except json.JSONDecodeError:
@@ -84,8 +84,7 @@ class Ledger:
 
     def scores(self, method: str, seed: int) -> list[tuple[str, float]]:
         """Return the test rows' tasks and exact matches (0 or 1) of a finished run, in order."""
-        file = self.predictions(method, seed)
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = _lines(self.predictions(method, seed))
         return [(p["task"], p["exact_match"]) for p in map(json.loads, lines)]
 
     def right(self, method: str, seed: int) -> str:
@@ -97,7 +96,7 @@ class Ledger:
 
     def answers(self, method: str, seed: int) -> list[str]:
         """Return what a finished run has answered to the test rows."""
-        lines = self.predictions(method, seed).read_text(encoding="utf-8").splitlines()
+        lines = _lines(self.predictions(method, seed))
         return [json.loads(line)["prediction"] for line in lines]
 
     def predictions(self, method: str, seed: int) -> Path:
@@ -107,6 +106,12 @@ class Ledger:
     def folder(self, method: str, seed: int, stage: str = "runs") -> Path:
         """Return the folder of a run."""
         return self.out / stage / f"{method}-seed{seed}"
+
+
+def _lines(file: Path) -> list[str]:
+    """Return a JSONL file's lines: `splitlines` would end them inside texts too (U+2028)."""
+    text = file.read_text(encoding="utf-8").removesuffix("\n")
+    return text.split("\n") if text else []
 
 
 def hashes_of(plan: Plan) -> dict[str, str]:

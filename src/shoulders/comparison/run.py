@@ -76,9 +76,10 @@ def run_comparison(
             folder = ledger.folder(m.name, number, "trials")
             steps = max(1, round(m.steps(plan) * plan.search.share))
             settings: dict[str, Any] = {"steps": steps, "seed": 0, "factor": factor}
+            begun = starts(m, ledger, plan.seeds[0])
             if m.family == "tuned":
                 return tuned.train(m, folder, keep=False, **settings).loss
-            return frozen.train(m, folder, start=starts(m, ledger, 0), **settings).loss
+            return frozen.train(m, folder, start=begun, **settings).loss
 
         factor = best_factor(method, plan.search, ledger, attempt)
         for seed in plan.seeds:

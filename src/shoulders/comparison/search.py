@@ -8,7 +8,7 @@ from collections.abc import Callable
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method
 from shoulders.comparison.plan import SearchConfig
-from shoulders.errors import ShouldersError, TrainingError
+from shoulders.errors import DivergedError, ShouldersError
 
 
 def best_factor(
@@ -50,7 +50,7 @@ def best_factor(
         if row is None:
             try:
                 loss: float | None = attempt(number, factor)
-            except TrainingError:  # diverged: as bad as can be, and known from now on
+            except DivergedError:  # as bad as can be, and known from now on
                 loss = None
             row = {"stage": "trial", "method": method.name, "number": number}
             row = ledger.add({**row, "factor": factor, "loss": loss})

@@ -69,7 +69,8 @@ def lines(result: dict[str, Any]) -> list[Line]:
             continue
         right = [[float(one) for one in run["right"]] for run in runs]
         scores = averaged([list(zip(tasks, own, strict=True)) for own in right])
-        before = [r for r in result["runs"] if r["method"] in begun[name] and r["seed"] == 0]
+        seed = runs[0]["seed"]
+        before = [r for r in result["runs"] if r["method"] in begun[name] and r["seed"] == seed]
         forgot = [f for f in result["forgetting"] if f["method"] == name]
         zero = [f["zero_shot"] for f in forgot if "zero_shot" in f]
         found.append(

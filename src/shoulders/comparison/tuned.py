@@ -23,7 +23,7 @@ from shoulders.comparison.frozen import WARMUP, Rows, Trained
 from shoulders.comparison.methods import Method
 from shoulders.comparison.plan import Plan
 from shoulders.data.mixture import Mixture
-from shoulders.errors import ShouldersError, TrainingError
+from shoulders.errors import DivergedError, ShouldersError
 from shoulders.files import write_json, write_text
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.gguf import embedded_lm
@@ -62,7 +62,7 @@ class Tuned:
 
         Raises:
             ShouldersError: the process failed, with the last line of what it said.
-            TrainingError: its loss is not finite.
+            DivergedError: its loss is not finite.
         """
         result = folder / RESULT
         if not result.is_file() or (keep and not (folder / WEIGHTS).is_dir()):
@@ -70,7 +70,7 @@ class Tuned:
         found = json.loads(result.read_text(encoding="utf-8"))
         curve = [(int(step), float(loss)) for step, loss in found["validations"]]
         if not all(loss < float("inf") for _, loss in curve):
-            raise TrainingError(f"{method.name}: the loss is no longer finite")
+            raise DivergedError(f"{method.name}: the loss is no longer finite")
         # Its last weights are what is kept, as a frozen method's: the Trainer's own way.
         return Trained(found["seconds"], curve[-1][1], curve)
 

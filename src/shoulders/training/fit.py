@@ -19,7 +19,7 @@ from torch import nn
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
-from shoulders.errors import InterruptedTraining, TrainingError, WindowError
+from shoulders.errors import DivergedError, InterruptedTraining, TrainingError, WindowError
 from shoulders.files import remove_partial, writing_to
 from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
@@ -73,8 +73,9 @@ def fit(
         Step counts, time and validations of the whole run.
 
     Raises:
-        TrainingError: no producer; a non-finite loss; a trained tensor that does not move;
-            Ctrl-C (`InterruptedTraining`, after a checkpoint); another recipe on resume.
+        TrainingError: no producer; a non-finite loss, or a trained tensor that does not move
+            (`DivergedError`); Ctrl-C (`InterruptedTraining`, after a checkpoint); another recipe
+            on resume.
     """
     if skill.trained is None:
         raise TrainingError("the recipe trains nothing: give a pass a prompt or a link")
@@ -129,7 +130,7 @@ def fit(
             loss, stopping = processes.summed(trained, loss, interrupted())
             norm = float(torch.nn.utils.clip_grad_norm_(producer.parameters(), config.clip))
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
+                raise DivergedError(
                     f"step {step + 1}: loss is {loss}, gradient norm {norm}: training has "
                     f"diverged; lower the learning rate (best weights so far: step "
                     f"{progress.best_step}, kept in {out / FOLDER})"
@@ -206,14 +207,14 @@ def copied(producer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_moved(producer: nn.Module, initial: dict[str, torch.Tensor], felt: set[str]) -> None:
-    """Raise `TrainingError` when a trained tensor is what it was at the start (promise 8).
+    """Raise `DivergedError` when a trained tensor is what it was at the start (promise 8).
 
     `felt` names those that had a gradient: weight decay alone also moves, but teaches nothing.
     """
     named = list(producer.named_parameters())
     still = [n for n, p in named if torch.equal(p, initial[n]) or n not in felt]
     if still:
-        raise TrainingError(
+        raise DivergedError(
             f"after {MOVED_BY} steps these trained tensors have not moved: {', '.join(still)}; "
             "they get no gradient, or their learning rate is too small for their precision"
         )
