@@ -24,7 +24,7 @@ from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method, methods_of, parameters
 from shoulders.comparison.plan import Plan, SearchConfig, make_plan, plan_of_rows, read_plan
 from shoulders.comparison.report import write_report
-from shoulders.comparison.run import run_comparison
+from shoulders.comparison.run import rows_of, run_comparison
 from shoulders.comparison.search import best_factor
 from shoulders.comparison.summary import Difference, Line, averaged, lead, lines, rests_on, without
 from shoulders.comparison.verdict import verdict
@@ -86,6 +86,27 @@ def test_own_rows_are_split_by_input_and_the_same_every_time(tmp_path: Path) -> 
     assert not inputs["validation"] & inputs["test"]
     assert (len(inputs["train"]), len(inputs["validation"]), len(inputs["test"])) == (28, 4, 8)
     assert plan.test == [str(tmp_path / "a/data/test.jsonl")]
+
+
+@pytest.mark.parametrize("each", [3, 4, 5, 6, 7, 20])
+def test_every_task_of_three_inputs_is_tested(each: int, tmp_path: Path) -> None:
+    plan_of_rows(rows_file(tmp_path, 4, each), tmp_path / "out", budget={"examples": 8})
+    for split in ("train", "validation", "test"):
+        rows = read_rows(tmp_path / "out/data" / f"{split}.jsonl")
+        assert {r.task for r in rows} == {"t0", "t1", "t2", "t3"}, split
+
+
+def test_rates_are_not_searched_on_test_rows(tmp_path: Path) -> None:
+    rows = [{"task": "t", "input": f"number {i}", "targets": ["one"]} for i in range(9)]
+    files = {}
+    for name, part in {"train": rows[:3], "held": rows[3:7], "test": rows[5:]}.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(r) + "\n" for r in part), encoding="utf-8")
+    data = {"train": [str(files["train"])], "validation": [str(files["held"])]}
+    values = {"data": data, "test": [str(files["test"])], "budget": {"examples": 8}}
+    found = rows_of(make_plan(values))
+    assert {r.input for r in found.validation} == {"number 3", "number 4"}
+    assert [r.input for r in found.test] == [f"number {i}" for i in range(5, 9)]
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
@@ -521,12 +542,13 @@ def test_the_command_joins_parts_into_one_report(
         ({"lm": {"fingerprint": "g", "digest_before": "d", "digest_after": "d"}}, "its LM"),
         ({"plan": {"budget": {"examples": 16}}}, "its plan"),
         ({"benchmark": "train"}, r"1\.json: is no compare\.json"),
+        ({"rows_sha256": {"train": "t", "test": "v"}}, "training or test rows are not those"),
     ],
 )
 def test_comparisons_that_differ_are_not_joined(
     tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    one = result_of({("static", 0): "1100"})
+    one = result_of({("static", 0): "1100"}, rows_sha256={"train": "t", "test": "u"})
     other = {**one, **change}
     if "plan" in change:
         other["plan"] = {**one["plan"], **change["plan"]}

@@ -18,6 +18,7 @@ from shoulders.evaluation.metrics import (
     macro_average,
     normalize,
     normalize_squad,
+    paired_interval,
     token_f1,
 )
 
@@ -228,3 +229,30 @@ def test_more_rows_give_a_narrower_interval() -> None:
 def test_the_interval_refuses_bad_arguments(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="resamples"):
         bootstrap_interval({"a": [1.0]}, **bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("tasks", "rows"), [(30, 1), (30, 2), (20, 3), (1, 40)])
+def test_equally_good_methods_are_seldom_called_different(tasks: int, rows: int) -> None:
+    """At a level of 95% one comparison in twenty may err; a few more are let pass here."""
+    random = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(200):
+        a, b = (
+            {
+                str(t): (random.random(rows) < 0.3 + 0.4 * (t % 2)).astype(float)
+                for t in range(tasks)
+            }
+            for _ in range(2)
+        )
+        _, low, high = paired_interval(a, b, resamples=400)
+        wrong += low > 0 or high < 0
+    assert wrong <= 18
+
+
+def test_a_task_of_one_row_has_width_too() -> None:
+    low, high = bootstrap_interval({"a": [1], "b": [0], "c": [1, 1, 0, 1]})
+    assert low < 40 < 80 < high
+    low, high = bootstrap_interval({"a": [1], "c": [1, 1, 0, 1]})
+    assert high - low > 20
+    assert bootstrap_interval({"a": [1]}) == (0, 100)
+    assert paired_interval({"a": [1]}, {"a": [0]}) == (100, -100, 100)

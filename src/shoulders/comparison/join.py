@@ -29,6 +29,12 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
     results = [_read(path) for path in paths]
     first = results[0]
     shared = _same(first)
+    hashed: dict[str, str] | None = None
+    for path, one in zip(paths, results, strict=True):
+        mine = one.get("rows_sha256")  # earlier versions did not note it
+        if mine and hashed and mine != hashed:
+            raise DataError(f"{path}: its training or test rows are not those of the others")
+        hashed = hashed or mine
     for path, other in zip(paths[1:], results[1:], strict=True):
         theirs = _same(other)
         for what, own in shared.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +11,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoulders.data.mixture import MixtureConfig
-from shoulders.data.rows import Row, read_rows
+from shoulders.data.rows import Row, as_line, read_rows
 from shoulders.errors import DataError, RecipeError, nearest
 from shoulders.files import write_text
 from shoulders.skills.config import TextFormat
@@ -253,15 +252,17 @@ def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
     splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for task in sorted(groups):
         order = sorted(groups[task], key=functools.partial(_hash, task))
-        first = round(len(order) * SPLITS["train"]) or 1
-        second = first + max(1, round(len(order) * SPLITS["validation"]))
+        # Of three inputs or more one at least is tested, whatever rounding says.
+        n = len(order)
+        first = max(1, min(round(n * SPLITS["train"]), n - 2))
+        second = first + max(1, min(round(n * SPLITS["validation"]), n - first - 1))
         parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
         for name, texts in parts.items():
             splits[name] += [row for text in texts for row in groups[task][text]]
     if not splits["test"]:
         raise DataError(f"{file}: its tasks have too few rows to test on; three each at least")
     for name, rows in splits.items():
-        write_text(out / "data" / f"{name}.jsonl", "".join(_line(row) for row in rows))
+        write_text(out / "data" / f"{name}.jsonl", "".join(as_line(row) for row in rows))
     return make_plan(
         {
             "data": {
@@ -277,10 +278,3 @@ def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
 
 def _hash(task: str, text: str) -> str:
     return hashlib.sha256(f"{task}\n{text}".encode()).hexdigest()
-
-
-def _line(row: Row) -> str:
-    value: dict[str, Any] = {"task": row.task, "input": row.input, "targets": list(row.targets)}
-    if row.options:
-        value["options"] = list(row.options)
-    return json.dumps(value, ensure_ascii=False) + "\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +23,7 @@ from shoulders.comparison.methods import Method, methods_of
 from shoulders.comparison.plan import Plan
 from shoulders.comparison.search import best_factor
 from shoulders.comparison.tuned import Tuned, plain
+from shoulders.data.rows import Row, as_line
 from shoulders.errors import DataError, ShouldersError, TrainingError
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import load_lm
@@ -62,7 +65,14 @@ def run_comparison(
             measured(alone, method, 0, ledger, asked, rows, decoding, console, {})
     text = text_of(lm, plan.forgetting, out)
     others = read_all(plan.forgetting.rows)
-    once(ledger, "forgetting", "frozen", 0, lambda: examined(lm, plan.forgetting, text, others))
+    rivals = any(method.family == "tuned" for method in methods)
+    once(
+        ledger,
+        "forgetting",
+        "frozen",
+        0,
+        lambda: examined(tuned.original(lm) if rivals else lm, plan.forgetting, text, others),
+    )
 
     # 3. How many examples: as given, or what the minutes allow on this machine.
     trained = [m for m in methods if m.trained]
@@ -147,6 +157,7 @@ def run_comparison(
             "validation": len(rows.validation),
             "test": len(rows.test),
         },
+        "rows_sha256": {"train": digest_of(rows.train), "test": digest_of(rows.test)},
         "lm": {
             "name": lm.name,
             "parameters": lm.parameters,
@@ -168,15 +179,21 @@ def rows_of(plan: Plan) -> Rows:
     unseen = unseen_rows(test, train)
     if len(unseen) < len(test) / 2:
         raise DataError(f"{plan.test[0]}: most of its rows are trained on; give other test rows")
-    validation = choose_rows(unseen_rows(validation, train), plan.validation_rows)
+    # Rates are searched on validation rows: those of the test are not to be among them.
+    validation = choose_rows(unseen_rows(validation, [*train, *test]), plan.validation_rows)
     if not validation:
-        raise DataError("data.validation: all of its rows are trained on; give others")
+        raise DataError("data.validation: all of its rows are trained or tested on; give others")
     return Rows(train, validation, unseen, templates)
 
 
 def tasks_of(rows: Rows) -> list[tuple[str, int]]:
     """Return the tasks of the test rows in order, each with how many rows of it follow."""
     return [(task, len(list(own))) for task, own in groupby(row.task for row in rows.test)]
+
+
+def digest_of(rows: Sequence[Row]) -> str:
+    """Return the SHA-256 of rows in their order."""
+    return hashlib.sha256("".join(map(as_line, rows)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def starts(method: Method, ledger: Ledger, seed: int) -> dict[str, Path]:

@@ -34,7 +34,10 @@ def main() -> None:
     begun = time.perf_counter()
     folder = Path(sys.argv[1])
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(settings["lm"])
+    revision = settings["revision"] or "main"
+    tokenizer = AutoTokenizer.from_pretrained(settings["lm"], revision=revision)
+    if tokenizer.pad_token is None:  # GPT-2 has none; what pads hold is masked
+        tokenizer.pad_token = tokenizer.eos_token
     rows, checked = read(folder / "train.jsonl"), read(folder / "validation.jsonl")
     torch.manual_seed(settings["seed"])
     # Where bfloat16 is faster: LoRA on weights in it, as its users do; whole tuning keeps float32
@@ -42,6 +45,7 @@ def main() -> None:
     narrow = settings["bfloat16"] and settings["rank"] is not None
     model: Any = AutoModelForCausalLM.from_pretrained(
         settings["lm"],
+        revision=revision,
         dtype=torch.bfloat16 if narrow else torch.float32,
         attn_implementation=attention_for(rows),
     )

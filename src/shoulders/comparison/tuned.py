@@ -26,7 +26,7 @@ from shoulders.data.mixture import Mixture
 from shoulders.errors import DivergedError, ShouldersError
 from shoulders.files import write_json, write_text
 from shoulders.lm.frozen import FrozenLM
-from shoulders.lm.gguf import embedded_lm
+from shoulders.lm.gguf import converted, embedded_lm
 from shoulders.lm.load import EMBEDDED, load_lm
 from shoulders.lm.processor import fast_bfloat16
 from shoulders.skills.config import SkillConfig
@@ -52,8 +52,7 @@ class Tuned:
     def __init__(self, lm: FrozenLM, plan: Plan, rows: Rows, console: Console) -> None:
         self._tokens_of = lm
         self._plan, self._rows, self._console = plan, rows, console
-        name = plan.lm.name
-        self._lm = str(embedded_lm()) if name == EMBEDDED else name
+        self._lm = folder_of(plan.lm.name)
 
     def train(
         self, method: Method, folder: Path, *, steps: int, seed: int, factor: float, keep: bool
@@ -82,6 +81,13 @@ class Tuned:
         del lm
         shutil.rmtree(folder / WEIGHTS)
 
+    def original(self, lm: FrozenLM) -> FrozenLM:
+        """Return `lm` in the precision in which its copies are asked, before any is tuned."""
+        if lm.precision == "float32" and lm.quantize is None:
+            return lm
+        found: FrozenLM = load_lm(self._lm, dtype="float32", revision=self._plan.lm.revision)
+        return found
+
     def step_seconds(self, method: Method) -> tuple[float, float]:
         """Return what one step takes here, and what a run takes besides its steps."""
         with tempfile.TemporaryDirectory() as folder:
@@ -109,6 +115,7 @@ class Tuned:
         write_text(folder / "validation.jsonl", _lines(checked))
         settings = {
             "lm": self._lm,
+            "revision": self._plan.lm.revision,
             "rank": method.rank,
             "bfloat16": fast_bfloat16(),
             "lr": method.optimizer["lr"] * factor,
@@ -122,6 +129,13 @@ class Tuned:
         command = [sys.executable, "-m", "shoulders.comparison.tune", str(folder)]
         with quiet_progress(self._console, f"{method.name}, seed {seed}", steps) as advance:
             watched(command, advance, method.name)
+
+
+def folder_of(name: str) -> str:
+    """Return what transformers itself reads an LM from: a folder, or a Hub id."""
+    if name == EMBEDDED:
+        return str(embedded_lm())
+    return str(converted(Path(name))) if name.endswith(".gguf") else name
 
 
 def plain(lm: FrozenLM, method: Method) -> Skill:

@@ -264,3 +264,11 @@ def _p3_row(fields: Mapping[str, Any], where: str, task: str) -> Row | None:
         if options  # P3 writes an empty list where a prompt has no choices
         else None,
     )
+
+
+def as_line(row: Row) -> str:
+    """Return a row as `read_rows` reads it again: one line of JSON."""
+    value: dict[str, Any] = {"task": row.task, "input": row.input, "targets": list(row.targets)}
+    if row.options:
+        value["options"] = list(row.options)
+    return json.dumps(value, ensure_ascii=False) + "\n"

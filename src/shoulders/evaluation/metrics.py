@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import unicodedata
@@ -101,25 +102,15 @@ def bootstrap_interval(
     """Return a confidence interval (low, high) of `macro_average`, from 0 to 100.
 
     The percentile bootstrap (Efron 1979, "Bootstrap methods: another look at the jackknife"),
-    stratified: rows are resampled within each task. It therefore covers the choice of test
-    rows, but neither the choice of tasks nor the seed of training; and a task whose rows all
-    score alike adds no width, however few they are. Deterministic in `seed`, whatever the
-    order of the tasks. Raises as `macro_average`, and `ValueError` for other bad arguments.
+    stratified, see `_resampled`. It covers the choice of test rows, but neither the choice of tasks
+    nor the seed of training; and a task of several rows that all score alike adds no width,
+    however few they are. Deterministic in `seed`, whatever the order of the tasks. Raises as
+    `macro_average`, and `ValueError` for other bad arguments.
     """
     if resamples < 1 or not 0 < level < 1:
         raise ValueError(f"resamples ({resamples}) must be above 0 and level ({level}) in (0, 1)")
-    random = np.random.default_rng(seed)
-    arrays = _arrays(scores_by_task)
-    total = np.zeros(resamples)
-    for scores in arrays:
-        # How often each distinct score occurs among n rows drawn with replacement is
-        # multinomial: the same as drawing rows, without a [resamples, rows] matrix.
-        values, counts = np.unique(scores, return_counts=True)
-        drawn = random.multinomial(len(scores), counts / len(scores), size=resamples)
-        total += drawn @ values / len(scores)
-    tail = (1 - level) / 2
-    low, high = np.quantile(100 * total / len(arrays), [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = _resampled(_arrays(scores_by_task), resamples, seed, level)
+    return max(0.0, low), min(100.0, high)
 
 
 def paired_interval(
@@ -139,16 +130,43 @@ def paired_interval(
     ours, theirs = _arrays(first), _arrays(second)
     if sorted(first) != sorted(second) or [len(a) for a in ours] != [len(b) for b in theirs]:
         raise ValueError("both must have scores of the same rows of the same tasks")
-    random = np.random.default_rng(seed)
-    total = np.zeros(resamples)
-    for a, b in zip(ours, theirs, strict=True):
-        differences = a - b
-        drawn = random.integers(0, len(differences), size=(resamples, len(differences)))
-        total += differences[drawn].mean(1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(100 * total / len(ours), [tail, 1 - tail])
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    low, high = _resampled(differences, resamples, seed, level)
     difference = macro_average(first) - macro_average(second)
-    return difference, float(low), float(high)
+    return difference, max(-100.0, low), min(100.0, high)
+
+
+def _resampled(
+    tasks: Sequence[NDArray[np.float64]], resamples: int, seed: int, level: float
+) -> tuple[float, float]:
+    """Return the interval of the mean over tasks of the means over their rows, times 100.
+
+    Rows are drawn within each task. Among the rows of a task their mean varies too little by
+    `(n - 1) / n`, which is made up for (Davison and Hinkley 1997, section 3.2 on strata). A single
+    row shows no variation of its own: rows of all tasks that have one are drawn as those of one
+    task; where only one has, from the rows of all. A single row in all says nothing: no bounds.
+    """
+    if sum(map(len, tasks)) == 1:
+        return -100.0, 100.0
+    random = np.random.default_rng(seed)
+    single = [scores for scores in tasks if len(scores) == 1]
+    strata = [(scores, 1) for scores in tasks if len(scores) > 1]
+    if len(single) > 1:
+        strata.append((np.concatenate(single), len(single)))
+    total = np.full(resamples, float(sum(scores.mean() for scores in tasks)))
+    for scores, weight in strata:
+        # How often each distinct score occurs among n rows drawn with replacement is
+        # multinomial: the same as drawing rows, without a [resamples, rows] matrix.
+        values, counts = np.unique(scores, return_counts=True)
+        n = len(scores)
+        drawn = random.multinomial(n, counts / n, size=resamples)
+        total += weight * math.sqrt(n / (n - 1)) * (drawn @ values / n - scores.mean())
+    if len(single) == 1:
+        every = np.concatenate(list(tasks))
+        total += random.choice(every, resamples) - every.mean()
+    tail = (1 - level) / 2
+    low, high = np.quantile(100 * total / len(tasks), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _arrays(scores_by_task: Mapping[str, Sequence[float]]) -> list[NDArray[np.float64]]:

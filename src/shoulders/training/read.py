@@ -38,7 +38,7 @@ from shoulders.training.confidence import fitted_confidence
 from shoulders.training.reader_recipe import ReaderRecipe
 from shoulders.training.recipe import Recipe
 from shoulders.training.rerank import trained_reranker
-from shoulders.training.run import machine, run_recipe
+from shoulders.training.run import hashes_of, machine, run_recipe
 from shoulders.training.start import same_recipe
 from shoulders.training.textual import run_textual
 
@@ -62,7 +62,7 @@ def run_reader_recipe(
     if out.exists() and any(out.iterdir()) and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
     started = time.monotonic()
-    same_recipe(recipe, out / RECIPE)
+    same_recipe(recipe, out / RECIPE, hashes_of([*recipe.reader.train, *recipe.reader.validation]))
     train, validation = questions_of(recipe)
     with opened_index(recipe, out / INDEX, watch) as index:
         search = recipe.reader.search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,13 +161,19 @@ def read_all(paths: Sequence[str]) -> list[Row]:
 
 def data_hashes(recipe: Recipe) -> dict[str, str]:
     """Return the SHA-256 of each data file (folders: of their files' hashes)."""
-    hashes = {}
     given = recipe.data or recipe.text
     assert given is not None  # a recipe has tasks or text
     templates = recipe.data.templates if recipe.data else None
-    for name in (*given.train, *given.validation, *filter(None, [templates])):
-        hashes[Path(name).name] = sha256_of_path(Path(name))
-    return hashes
+    return hashes_of((*given.train, *given.validation, *filter(None, [templates])))
+
+
+def hashes_of(names: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of files or folders by their names, whole where several end alike."""
+    short = Counter(Path(name).name for name in set(names))
+    return {
+        Path(name).name if short[Path(name).name] == 1 else name: sha256_of_path(Path(name))
+        for name in names
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -51,13 +51,21 @@ def trained_parts(
     return folders
 
 
-def same_recipe(recipe: BaseModel, file: Path) -> None:
-    """Note a run's recipe in `file`; raises `TrainingError` where another one has begun there."""
-    values = recipe.model_dump(mode="json")
+def same_recipe(recipe: BaseModel, file: Path, data: Mapping[str, str]) -> None:
+    """Note a run's recipe, and the hashes of its data, in `file`.
+
+    Raises `TrainingError` where another recipe, or other data, has begun there.
+    """
+    values = {**recipe.model_dump(mode="json"), "data_sha256": dict(data)}
     if not file.is_file():
         write_json(file, values)
-    elif json.loads(file.read_text(encoding="utf-8")) != values:
-        raise TrainingError(f"{file.parent}: was begun with another recipe; choose another --out")
+        return
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    if begun != values:
+        hashes = begun.get("data_sha256", {})
+        changed = [name for name, value in data.items() if hashes.get(name, value) != value]
+        what = f"{changed[0]} as it was before" if changed else "another recipe"
+        raise TrainingError(f"{file.parent}: was begun with {what}; choose another --out")
 
 
 def begin_at(skill: Skill, parts: Mapping[str, Path], lm: FrozenLM) -> None:

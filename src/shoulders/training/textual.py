@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from shoulders.data.mixture import Mixture, MixtureConfig
-from shoulders.data.rows import Row
+from shoulders.data.rows import Row, as_line
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import RecipeError, TrainingError
 from shoulders.files import atomic_path, remove_partial, write_json
@@ -34,7 +35,7 @@ from shoulders.training.gate import gate_of
 from shoulders.training.monitor import quiet_progress
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
-from shoulders.training.run import load_data, machine, run_recipe, unseen_rows
+from shoulders.training.run import data_hashes, load_data, machine, run_recipe, unseen_rows
 from shoulders.training.start import same_recipe, trained_parts
 from shoulders.training.validation import choose_rows
 
@@ -62,7 +63,7 @@ def run_textual(
     if Processes.started().count > 1:
         raise TrainingError("cross_fit trains several skills after one another: start one process")
     console = console or Console(quiet=True)
-    same_recipe(recipe, out / RECIPE)
+    same_recipe(recipe, out / RECIPE, data_hashes(recipe))
     _clean(out)
 
     def run(other: Recipe, folder: Path) -> Skill:
@@ -152,8 +153,7 @@ def _fold(
     file = out / FOLDS / f"without-{number + 1}-of-{config.folds}.jsonl"
     with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for row in kept:
-            entry = {"task": row.task, "input": row.input, "targets": list(row.targets)}
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            stream.write(as_line(row))
     training = taught.training
     if config.steps is not None:
         training = training.model_copy(update={"steps": config.steps})
@@ -213,8 +213,7 @@ def _write(
         for i, ((row, text), own) in enumerate(zip(examples, candidates, strict=True)):
             order = stream_of(text, recipe.training.seed, i) if shuffled else None
             read = shown(text, own, before[1], second.count_tokens, room, order)
-            entry = {"task": row.task, "input": read.text, "targets": list(row.targets)}
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            stream.write(as_line(replace(row, input=read.text)))
 
 
 def _first_recipe(recipe: Recipe, first: Path) -> Recipe:
