@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from shoulders.fingerprint import digest
-from shoulders.lm.drivable import check_drivable
+from shoulders.lm.drivable import check_drivable, fused_as_its_own
 from shoulders.lm.factors import Site
 from shoulders.lm.fused import Blocks
 from shoulders.lm.head import Head
@@ -70,6 +70,8 @@ class FrozenLM:
         self._asking = threading.Lock()
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         check_drivable(self)
+        if self.blocks is not None and not fused_as_its_own(self):
+            self.blocks = None
 
     # -- facts ---------------------------------------------------------------------------
 

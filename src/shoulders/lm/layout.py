@@ -38,6 +38,8 @@ def is_llama_style(model: Any) -> bool:
                 return False  # further norms or projections
             if attention.scaling != attention.head_dim**-0.5:
                 return False
+            if not getattr(attention, "use_rope", True):  # SmolLM3: some layers know no positions
+                return False
         position = torch.zeros(1, 1, dtype=torch.long)
         cos, _ = body.rotary_emb(torch.zeros(1, 1, 1), position)
     except (AttributeError, TypeError):
