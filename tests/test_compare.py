@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from conftest import save_lm
 from shoulders.cli.app import main
+from shoulders.comparison import tuned
 from shoulders.comparison.figures import pareto
+from shoulders.comparison.forgetting import examined
 from shoulders.comparison.join import joined
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method, methods_of, parameters
@@ -388,9 +391,9 @@ def lm_folder(tiny_lm: Callable[[str], FrozenLM], tmp_path_factory: pytest.TempP
     return save_lm(tiny_lm("llama"), tmp_path_factory.mktemp("lm"))
 
 
-def plan_for(folder: Path, lm: Path, **settings: Any) -> Plan:
+def plan_for(folder: Path, lm: Path, dtype: str = "float32", **settings: Any) -> Plan:
     values: dict[str, Any] = {
-        "lm": {"name": str(lm), "dtype": "float32"},
+        "lm": {"name": str(lm), "dtype": dtype},
         "budget": {"examples": 16},
         "rows_per_step": 4,
         "length": 3,
@@ -610,6 +613,31 @@ def test_rivals_lose_nats_as_frozen_methods_do(tmp_path: Path, lm_folder: Path) 
     assert [g["ids"] + g["answer_ids"] for g in given[:8]] == [
         e.input_ids + e.answer_ids for e in wanted
     ]
+
+
+@pytest.mark.slow
+def test_what_tuning_forgets_is_measured_in_one_precision(tmp_path: Path, lm_folder: Path) -> None:
+    """Copies are asked in float32, so the LM before tuning is too; and GPT-2 has no pad token."""
+    folder = tmp_path / "lm"
+    shutil.copytree(lm_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    plan = plan_for(tmp_path, folder, "int8", methods=["lora_r4"], search={"trials": 0})
+    out = tmp_path / "out"
+    found = run_comparison(plan, out)["forgetting"]
+    text = [str(out / "own_text.txt")]
+    wanted = examined(load_lm(str(folder), dtype="float32"), plan.forgetting, text, [])
+    assert found[0]["method"] == "frozen"
+    assert found[0]["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
+    other = examined(load_lm(str(folder), dtype="int8"), plan.forgetting, text, [])
+    assert other["perplexity"] != pytest.approx(wanted["perplexity"], rel=1e-5)
+
+
+def test_rivals_are_read_from_what_transformers_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "converted", lambda path: Path("cache") / path.stem)
+    assert tuned.folder_of("lms/small.gguf") == "cache/small"
+    assert tuned.folder_of("some/hub-id") == "some/hub-id"
 
 
 def test_rows_of_like_length_together_are_the_same_steps(

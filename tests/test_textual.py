@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 
 from shoulders.data.rows import Row, read_rows
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import RecipeError, ShouldersError
+from shoulders.errors import RecipeError, ShouldersError, TrainingError
 from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
@@ -32,8 +33,11 @@ from shoulders.recursion.candidates import (
 from shoulders.skills.artefact import load_skill, read_artefact
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
+from shoulders.training.configs import CrossFitConfig
 from shoulders.training.recipe import make_recipe
-from shoulders.training.textual import fold_of
+from shoulders.training.run import data_hashes
+from shoulders.training.start import same_recipe
+from shoulders.training.textual import _fold, fold_of
 from tiny_models import environment, recipe_values, save_tiny_encoder, save_tiny_lm, write_recipe
 
 TEXTS = ["the capital of france", "two", "write the number three as a word please"]
@@ -304,6 +308,28 @@ def test_candidates_come_from_a_pass_that_has_not_seen_the_row(trained: Path) ->
             assert sorted(listed) == sorted(wanted)
             seen += 1
     assert seen == 24
+
+
+def test_folds_are_trained_on_whole_rows(tmp_path: Path) -> None:
+    """Options too: templates may show them, and the first pass proposes with them."""
+    rows = [Row("t", f"question {i}", ("a",), ("a", "b")) for i in range(8)]
+    taught = make_recipe(recipe_values(tmp_path / "lm", tmp_path / "given"))
+    _fold(CrossFitConfig(), 0, taught, rows, tmp_path / "out", lambda *_: None)
+    kept = read_rows(tmp_path / "out/folds/without-1-of-2.jsonl")
+    assert kept == [row for row in rows if fold_of(row, 2) != 0]
+
+
+def test_changed_data_is_noticed(tmp_path: Path) -> None:
+    recipe, file = make_recipe(recipe_values(tmp_path / "lm", tmp_path / "given")), tmp_path / "r"
+    same_recipe(recipe, file, data_hashes(recipe))
+    same_recipe(recipe, file, data_hashes(recipe))
+    held = tmp_path / "given/held.jsonl"
+    held.write_text(held.read_text(encoding="utf-8").replace("question", "riddle"))
+    with pytest.raises(TrainingError, match=r"begun with held\.jsonl as it was before"):
+        same_recipe(recipe, file, data_hashes(recipe))
+    longer = recipe.model_copy(update={"start": {"passes.0.prompt": "other"}})
+    with pytest.raises(TrainingError, match="begun with another recipe"):
+        same_recipe(longer, file, json.loads(file.read_text())["data_sha256"])
 
 
 @pytest.mark.slow

@@ -668,6 +668,14 @@ def test_resuming_with_another_recipe_names_the_key(
         run_recipe(make_recipe(values), tmp_path / "out", resume=True)
 
 
+def test_files_that_end_alike_have_a_hash_each(tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{part}/rows.jsonl", rows(part, 2)) for part in "ab"]
+    names = [*map(str, files), str(write_jsonl(tmp_path / "other.jsonl", rows("c", 1)))]
+    found = run.hashes_of(names)
+    assert list(found) == [*names[:2], "other.jsonl"]
+    assert len(set(found.values())) == 3
+
+
 def test_resuming_on_other_data_or_another_lm_is_refused(
     lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
