@@ -47,8 +47,9 @@ def verdict(lines: Sequence[Line], base_perplexity: float | None, digest_equal: 
 def _recommended(frozen: Line, tuned: Line, gap: Difference) -> str:
     if gap.sure < 0:
         return (
-            f"Fine-tuning wins here: use {tuned.name}, if a copy of its weights per task and what "
-            f"it forgets can be afforded; of the frozen methods {frozen.name} comes nearest."
+            f"Fine-tuning wins here: use {tuned.name}, if weights of its own for every task, and "
+            f"what the LM forgets with them in, can be afforded; of the frozen methods "
+            f"{frozen.name} comes nearest."
         )
     if gap.word == "undecided":
         return (
