@@ -11,11 +11,19 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+
+from shoulders.skills.artefact import load_skill
+from shoulders.training.recipe import make_recipe
+from shoulders.training.run import run_recipe
+from tiny_models import recipe_values, save_tiny_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -165,3 +173,36 @@ def run_block(kind: str, code: str, folder: Path, environment: dict[str, str]) -
     said = printed.read_text(encoding="utf-8")
     assert ended == 0, f"{code}\n{said}\n{complained.read_text(encoding='utf-8')}"
     return said
+
+
+# -- a producer of one's own -----------------------------------------------------------------
+
+
+def test_the_example_of_a_producer_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user's package: a module, and an entry point that its wheel has written down."""
+    blocks = BLOCK.findall((DOCS / "producer.md").read_text(encoding="utf-8"))
+    code = dict(blocks)
+    package, facts = tmp_path / "my_producers", tmp_path / "my_producers-1.0.dist-info"
+    package.mkdir()
+    facts.mkdir()
+    (package / "__init__.py").touch()
+    (package / "mixture.py").write_text(code["python"], encoding="utf-8")
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: my_producers\nVersion: 1.0\n")
+    points = tomllib.loads(code["toml"])["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in own.items())
+             for group, own in points.items()]  # fmt: skip
+    (facts / "entry_points.txt").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SHOULDERS_CACHE", str(tmp_path / "cache"))
+    (spec,) = yaml.safe_load(code["yaml"])["skill"]["passes"]
+    values = recipe_values(save_tiny_lm(tmp_path / "lm"), tmp_path / "data", spec["prompt"])
+    del values["training"]["optimizer"]  # its own rates
+    skill = run_recipe(make_recipe(values), tmp_path / "out")
+    again, _ = load_skill(tmp_path / "out", skill.lm)
+    texts = ["north question 1", "two", ""]
+    with torch.no_grad():
+        together = again.prompt(texts).vectors
+        assert torch.equal(together, skill.prompt(texts).vectors)
+        for i, text in enumerate(texts):
+            torch.testing.assert_close(again.prompt([text]).vectors[0], together[i])
+        assert not torch.allclose(together[0], together[1]), "it reads the input"

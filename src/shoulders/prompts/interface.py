@@ -61,7 +61,7 @@ class Surroundings:
 class ProducerConfig(BaseModel):
     """What every producer's config has.
 
-    `init` is where its base prompt starts; `length` counts positions (vectors or prefix).
+    `length` counts positions (vectors or prefix).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
