@@ -369,6 +369,24 @@ def test_a_defect_is_told_to_whoever_waits(
     assert after.error is None
 
 
+def test_a_skill_that_makes_nan_harms_nobody(lm: FrozenLM, skills: dict[str, Skill]) -> None:
+    config = SkillConfig.model_validate({"passes": [{"prompt": {"kind": "static", "length": 2}}]})
+    bad = Skill.create(lm, config, load_encoder, torch.Generator().manual_seed(0))
+    for network in bad.networks():
+        for parameter in network.parameters():
+            parameter.data.fill_(torch.nan)
+    engine = Engine(lm, EngineConfig(workers=1))
+    sampled = {"temperature": 1.2, "seed": 3, "max_new_tokens": 30, "min_new_tokens": 30}
+    _, good = ask(engine, skills["static"], TEXTS[0], **sampled)
+    _, broken = ask(engine, bad, TEXTS[0], **{**sampled, "min_new_tokens": 20})
+    assert good.over.wait(30)
+    assert broken.over.wait(30)
+    assert good.error is None
+    (alone,) = skills["static"].generate([TEXTS[0]], DecodingConfig(**sampled))[0]
+    assert good.completions[0].token_ids == alone.token_ids
+    assert engine.close(10)
+
+
 def test_what_links_remember_is_let_go(engine: Engine, skills: dict[str, Skill]) -> None:
     """A neural skill that is no longer served must not stay in memory."""
     _, answers = ask(engine, skills["neural"], TEXTS[0], max_new_tokens=5)
