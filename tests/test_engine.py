@@ -27,6 +27,7 @@ from shoulders.serving import worker as worker_module
 from shoulders.serving.answers import Answering, Disconnected
 from shoulders.serving.api import Streamed
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
+from shoulders.serving.guards import status_of
 from shoulders.serving.job import Event, Job
 from shoulders.serving.pool import Pool
 from shoulders.serving.skillset import Served
@@ -481,6 +482,32 @@ def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
         assert answering.jobs[0].cancelled.is_set()
 
     asyncio.run(answered())
+
+
+def test_several_answers_of_a_skill_that_has_one_are_refused(
+    engine: Engine, skills: dict[str, Skill]
+) -> None:
+    """Its one answer would be followed by none, and whoever asks would wait for ever."""
+
+    async def gone() -> bool:
+        return False
+
+    async def answered(name: str, answers: Skill | Reader, n: int) -> int:
+        decoding = DecodingConfig(max_new_tokens=4, n=n)
+        served = Served(name, answers, None, 0)
+        answering = Answering(engine, served, [("two", None)], decoding, None)
+        return len(await asyncio.wait_for(answering.completions(gone), 30))
+
+    listed = Listed("cab")
+    contexts = Contexts(listed, listed, Likes("Paris"), 3)
+    config = ReadingConfig.model_validate({"pack": {"tokens": 20}, "max_new_tokens": 4})
+    reader = Reader(skills["majority"], contexts, config)
+    for name, one in (("majority", skills["majority"]), ("reader", reader)):
+        with pytest.raises(ShouldersError, match=f"{name} chooses .* leave out n") as caught:
+            asyncio.run(answered(name, one, 2))
+        assert status_of(caught.value)[0] == 400
+    assert asyncio.run(answered("majority", skills["majority"], 1)) == 1
+    assert asyncio.run(answered("textual", skills["textual"], 2)) == 2
 
 
 def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Skill]) -> None:
