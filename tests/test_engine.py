@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
@@ -25,12 +26,13 @@ from shoulders.reader.contexts import Contexts
 from shoulders.serving import answers as answers_module
 from shoulders.serving import worker as worker_module
 from shoulders.serving.answers import Answering, Disconnected
-from shoulders.serving.api import Streamed
+from shoulders.serving.api import Server, Streamed, create_app
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
 from shoulders.serving.guards import status_of
 from shoulders.serving.job import Event, Job
+from shoulders.serving.metrics import Metrics
 from shoulders.serving.pool import Pool
-from shoulders.serving.skillset import Served
+from shoulders.serving.skillset import Served, SkillSet
 from shoulders.skills.attended import attended
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import Reader, ReadingConfig
@@ -44,6 +46,8 @@ TEXTS = [
     "write the number three as a word please",
     "answer the question with a short answer please and write it as a word or a number " * 3,
 ]
+KEY = "a secret"
+OPEN = {"Authorization": f"Bearer {KEY}"}
 LINK = {"heads": 2, "skip": False}
 PROPOSE = {"n": 3, "temperature": 1.5, "max_new_tokens": 5}
 
@@ -508,6 +512,35 @@ def test_several_answers_of_a_skill_that_has_one_are_refused(
         assert status_of(caught.value)[0] == 400
     assert asyncio.run(answered("majority", skills["majority"], 1)) == 1
     assert asyncio.run(answered("textual", skills["textual"], 2)) == 2
+
+
+@pytest.fixture
+def served(lm: FrozenLM, engine: Engine) -> Server:
+    return Server(SkillSet(lm), engine, Metrics(engine), KEY)
+
+
+def test_a_stranger_is_refused_before_the_body_is_parsed(served: Server) -> None:
+    client = TestClient(create_app(served), headers={"Content-Type": "application/json"})
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/load_adapter"):
+        found = client.post(path, content=b"{")
+        assert found.status_code == 401, path
+        assert "API key" in found.json()["error"]["message"]
+        assert found.headers["x-request-id"]
+        assert client.post(path, content=b"{", headers=OPEN).status_code == 422
+    assert client.get("/v1/models/lm").status_code == client.get("/metrics").status_code == 401
+    assert client.get("/v1/models/lm", headers=OPEN).json()["id"] == "lm"
+    # As before, what needs no key: health, and what there is not.
+    paths = {"/health": 200, "/ready": 200, "/openapi.json": 200, "/v1/completions": 405,
+             "/v1/nothing": 404, "/": 404}  # fmt: skip
+    assert {path: client.get(path).status_code for path in paths} == paths
+
+
+def test_a_body_in_chunks_is_refused_whatever_length_it_claims(served: Server) -> None:
+    client = TestClient(create_app(served))
+    chunked = {**OPEN, "Transfer-Encoding": "chunked"}
+    for headers in (chunked, {**chunked, "Content-Length": "2"}):
+        found = client.post("/v1/completions", content=b" " * (2 << 20), headers=headers)
+        assert found.status_code == 411
 
 
 def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Skill]) -> None:

@@ -59,7 +59,7 @@ def create_app(server: Server) -> FastAPI:
 
     guarded = [Depends(authorised)]
     handle_errors(app)
-    watch_requests(app)
+    watch_requests(app, authorised)
 
     @app.get("/health")
     def health() -> dict[str, str]:
