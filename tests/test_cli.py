@@ -649,3 +649,36 @@ def test_libraries_draw_no_bars_into_logs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("3\n", "")
+
+
+# -- serve -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Serve nobody: what would have been served on is noted."""
+    uvicorn = pytest.importorskip("uvicorn")
+    found: list[Any] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda _, sockets=None: found.append(sockets))
+    before = signal.getsignal(signal.SIGTERM)
+    yield found
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_serve_takes_no_two_skills_of_one_name(run: Command, served: list[Any]) -> None:
+    for path in ("a/skill", "b/skill"):
+        Path(path).mkdir(parents=True)
+    result = run("serve", "--skills", "a/skill", "--skills", "b/skill")
+    _refused(result, "a/skill and b/skill are both named 'skill'", "NAME=FOLDER")
+    _refused(run("serve", "--skills", "x=a/skill", "--skills", "x=b/skill"), "named 'x'")
+    assert not served
+
+
+def test_serve_takes_folders_whose_path_holds_an_equals_sign(
+    run: Command, served: list[Any], skill: Path
+) -> None:
+    folder = shutil.copytree(skill, Path("runs", "lr=0.1", "skill"))
+    result = run("serve", "--skills", folder, "--skills", f"x={folder}", "--port", 0)
+    assert result.code == 0, result.err
+    assert "skill, x on http" in result.err
+    assert len(served) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import signal
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -92,7 +93,7 @@ def serve(
 
     quiet_libraries()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    folders = dict(_named(one) for one in skills or [])
+    folders = _named(skills or [])
     first = read_artefact(next(iter(folders.values()))) if folders else None
     trained_in = first.lm_dtype if first else "auto"
     if engine is Kind.VLLM and trained_in == "int8":
@@ -139,10 +140,22 @@ def serve(
         answering.close(60)
 
 
-def _named(given: str) -> tuple[str, Path]:
-    name, equals, folder = given.partition("=")
-    path = Path(folder if equals else given)
-    return (name if equals else path.resolve().name), path
+def _named(skills: Sequence[str]) -> dict[str, Path]:
+    """Return the folders by name; raises `ShouldersError` where two have the same one."""
+    folders: dict[str, Path] = {}
+    for given in skills:
+        name, equals, folder = given.partition("=")
+        path = Path(folder)
+        # A folder's path may itself hold a `=`.
+        if not equals or Path(given).is_dir():
+            path = Path(given)
+            name = path.resolve().name
+        if name in folders:
+            raise ShouldersError(
+                f"--skills {folders[name]} and {path} are both named '{name}': use NAME=FOLDER"
+            )
+        folders[name] = path
+    return folders
 
 
 def loopback(host: str) -> bool:
