@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
+from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
@@ -33,6 +34,8 @@ from shoulders.serving.job import Event, Job
 from shoulders.serving.metrics import Metrics
 from shoulders.serving.pool import Pool
 from shoulders.serving.skillset import Served, SkillSet
+from shoulders.serving.watch import Watcher
+from shoulders.skills.artefact import FILE, save_skill
 from shoulders.skills.attended import attended
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import Reader, ReadingConfig
@@ -512,6 +515,58 @@ def test_several_answers_of_a_skill_that_has_one_are_refused(
         assert status_of(caught.value)[0] == 400
     assert asyncio.run(answered("majority", skills["majority"], 1)) == 1
     assert asyncio.run(answered("textual", skills["textual"], 2)) == 2
+
+
+def test_a_watcher_leaves_what_others_load_and_unload(
+    lm: FrozenLM, skills: dict[str, Skill], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        save_skill(skills["static"], tmp_path / "root" / name, Templates(), {})
+    root = tmp_path / "root"
+    watched = SkillSet(lm, root=root)
+    watched.load("alias", root / "one")
+    watched.load("two", root / "two")
+    watcher = Watcher(watched)
+
+    def after_a_look() -> list[str]:
+        watcher.look()
+        return sorted(watched.names()[1:])
+
+    assert after_a_look() == ["alias", "one", "two"]
+    # Unloaded by request: whoever has loaded it, it stays so.
+    for name in ("one", "two"):
+        watched.unload(name)
+    assert after_a_look() == after_a_look() == ["alias"]
+    # It comes again with another file, or when its folder was gone.
+    (root / "one" / FILE).write_bytes((root / "two" / FILE).read_bytes())
+    assert after_a_look() == ["alias", "one"]
+    (root / "two").rename(tmp_path / "two")
+    assert after_a_look() == ["alias", "one"]
+    (tmp_path / "two").rename(root / "two")
+    assert after_a_look() == ["alias", "one", "two"]
+    # Gone is what it has loaded itself.
+    watched.unload("two")
+    watched.load("two", root / "two")
+    (root / "one").rename(tmp_path / "one")
+    (root / "two").rename(tmp_path / "two")
+    assert after_a_look() == ["alias", "two"]
+
+
+def test_a_watcher_tries_a_damaged_skill_once(
+    lm: FrozenLM, skills: dict[str, Skill], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_skill(skills["static"], tmp_path / "root" / "bad", Templates(), {})
+    file = tmp_path / "root" / "bad" / FILE
+    whole = file.read_bytes()
+    file.write_text("{")
+    watched = SkillSet(lm, root=tmp_path / "root")
+    watcher = Watcher(watched)
+    for _ in range(3):
+        watcher.look()
+    assert sum("refused" in record.message for record in caplog.records) == 1
+    file.write_bytes(whole)
+    watcher.look()
+    assert watched.names()[1:] == ["bad"]
 
 
 @pytest.fixture
