@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import shoulders
+from shoulders.cli import serve
 from shoulders.cli.app import main
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
@@ -663,6 +665,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     before = signal.getsignal(signal.SIGTERM)
     yield found
     signal.signal(signal.SIGTERM, before)
+    for one in [one for sockets in found for one in sockets or ()]:
+        one.close()
 
 
 def test_serve_takes_no_two_skills_of_one_name(run: Command, served: list[Any]) -> None:
@@ -682,3 +686,45 @@ def test_serve_takes_folders_whose_path_holds_an_equals_sign(
     assert result.code == 0, result.err
     assert "skill, x on http" in result.err
     assert len(served) == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_serve_tells_the_free_port_that_it_takes(
+    run: Command, served: list[Any], lm: Path, host: str
+) -> None:
+    result = run("serve", "--lm", lm, "--host", host, "--port", 0)
+    assert result.code == 0, result.err
+    (sockets,) = served
+    (port,) = {one.getsockname()[1] for one in sockets}
+    assert f"on http://{host}:{port}/v1, a playground on http://{host}:{port}/" in result.err
+    socket.create_connection((host, port), timeout=10).close()
+
+
+def test_serve_refuses_a_port_in_use_before_it_reads_the_lm(
+    run: Command, served: list[Any]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        _refused(run("serve", "--lm", "no/such/lm", "--port", port), f"--port {port}", "in use")
+    _refused(run("serve", "--host", "no.such.host.invalid"), "no.such.host.invalid")
+    assert not served
+
+
+def test_serve_does_not_say_that_it_serves_on_a_port_that_another_took(
+    run: Command, served: list[Any], lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two may bind a port; one can listen."""
+    bound = serve.bound
+    others: list[socket.socket] = []
+
+    def late(host: str, port: int) -> list[socket.socket]:
+        found = bound(host, port)
+        others.extend(bound(host, found[0].getsockname()[1]))
+        others[0].listen()
+        return found
+
+    monkeypatch.setattr(serve, "bound", late)
+    result = run("serve", "--lm", lm, "--port", 0)
+    _refused(result, f"--port {others[0].getsockname()[1]}", "in use")
+    others[0].close()
+    assert not served
