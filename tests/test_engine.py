@@ -598,6 +598,56 @@ def test_a_body_in_chunks_is_refused_whatever_length_it_claims(served: Server) -
         assert found.status_code == 411
 
 
+def test_refused_and_failed_requests_are_counted_and_defects_logged(
+    served: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = TestClient(create_app(served), headers=OPEN, raise_server_exceptions=False)
+
+    def counted(status: int, skill: str = "lm") -> float:
+        return served.metrics.requests.labels(skill, str(status))._value.get()
+
+    def code(change: dict[str, Any], path: str = "/v1/completions") -> int:
+        body = {"model": "lm", "prompt": "two", "max_tokens": 2, **change}
+        return client.post(path, json=body).status_code
+
+    assert code({}) == 200
+    assert code({"prompt": "word " * 400}) == 400
+    assert code({"prompt": "word " * 400, "stream": True}) == 200
+    assert code({"timeout": 1e-9}) == 504
+    assert code({"model": "nobody"}) == 404
+    assert code({"n": 0}) == 422
+    assert code({"messages": [{"role": "user", "content": "x"}]}, "/v1/chat/completions") == 400
+    assert client.post("/v1/completions", headers={"Authorization": ""}).status_code == 401
+    assert client.get("/v1/models/nobody").status_code == 404
+    assert [counted(status) for status in (200, 400, 504, 500)] == [1, 3, 1, 0]
+    assert [counted(status, "") for status in (404, 422, 401)] == [1, 1, 1]
+    assert b'shoulders_requests_total{skill="lm",status="400"} 3.0' in served.metrics.text()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(worker_module, "choose", broken)
+    for stream in (True, False):
+        caplog.clear()
+        assert code({"stream": stream}) == (200 if stream else 500)
+        assert "out of luck" in caplog.text
+        assert "Traceback" in caplog.text
+    assert counted(500) == 2
+
+
+def test_what_the_playground_refuses_is_counted(served: Server) -> None:
+    pytest.importorskip("gradio")
+    from shoulders.serving.playground import answer
+
+    async def said(name: str, question: str) -> str:
+        return [shown.note async for shown in answer(served, True, name, question, 4, 0.0)][-1]
+
+    assert "not served" in asyncio.run(said("nobody", "two"))
+    assert "tokens" in asyncio.run(said("lm", "word " * 400))
+    for skill, status in (("", "404"), ("lm", "400")):
+        assert served.metrics.requests.labels(skill, status)._value.get() == 1
+
+
 def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Skill]) -> None:
     """Also where the client goes while an event is being sent, and its generator lives on."""
 

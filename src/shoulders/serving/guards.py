@@ -115,13 +115,14 @@ def _needs(app: FastAPI, request: Request, guard: Guard) -> bool:
     )
 
 
-def watch_requests(app: FastAPI, guard: Guard) -> None:
+def watch_requests(app: FastAPI, guard: Guard, ended: Callable[[Request, int], None]) -> None:
     """Give every request an id, cap its size, ask for its key, and log it as one line of JSON.
 
     Args:
         app: whose routes depend on `guard` where they need a key.
         guard: raises an `HTTPException` for a request without the key. A route's own dependencies
             come after its body: strangers' bodies would be kept, and parsed.
+        ended: told of every request and its status.
     """
 
     async def refused(request: Request) -> Response | None:
@@ -149,7 +150,12 @@ def watch_requests(app: FastAPI, guard: Guard) -> None:
     ) -> Response:
         request.state.id = uuid.uuid4().hex
         started = time.monotonic()
-        response = await refused(request) or await call_next(request)
+        try:
+            response = await refused(request) or await call_next(request)
+        except Exception:
+            ended(request, 500)
+            raise
+        ended(request, response.status_code)
         response.headers["X-Request-Id"] = request.state.id
         LOG.info(
             json.dumps(
