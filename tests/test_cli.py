@@ -21,8 +21,10 @@ import torch
 import shoulders
 from shoulders.cli import serve
 from shoulders.cli.app import main
+from shoulders.cli.remote import key_of
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
+from shoulders.errors import ShouldersError
 from shoulders.lm.load import load_lm
 from shoulders.skills import artefact
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, save_skill
@@ -728,3 +730,13 @@ def test_serve_does_not_say_that_it_serves_on_a_port_that_another_took(
     _refused(result, f"--port {others[0].getsockname()[1]}", "in use")
     others[0].close()
     assert not served
+
+
+def test_a_key_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(b"\xef\xbb\xbf" + "schlüssel\r\n".encode())
+    assert key_of(file, "--api-key-file") == "schlüssel"
+    for content, why in ((b"\xef\xbb\xbf\n", "holds no key"), ("ü".encode("latin-1"), "UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(ShouldersError, match=why):
+            key_of(file, "--api-key-file")

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -588,6 +589,17 @@ def test_a_stranger_is_refused_before_the_body_is_parsed(served: Server) -> None
     paths = {"/health": 200, "/ready": 200, "/openapi.json": 200, "/v1/completions": 405,
              "/v1/nothing": 404, "/": 404}  # fmt: skip
     assert {path: client.get(path).status_code for path in paths} == paths
+
+
+def test_a_key_may_hold_letters_of_any_language(served: Server) -> None:
+    client = TestClient(create_app(replace(served, api_key="schlüssel €")))
+
+    def code(key: str) -> int:
+        given = {b"Authorization": f"Bearer {key}".encode()}
+        return client.get("/v1/models", headers=given).status_code
+
+    assert code("schlüssel €") == 200
+    assert code("schlussel €") == code("") == code("ä") == 401
 
 
 def test_a_body_in_chunks_is_refused_whatever_length_it_claims(served: Server) -> None:

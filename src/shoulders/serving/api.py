@@ -56,7 +56,9 @@ def create_app(server: Server) -> FastAPI:
     def authorised(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         wanted = server.api_key
-        if wanted is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
+        # What came is bytes, which were read as Latin-1; the key is UTF-8.
+        came = given.encode("latin-1")
+        if wanted is not None and not hmac.compare_digest(came, wanted.encode()):
             raise HTTPException(401, "a valid API key is needed: Authorization: Bearer KEY")
 
     def ended(request: Request, status: int) -> None:
