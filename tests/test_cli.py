@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +19,12 @@ import pytest
 import torch
 
 import shoulders
+from shoulders.cli import serve
 from shoulders.cli.app import main
+from shoulders.cli.remote import key_of
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
+from shoulders.errors import ShouldersError
 from shoulders.lm.load import load_lm
 from shoulders.skills import artefact
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, save_skill
@@ -649,3 +653,90 @@ def test_libraries_draw_no_bars_into_logs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("3\n", "")
+
+
+# -- serve -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Serve nobody: what would have been served on is noted."""
+    uvicorn = pytest.importorskip("uvicorn")
+    found: list[Any] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda _, sockets=None: found.append(sockets))
+    before = signal.getsignal(signal.SIGTERM)
+    yield found
+    signal.signal(signal.SIGTERM, before)
+    for one in [one for sockets in found for one in sockets or ()]:
+        one.close()
+
+
+def test_serve_takes_no_two_skills_of_one_name(run: Command, served: list[Any]) -> None:
+    for path in ("a/skill", "b/skill"):
+        Path(path).mkdir(parents=True)
+    result = run("serve", "--skills", "a/skill", "--skills", "b/skill")
+    _refused(result, "a/skill and b/skill are both named 'skill'", "NAME=FOLDER")
+    _refused(run("serve", "--skills", "x=a/skill", "--skills", "x=b/skill"), "named 'x'")
+    assert not served
+
+
+def test_serve_takes_folders_whose_path_holds_an_equals_sign(
+    run: Command, served: list[Any], skill: Path
+) -> None:
+    folder = shutil.copytree(skill, Path("runs", "lr=0.1", "skill"))
+    result = run("serve", "--skills", folder, "--skills", f"x={folder}", "--port", 0)
+    assert result.code == 0, result.err
+    assert "skill, x on http" in result.err
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_serve_tells_the_free_port_that_it_takes(
+    run: Command, served: list[Any], lm: Path, host: str
+) -> None:
+    result = run("serve", "--lm", lm, "--host", host, "--port", 0)
+    assert result.code == 0, result.err
+    (sockets,) = served
+    (port,) = {one.getsockname()[1] for one in sockets}
+    assert f"on http://{host}:{port}/v1, a playground on http://{host}:{port}/" in result.err
+    socket.create_connection((host, port), timeout=10).close()
+
+
+def test_serve_refuses_a_port_in_use_before_it_reads_the_lm(
+    run: Command, served: list[Any]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        _refused(run("serve", "--lm", "no/such/lm", "--port", port), f"--port {port}", "in use")
+    _refused(run("serve", "--host", "no.such.host.invalid"), "no.such.host.invalid")
+    assert not served
+
+
+def test_serve_does_not_say_that_it_serves_on_a_port_that_another_took(
+    run: Command, served: list[Any], lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two may bind a port; one can listen."""
+    bound = serve.bound
+    others: list[socket.socket] = []
+
+    def late(host: str, port: int) -> list[socket.socket]:
+        found = bound(host, port)
+        others.extend(bound(host, found[0].getsockname()[1]))
+        others[0].listen()
+        return found
+
+    monkeypatch.setattr(serve, "bound", late)
+    result = run("serve", "--lm", lm, "--port", 0)
+    _refused(result, f"--port {others[0].getsockname()[1]}", "in use")
+    others[0].close()
+    assert not served
+
+
+def test_a_key_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(b"\xef\xbb\xbf" + "schlüssel\r\n".encode())
+    assert key_of(file, "--api-key-file") == "schlüssel"
+    for content, why in ((b"\xef\xbb\xbf\n", "holds no key"), ("ü".encode("latin-1"), "UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(ShouldersError, match=why):
+            key_of(file, "--api-key-file")

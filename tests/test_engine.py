@@ -8,14 +8,17 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
+from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
@@ -25,11 +28,15 @@ from shoulders.reader.contexts import Contexts
 from shoulders.serving import answers as answers_module
 from shoulders.serving import worker as worker_module
 from shoulders.serving.answers import Answering, Disconnected
-from shoulders.serving.api import Streamed
+from shoulders.serving.api import Server, Streamed, create_app
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
+from shoulders.serving.guards import status_of
 from shoulders.serving.job import Event, Job
+from shoulders.serving.metrics import Metrics
 from shoulders.serving.pool import Pool
-from shoulders.serving.skillset import Served
+from shoulders.serving.skillset import Served, SkillSet
+from shoulders.serving.watch import Watcher
+from shoulders.skills.artefact import FILE, save_skill
 from shoulders.skills.attended import attended
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import Reader, ReadingConfig
@@ -43,6 +50,8 @@ TEXTS = [
     "write the number three as a word please",
     "answer the question with a short answer please and write it as a word or a number " * 3,
 ]
+KEY = "a secret"
+OPEN = {"Authorization": f"Bearer {KEY}"}
 LINK = {"heads": 2, "skip": False}
 PROPOSE = {"n": 3, "temperature": 1.5, "max_new_tokens": 5}
 
@@ -369,6 +378,24 @@ def test_a_defect_is_told_to_whoever_waits(
     assert after.error is None
 
 
+def test_a_skill_that_makes_nan_harms_nobody(lm: FrozenLM, skills: dict[str, Skill]) -> None:
+    config = SkillConfig.model_validate({"passes": [{"prompt": {"kind": "static", "length": 2}}]})
+    bad = Skill.create(lm, config, load_encoder, torch.Generator().manual_seed(0))
+    for network in bad.networks():
+        for parameter in network.parameters():
+            parameter.data.fill_(torch.nan)
+    engine = Engine(lm, EngineConfig(workers=1))
+    sampled = {"temperature": 1.2, "seed": 3, "max_new_tokens": 30, "min_new_tokens": 30}
+    _, good = ask(engine, skills["static"], TEXTS[0], **sampled)
+    _, broken = ask(engine, bad, TEXTS[0], **{**sampled, "min_new_tokens": 20})
+    assert good.over.wait(30)
+    assert broken.over.wait(30)
+    assert good.error is None
+    (alone,) = skills["static"].generate([TEXTS[0]], DecodingConfig(**sampled))[0]
+    assert good.completions[0].token_ids == alone.token_ids
+    assert engine.close(10)
+
+
 def test_what_links_remember_is_let_go(engine: Engine, skills: dict[str, Skill]) -> None:
     """A neural skill that is no longer served must not stay in memory."""
     _, answers = ask(engine, skills["neural"], TEXTS[0], max_new_tokens=5)
@@ -463,6 +490,174 @@ def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
         assert answering.jobs[0].cancelled.is_set()
 
     asyncio.run(answered())
+
+
+def test_several_answers_of_a_skill_that_has_one_are_refused(
+    engine: Engine, skills: dict[str, Skill]
+) -> None:
+    """Its one answer would be followed by none, and whoever asks would wait for ever."""
+
+    async def gone() -> bool:
+        return False
+
+    async def answered(name: str, answers: Skill | Reader, n: int) -> int:
+        decoding = DecodingConfig(max_new_tokens=4, n=n)
+        served = Served(name, answers, None, 0)
+        answering = Answering(engine, served, [("two", None)], decoding, None)
+        return len(await asyncio.wait_for(answering.completions(gone), 30))
+
+    listed = Listed("cab")
+    contexts = Contexts(listed, listed, Likes("Paris"), 3)
+    config = ReadingConfig.model_validate({"pack": {"tokens": 20}, "max_new_tokens": 4})
+    reader = Reader(skills["majority"], contexts, config)
+    for name, one in (("majority", skills["majority"]), ("reader", reader)):
+        with pytest.raises(ShouldersError, match=f"{name} chooses .* leave out n") as caught:
+            asyncio.run(answered(name, one, 2))
+        assert status_of(caught.value)[0] == 400
+    assert asyncio.run(answered("majority", skills["majority"], 1)) == 1
+    assert asyncio.run(answered("textual", skills["textual"], 2)) == 2
+
+
+def test_a_watcher_leaves_what_others_load_and_unload(
+    lm: FrozenLM, skills: dict[str, Skill], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        save_skill(skills["static"], tmp_path / "root" / name, Templates(), {})
+    root = tmp_path / "root"
+    watched = SkillSet(lm, root=root)
+    watched.load("alias", root / "one")
+    watched.load("two", root / "two")
+    watcher = Watcher(watched)
+
+    def after_a_look() -> list[str]:
+        watcher.look()
+        return sorted(watched.names()[1:])
+
+    assert after_a_look() == ["alias", "one", "two"]
+    # Unloaded by request: whoever has loaded it, it stays so.
+    for name in ("one", "two"):
+        watched.unload(name)
+    assert after_a_look() == after_a_look() == ["alias"]
+    # It comes again with another file, or when its folder was gone.
+    (root / "one" / FILE).write_bytes((root / "two" / FILE).read_bytes())
+    assert after_a_look() == ["alias", "one"]
+    (root / "two").rename(tmp_path / "two")
+    assert after_a_look() == ["alias", "one"]
+    (tmp_path / "two").rename(root / "two")
+    assert after_a_look() == ["alias", "one", "two"]
+    # Gone is what it has loaded itself.
+    watched.unload("two")
+    watched.load("two", root / "two")
+    (root / "one").rename(tmp_path / "one")
+    (root / "two").rename(tmp_path / "two")
+    assert after_a_look() == ["alias", "two"]
+
+
+def test_a_watcher_tries_a_damaged_skill_once(
+    lm: FrozenLM, skills: dict[str, Skill], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_skill(skills["static"], tmp_path / "root" / "bad", Templates(), {})
+    file = tmp_path / "root" / "bad" / FILE
+    whole = file.read_bytes()
+    file.write_text("{")
+    watched = SkillSet(lm, root=tmp_path / "root")
+    watcher = Watcher(watched)
+    for _ in range(3):
+        watcher.look()
+    assert sum("refused" in record.message for record in caplog.records) == 1
+    file.write_bytes(whole)
+    watcher.look()
+    assert watched.names()[1:] == ["bad"]
+
+
+@pytest.fixture
+def served(lm: FrozenLM, engine: Engine) -> Server:
+    return Server(SkillSet(lm), engine, Metrics(engine), KEY)
+
+
+def test_a_stranger_is_refused_before_the_body_is_parsed(served: Server) -> None:
+    client = TestClient(create_app(served), headers={"Content-Type": "application/json"})
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/load_adapter"):
+        found = client.post(path, content=b"{")
+        assert found.status_code == 401, path
+        assert "API key" in found.json()["error"]["message"]
+        assert found.headers["x-request-id"]
+        assert client.post(path, content=b"{", headers=OPEN).status_code == 422
+    assert client.get("/v1/models/lm").status_code == client.get("/metrics").status_code == 401
+    assert client.get("/v1/models/lm", headers=OPEN).json()["id"] == "lm"
+    # As before, what needs no key: health, and what there is not.
+    paths = {"/health": 200, "/ready": 200, "/openapi.json": 200, "/v1/completions": 405,
+             "/v1/nothing": 404, "/": 404}  # fmt: skip
+    assert {path: client.get(path).status_code for path in paths} == paths
+
+
+def test_a_key_may_hold_letters_of_any_language(served: Server) -> None:
+    client = TestClient(create_app(replace(served, api_key="schlüssel €")))
+
+    def code(key: str) -> int:
+        given = {b"Authorization": f"Bearer {key}".encode()}
+        return client.get("/v1/models", headers=given).status_code
+
+    assert code("schlüssel €") == 200
+    assert code("schlussel €") == code("") == code("ä") == 401
+
+
+def test_a_body_in_chunks_is_refused_whatever_length_it_claims(served: Server) -> None:
+    client = TestClient(create_app(served))
+    chunked = {**OPEN, "Transfer-Encoding": "chunked"}
+    for headers in (chunked, {**chunked, "Content-Length": "2"}):
+        found = client.post("/v1/completions", content=b" " * (2 << 20), headers=headers)
+        assert found.status_code == 411
+
+
+def test_refused_and_failed_requests_are_counted_and_defects_logged(
+    served: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = TestClient(create_app(served), headers=OPEN, raise_server_exceptions=False)
+
+    def counted(status: int, skill: str = "lm") -> float:
+        return served.metrics.requests.labels(skill, str(status))._value.get()
+
+    def code(change: dict[str, Any], path: str = "/v1/completions") -> int:
+        body = {"model": "lm", "prompt": "two", "max_tokens": 2, **change}
+        return client.post(path, json=body).status_code
+
+    assert code({}) == 200
+    assert code({"prompt": "word " * 400}) == 400
+    assert code({"prompt": "word " * 400, "stream": True}) == 200
+    assert code({"timeout": 1e-9}) == 504
+    assert code({"model": "nobody"}) == 404
+    assert code({"n": 0}) == 422
+    assert code({"messages": [{"role": "user", "content": "x"}]}, "/v1/chat/completions") == 400
+    assert client.post("/v1/completions", headers={"Authorization": ""}).status_code == 401
+    assert client.get("/v1/models/nobody").status_code == 404
+    assert [counted(status) for status in (200, 400, 504, 500)] == [1, 3, 1, 0]
+    assert [counted(status, "") for status in (404, 422, 401)] == [1, 1, 1]
+    assert b'shoulders_requests_total{skill="lm",status="400"} 3.0' in served.metrics.text()
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(worker_module, "choose", broken)
+    for stream in (True, False):
+        caplog.clear()
+        assert code({"stream": stream}) == (200 if stream else 500)
+        assert "out of luck" in caplog.text
+        assert "Traceback" in caplog.text
+    assert counted(500) == 2
+
+
+def test_what_the_playground_refuses_is_counted(served: Server) -> None:
+    pytest.importorskip("gradio")
+    from shoulders.serving.playground import answer
+
+    async def said(name: str, question: str) -> str:
+        return [shown.note async for shown in answer(served, True, name, question, 4, 0.0)][-1]
+
+    assert "not served" in asyncio.run(said("nobody", "two"))
+    assert "tokens" in asyncio.run(said("lm", "word " * 400))
+    for skill, status in (("", "404"), ("lm", "400")):
+        assert served.metrics.requests.labels(skill, status)._value.get() == 1
 
 
 def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Skill]) -> None:

@@ -806,6 +806,16 @@ def test_next_tokens_at_the_edges() -> None:
     assert next_tokens(logits, [math.nextafter(1, 0)], 1.0, 0.9).tolist() == [0]
     huge = torch.tensor([[-1e30, 3.0, 1e4]])
     assert next_tokens(huge, [0.999], 0.01, 0.999).tolist() == [2]
+    for tiny in (1e-308, 5e-324):
+        assert next_tokens(logits * 30, [0.999], tiny, 1.0).tolist() == [1]
+        assert next_tokens(-logits.abs() - 40, [0.999], tiny, 1.0).tolist() == [0]
+
+
+def test_next_tokens_of_a_row_of_nan_are_its_own_affair() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0], [torch.nan] * 3, [0.0, torch.inf, 0.0]])
+    found = next_tokens(logits, [0.0, 0.5, 0.5], 1.0, 0.9).tolist()
+    assert found[0] == 1
+    assert all(0 <= token < 3 for token in found)
 
 
 def test_sample_stream_depends_on_seed_tokens_and_sample() -> None:

@@ -110,6 +110,13 @@ def test_a_key_opens_the_door(headers: dict[str, str], enters: bool) -> None:
     assert mount.refusal(request(headers), None) is None
 
 
+def test_a_key_may_hold_letters_of_any_language() -> None:
+    came = "Bearer " + "schlüssel €".encode().decode("latin-1")  # as bytes of headers are read
+    for headers in (basic("me:schlüssel €"), {"authorization": came}):
+        assert mount.refusal(request(headers), "schlüssel €") is None
+        assert mount.refusal(request(headers), "schlussel €") is not None
+
+
 def test_other_sites_and_files_stay_out() -> None:
     for site, enters in (("cross-site", False), ("same-site", False), ("same-origin", True)):
         own = {"sec-fetch-site": site}

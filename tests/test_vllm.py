@@ -452,6 +452,8 @@ def test_its_key_is_brought(lm: FrozenLM, fake: FakeVllm) -> None:
     with pytest.raises(UpstreamError, match="--vllm-api-key-file"):
         connected(lm, fake)
     assert connected(lm, fake, api_key="a key").close(10)
+    fake.key = "schlüssel".encode().decode("latin-1")  # as headers are read
+    assert connected(lm, fake, api_key="schlüssel").close(10)
 
 
 # -- the command -------------------------------------------------------------------------

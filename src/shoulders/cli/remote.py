@@ -41,7 +41,11 @@ def key_of(file: Path | None, option: str) -> str | None:
     """Return the key that a file holds, None without a file."""
     if file is None:
         return None
-    if not file.is_file() or not (key := file.read_text(encoding="utf-8").strip()):
+    try:  # editors may put a mark before the first letter
+        key = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else ""
+    except UnicodeDecodeError:
+        raise ShouldersError(f"{option} {file}: is not UTF-8") from None
+    if not key:
         raise ShouldersError(f"{option} {file}: holds no key")
     return key
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
+import os
 import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -90,9 +95,11 @@ def serve(
     from shoulders.serving.watch import Watcher
     from shoulders.skills.artefact import read_artefact
 
+    sockets = bound(host, port)  # before the LM is read, which takes its time
+    port = sockets[0].getsockname()[1]
     quiet_libraries()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    folders = dict(_named(one) for one in skills or [])
+    folders = _named(skills or [])
     first = read_artefact(next(iter(folders.values()))) if folders else None
     trained_in = first.lm_dtype if first else "auto"
     if engine is Kind.VLLM and trained_in == "int8":
@@ -128,21 +135,85 @@ def serve(
     page = loopback(host) if playground is None else playground
     if page:
         add_playground(app, server, lambda: listening.should_exit)
-    _say(served, host, port, page)
     # uvicorn finishes what is running, then raises the signal again: that must not kill us.
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        listening.run()
+        with _telling(host, port):
+            for one in sockets:
+                one.listen(config.backlog)
+        _say(served, host, port, page)
+        listening.run(sockets=sockets)
     finally:
         if watcher is not None:
             watcher.close()
         answering.close(60)
 
 
-def _named(given: str) -> tuple[str, Path]:
-    name, equals, folder = given.partition("=")
-    path = Path(folder if equals else given)
-    return (name if equals else path.resolve().name), path
+def _named(skills: Sequence[str]) -> dict[str, Path]:
+    """Return the folders by name; raises `ShouldersError` where two have the same one."""
+    folders: dict[str, Path] = {}
+    for given in skills:
+        name, equals, folder = given.partition("=")
+        path = Path(folder)
+        # A folder's path may itself hold a `=`.
+        if not equals or Path(given).is_dir():
+            path = Path(given)
+            name = path.resolve().name
+        if name in folders:
+            raise ShouldersError(
+                f"--skills {folders[name]} and {path} are both named '{name}': use NAME=FOLDER"
+            )
+        folders[name] = path
+    return folders
+
+
+@contextmanager
+def _telling(host: str, port: int) -> Iterator[None]:
+    """Name the address that cannot be listened on."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise ShouldersError(f"--host {host} --port {port}: {why}") from None
+
+
+def bound(host: str, port: int) -> list[socket.socket]:
+    """Bind all addresses of a host to one port, as asyncio would; 0 takes a free one.
+
+    Nobody can connect yet. Raises `ShouldersError` where the port is in use.
+    """
+    found: list[socket.socket] = []
+    missing = OSError(f"no address of {host}")
+    with _telling(host, port):
+        addresses = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, address in dict.fromkeys(addresses):
+            taken = found[0].getsockname()[1] if found else port
+            try:
+                found.append(_bound(family, kind, protocol, (address[0], taken, *address[2:])))
+            except OSError as error:
+                # A name may also stand for an address that this machine does not have.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if not found:
+            raise missing
+    return found
+
+
+def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    one = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would share the port with others
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(address)
+    except OSError:
+        one.close()
+        raise
+    return one
 
 
 def loopback(host: str) -> bool:

@@ -53,7 +53,9 @@ def next_tokens(
     Returns:
         Token ids, `[b]` int64.
     """
-    probabilities, order = torch.softmax(logits.double() / temperature, -1).sort(
+    # Below the greatest, so that a tiny temperature makes -inf of them and never inf.
+    below = logits.double() - logits.amax(-1, keepdim=True)
+    probabilities, order = torch.softmax(below / temperature, -1).sort(
         stable=True, dim=-1, descending=True
     )
     before = probabilities.cumsum(-1) - probabilities
@@ -63,4 +65,6 @@ def next_tokens(
     # Inverse of the cumulative distribution: the first token whose sum exceeds the draw.
     place = (cumulative <= draws * cumulative[:, -1:]).sum(-1, keepdim=True)
     place = torch.minimum(place, (kept > 0).sum(-1, keepdim=True) - 1)
+    # A row of NaN keeps nothing: any token will do for it, its neighbours are to get theirs.
+    place = place.clamp(min=0)
     return order.gather(1, place)[:, 0]

@@ -47,6 +47,10 @@ class Answering:
         inputs: one text, or row of token ids with the text they stand for, per job.
         decoding: how to answer.
         timeout: seconds after which the request is dropped, or None.
+
+    Raises:
+        ShouldersError: the skill gives one answer, and several are asked for; or the engine takes
+            no more.
     """
 
     def __init__(
@@ -57,6 +61,11 @@ class Answering:
         decoding: DecodingConfig,
         timeout: float | None,
     ) -> None:
+        before = served.skill.proposals
+        if decoding.n > 1 and before is not None and before.config.chooser != "second_pass":
+            raise ShouldersError(
+                f"{served.name} chooses among its samples itself and has one answer: leave out n"
+            )
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.started = time.monotonic()

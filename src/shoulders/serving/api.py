@@ -18,7 +18,7 @@ from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.serving import replies
 from shoulders.serving.answers import Answering, Disconnected, new_seed
 from shoulders.serving.engine import Engine
-from shoulders.serving.guards import handle_errors, status_of, watch_requests
+from shoulders.serving.guards import LOG, handle_errors, status_of, watch_requests
 from shoulders.serving.metrics import Metrics
 from shoulders.serving.schema import (
     ChatRequest,
@@ -28,6 +28,8 @@ from shoulders.serving.schema import (
     UnloadRequest,
 )
 from shoulders.serving.skillset import Served, SkillSet
+
+ANSWERS = ("/v1/completions", "/v1/chat/completions")  # what is counted
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,18 @@ def create_app(server: Server) -> FastAPI:
     def authorised(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         wanted = server.api_key
-        if wanted is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
+        # What came is bytes, which were read as Latin-1; the key is UTF-8.
+        came = given.encode("latin-1")
+        if wanted is not None and not hmac.compare_digest(came, wanted.encode()):
             raise HTTPException(401, "a valid API key is needed: Authorization: Bearer KEY")
+
+    def ended(request: Request, status: int) -> None:
+        if status != 200 and request.url.path in ANSWERS:
+            server.metrics.failed(getattr(request.state, "skill", ""), status)
 
     guarded = [Depends(authorised)]
     handle_errors(app)
-    watch_requests(app)
+    watch_requests(app, authorised, ended)
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -91,7 +99,7 @@ def create_app(server: Server) -> FastAPI:
     @app.post("/v1/completions", dependencies=guarded, response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         """Answer prompts: a skill's inputs, or plain text for the LM itself."""
-        served = server.skills.get(body.model)
+        served = _asked(server, request, body)
         top = body.logprobs or 0
         # OpenAI's 0 asks for the chosen tokens' own: noted beside one alternative.
         decoding = body.decoding(body.max_tokens, max(1, top) if body.logprobs is not None else 0,
@@ -103,7 +111,7 @@ def create_app(server: Server) -> FastAPI:
     @app.post("/v1/chat/completions", dependencies=guarded, response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Any:
         """Answer a conversation: through the LM's chat template, or a skill's own format."""
-        served = server.skills.get(body.model)
+        served = _asked(server, request, body)
         top = max(1, body.top_logprobs or 0) if body.logprobs else 0
         decoding = body.decoding(body.most, top, new_seed())
         inputs = [conversation(server, served, body)]
@@ -207,10 +215,13 @@ async def _stream(
                     of = replies.chat_logprobs if chat else replies.completion_logprobs
                     choice["logprobs"] = of(server.skills.lm, piece.completion)
             yield replies.event({**frame, **kind, "choices": [choice]})
-    except Disconnected:
-        return
     except Exception as error:
         status, name = status_of(error)
+        server.metrics.failed(served.name, status)
+        if isinstance(error, Disconnected):
+            return
+        if status == 500:
+            LOG.exception("internal error")
         message = str(error) if isinstance(error, ShouldersError) else "internal error"
         yield replies.event(replies.error_body(message, name, status))
         return
@@ -262,6 +273,13 @@ def count(
     if answering.first is not None:
         metrics.first_token.labels(served.name).observe(answering.first - answering.started)
     metrics.requests.labels(served.name, "200").inc()
+
+
+def _asked(server: Server, request: Request, body: Common) -> Served:
+    """Return the skill that is asked, and note it for the metrics."""
+    served = server.skills.get(body.model)
+    request.state.skill = served.name
+    return served
 
 
 def _model(server: Server, served: Served) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from collections.abc import Awaitable, Callable
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from shoulders.errors import ArtefactError, ShouldersError
 from shoulders.serving import replies
@@ -22,6 +24,9 @@ from shoulders.serving.answers import Disconnected, TimedOutError
 from shoulders.serving.engine import QueueFullError
 from shoulders.serving.skillset import UnknownSkillError
 from shoulders.serving.upstream import UpstreamDownError, UpstreamError, UpstreamSlowError
+
+Guard = Callable[[Request], None]
+"""Raises an `HTTPException` for a request that may not enter."""
 
 LOG = logging.getLogger("shoulders.serving")
 MAX_BODY = 1 << 20  # bytes of a request
@@ -101,8 +106,43 @@ async def _drain(request: Request) -> None:
                     return
 
 
-def watch_requests(app: FastAPI) -> None:
-    """Give every request an id, cap its size, and log it as one line of JSON."""
+def _needs(app: FastAPI, request: Request, guard: Guard) -> bool:
+    """Tell whether the route of a request depends on the guard."""
+    return any(
+        any(own.dependency is guard for own in route.dependencies)
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.matches(request.scope)[0] is Match.FULL
+    )
+
+
+def watch_requests(app: FastAPI, guard: Guard, ended: Callable[[Request, int], None]) -> None:
+    """Give every request an id, cap its size, ask for its key, and log it as one line of JSON.
+
+    Args:
+        app: whose routes depend on `guard` where they need a key.
+        guard: raises an `HTTPException` for a request without the key. A route's own dependencies
+            come after its body: strangers' bodies would be kept, and parsed.
+        ended: told of every request and its status.
+    """
+
+    async def refused(request: Request) -> Response | None:
+        # Also beside a length, which does not count then: a body in chunks has no end.
+        if "transfer-encoding" in request.headers:
+            body = replies.error_body("send a Content-Length", "length_required", 411)
+            return JSONResponse(body, 411)
+        length = request.headers.get("content-length")
+        if length is not None and (not length.isdigit() or int(length) > MAX_BODY):
+            body = replies.error_body(f"a request may be {MAX_BODY} bytes", "too_large", 413)
+            await _drain(request)
+            return JSONResponse(body, 413)
+        try:
+            if _needs(app, request, guard):
+                guard(request)
+        except HTTPException as error:
+            code, said = error.status_code, str(error.detail)
+            await _drain(request)
+            return JSONResponse(replies.error_body(said, "invalid_request_error", code), code)
+        return None
 
     @app.middleware("http")
     async def watch(
@@ -110,15 +150,12 @@ def watch_requests(app: FastAPI) -> None:
     ) -> Response:
         request.state.id = uuid.uuid4().hex
         started = time.monotonic()
-        length = request.headers.get("content-length")
-        if length is None and "transfer-encoding" in request.headers:
-            body = replies.error_body("send a Content-Length", "length_required", 411)
-            return JSONResponse(body, 411)
-        if length is not None and (not length.isdigit() or int(length) > MAX_BODY):
-            body = replies.error_body(f"a request may be {MAX_BODY} bytes", "too_large", 413)
-            await _drain(request)
-            return JSONResponse(body, 413)
-        response = await call_next(request)
+        try:
+            response = await refused(request) or await call_next(request)
+        except Exception:
+            ended(request, 500)
+            raise
+        ended(request, response.status_code)
         response.headers["X-Request-Id"] = request.state.id
         LOG.info(
             json.dumps(

@@ -38,6 +38,13 @@ class Metrics:
         )  # fmt: skip
         self._registry.register(_EngineState(engine))
 
+    def failed(self, skill: str, status: int) -> None:
+        """Count a request that got no answer; `skill` is empty where it asked none that is served.
+
+        Strangers choose what they ask for: a label for each would fill the memory.
+        """
+        self.requests.labels(skill, str(status)).inc()
+
     def text(self) -> bytes:
         """Return all of them in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -117,7 +117,7 @@ def refusal(request: Request, key: str | None) -> Response | None:
     bring the key as they bring it to the API. Since browsers bring it unasked, another site's page
     must not be able to make them ask something.
     """
-    if key is not None and not hmac.compare_digest(_given(request).encode(), key.encode()):
+    if key is not None and not hmac.compare_digest(_given(request), key.encode()):
         return PlainTextResponse("a valid API key is needed\n", 401, _LOGIN)
     if request.method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site") in _OTHERS:
         return PlainTextResponse("not from another site's page\n", 403)
@@ -126,16 +126,16 @@ def refusal(request: Request, key: str | None) -> Response | None:
     return None
 
 
-def _given(request: Request) -> str:
+def _given(request: Request) -> bytes:
     """Return the key that a request brings, or nothing."""
     kind, _, value = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
-        return value
+        return value.encode("latin-1")  # as it came
     try:
-        named = base64.b64decode(value, validate=True).decode() if kind.lower() == "basic" else ""
+        named = base64.b64decode(value, validate=True) if kind.lower() == "basic" else b""
     except ValueError:
-        return ""
-    return named.partition(":")[2]
+        return b""
+    return named.partition(b":")[2]
 
 
 def _page(server: Server) -> FastAPI:

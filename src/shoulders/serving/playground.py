@@ -91,6 +91,7 @@ async def answer(
         yield Shown("", f"⚠ {error.errors()[0]['msg']}")
     except Exception as error:
         status, _ = status_of(error)
+        server.metrics.failed(name if name in server.skills.names() else "", status)
         if status == 500:
             LOG.exception("internal error", exc_info=error)
         said = "internal error; the server's log says more" if status == 500 else str(error)

@@ -100,7 +100,8 @@ class Upstream:
             missing = f"{error.name} is missing: pip install 'shoulders[vllm]'"
             raise ShouldersError(missing) from None
         self.config = config
-        headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+        key = config.api_key  # in bytes: the client takes no other letters than ASCII's
+        headers = {b"Authorization": f"Bearer {key}".encode()} if key else {}
         self._client: httpx2.AsyncClient = httpx2.AsyncClient(
             base_url=config.url.rstrip("/"),
             headers=headers,

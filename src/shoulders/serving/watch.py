@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
+from pathlib import Path
 
 from shoulders.errors import ShouldersError
-from shoulders.serving.skillset import SkillSet, skill_folders
+from shoulders.serving.skillset import Served, SkillSet, UnknownSkillError, skill_folders
+from shoulders.skills.artefact import FILE
 
 LOG = logging.getLogger("shoulders.serving")
 SECONDS = 1.0  # between two looks
+Stamp = tuple[int, int] | None
 
 
 class Watcher(threading.Thread):
     """Looks at the skill set's root again and again, until it is closed.
 
-    A skill's folder is complete when its `skill.json` is there, which is written last.
+    A skill's folder is complete when its `skill.json` is there, which is written last. Each is
+    tried once: one that was refused, or is unloaded by request, comes when its file is another
+    one, or was gone. Skills that others have loaded are theirs to unload.
     """
 
     def __init__(self, skills: SkillSet) -> None:
         super().__init__(name="watch", daemon=True)
         self._skills = skills
         self._closed = threading.Event()
-        self._refused: set[str] = set()
+        self._known: dict[str, Stamp] = {}  # what is there, and was served or tried
+        self._loaded: dict[str, Served] = {}
 
     def run(self) -> None:
         """Look until closed."""
@@ -32,26 +39,41 @@ class Watcher(threading.Thread):
             self.look()
 
     def look(self) -> None:
-        """Load what is new and unload what is gone; a skill that is refused is so once."""
+        """Load what is new and unload what is gone."""
         root = self._skills.root
         assert root is not None  # the caller's to see to
         there = skill_folders(root)
         for name, folder in there.items():
-            if name in self._skills.names() or name in self._refused:
-                continue
-            try:
-                self._skills.load(name, folder)
-                LOG.info(json.dumps({"loaded": name}))
-            except (ShouldersError, OSError) as error:  # it may vanish while it is read
-                self._refused.add(name)
-                LOG.warning(json.dumps({"refused": name, "why": str(error)}))
-        self._refused &= there.keys()
-        for served in self._skills.every():
-            inside = served.folder is not None and served.folder.parent == root
-            if inside and served.name not in there:
-                self._skills.unload(served.name)
-                LOG.info(json.dumps({"unloaded": served.name}))
+            stamp = _stamp(folder)
+            if name not in self._skills.names() and self._known.get(name) != stamp:
+                self._load(name, folder)
+            self._known[name] = stamp
+        self._known = {name: stamp for name, stamp in self._known.items() if name in there}
+        # What was unloaded by request is let go; its name may be another's by now.
+        every = self._skills.every()
+        self._loaded = {k: own for k, own in self._loaded.items() if any(own is e for e in every)}
+        for name in self._loaded.keys() - there.keys():
+            del self._loaded[name]
+            with contextlib.suppress(UnknownSkillError):  # a request has just unloaded it
+                self._skills.unload(name)
+                LOG.info(json.dumps({"unloaded": name}))
+
+    def _load(self, name: str, folder: Path) -> None:
+        try:
+            self._loaded[name] = self._skills.load(name, folder)
+            LOG.info(json.dumps({"loaded": name}))
+        except (ShouldersError, OSError) as error:  # it may vanish while it is read
+            LOG.warning(json.dumps({"refused": name, "why": str(error)}))
 
     def close(self) -> None:
         """Stop looking."""
         self._closed.set()
+
+
+def _stamp(folder: Path) -> Stamp:
+    """Return what tells a skill's file from the one that stood there before."""
+    try:
+        found = (folder / FILE).stat()
+    except OSError:  # gone since
+        return None
+    return found.st_ino, found.st_mtime_ns
