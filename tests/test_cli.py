@@ -19,13 +19,13 @@ import pytest
 import torch
 
 import shoulders
-from shoulders.cli import serve
 from shoulders.cli.app import main
 from shoulders.cli.remote import key_of
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import ShouldersError
 from shoulders.lm.load import load_lm
+from shoulders.serving import listening
 from shoulders.skills import artefact
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, save_skill
 from shoulders.training import checkpoint, fit
@@ -716,7 +716,7 @@ def test_serve_does_not_say_that_it_serves_on_a_port_that_another_took(
     run: Command, served: list[Any], lm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two may bind a port; one can listen."""
-    bound = serve.bound
+    bound = listening.bound
     others: list[socket.socket] = []
 
     def late(host: str, port: int) -> list[socket.socket]:
@@ -725,7 +725,7 @@ def test_serve_does_not_say_that_it_serves_on_a_port_that_another_took(
         others[0].listen()
         return found
 
-    monkeypatch.setattr(serve, "bound", late)
+    monkeypatch.setattr(listening, "bound", late)
     result = run("serve", "--lm", lm, "--port", 0)
     _refused(result, f"--port {others[0].getsockname()[1]}", "in use")
     others[0].close()

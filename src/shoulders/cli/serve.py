@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import logging
-import os
 import signal
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -90,6 +86,7 @@ def serve(
         raise ShouldersError(f"{error.name} is missing: pip install 'shoulders[serve]'") from None
     from shoulders.lm.load import load_lm
     from shoulders.serving.engine import Engine, EngineConfig
+    from shoulders.serving.listening import bound, listen
     from shoulders.serving.metrics import Metrics
     from shoulders.serving.skillset import SkillSet
     from shoulders.serving.watch import Watcher
@@ -138,9 +135,7 @@ def serve(
     # uvicorn finishes what is running, then raises the signal again: that must not kill us.
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        with _telling(host, port):
-            for one in sockets:
-                one.listen(config.backlog)
+        listen(sockets, config.backlog, host, port)
         _say(served, host, port, page)
         listening.run(sockets=sockets)
     finally:
@@ -165,55 +160,6 @@ def _named(skills: Sequence[str]) -> dict[str, Path]:
             )
         folders[name] = path
     return folders
-
-
-@contextmanager
-def _telling(host: str, port: int) -> Iterator[None]:
-    """Name the address that cannot be listened on."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        raise ShouldersError(f"--host {host} --port {port}: {why}") from None
-
-
-def bound(host: str, port: int) -> list[socket.socket]:
-    """Bind all addresses of a host to one port, as asyncio would; 0 takes a free one.
-
-    Nobody can connect yet. Raises `ShouldersError` where the port is in use.
-    """
-    found: list[socket.socket] = []
-    missing = OSError(f"no address of {host}")
-    with _telling(host, port):
-        addresses = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        for family, kind, protocol, _, address in dict.fromkeys(addresses):
-            taken = found[0].getsockname()[1] if found else port
-            try:
-                found.append(_bound(family, kind, protocol, (address[0], taken, *address[2:])))
-            except OSError as error:
-                # A name may also stand for an address that this machine does not have.
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                missing = error
-        if not found:
-            raise missing
-    return found
-
-
-def _bound(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
-    one = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":  # elsewhere it would share the port with others
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(address)
-    except OSError:
-        one.close()
-        raise
-    return one
 
 
 def loopback(host: str) -> bool:
