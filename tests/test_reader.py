@@ -117,6 +117,16 @@ def test_questions_may_bring_their_own_passages() -> None:
         Contexts(None, None, None, 2).ranked([question, Question("q2?", ())])
 
 
+def test_passages_of_one_id_stay_two_passages() -> None:
+    own = (Passage("x", "", "one"), Passage("x", "", "two Paris"))
+    question = Question("q?", (), None, own, (2.0, 1.0))
+    (ranked,) = Contexts(None, None, Likes("Paris"), 2).ranked([question])
+    assert ranked.retrieved == own
+    assert ranked.passages == (own[1], own[0])
+    (plain,) = Contexts(None, None, None, 2).ranked([question])
+    assert plain.passages == own
+
+
 def test_every_stage_is_scored() -> None:
     questions = [
         Question("capital of France?", ("Paris", "Lutetia")),
