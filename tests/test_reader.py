@@ -166,6 +166,16 @@ def test_every_stage_is_scored() -> None:
         report_card(reader, [questions[0], Question("x?", ())])
 
 
+def test_more_passages_than_a_hundred_are_counted_too() -> None:
+    own = tuple(Passage(str(i), "", "word") for i in range(150))
+    questions = [Question("q?", ("word",), None, own[:n], (0.0,) * n) for n in (150, 50)]
+    contexts = Contexts(None, None, None, k=150)
+    config = ReadingConfig.model_validate({"pack": {"passages": 150}})
+    card = report_card(Reader(Says({"": ("word", 0)}), contexts, config), questions)  # type: ignore[arg-type]
+    assert card.metrics["packed_passages"] == pytest.approx(100)
+    assert card.ci95["packed_passages"] == pytest.approx((50, 150))
+
+
 def test_a_reader_abstains_below_its_confidence() -> None:
     questions = [Question("sure?", ("yes",)), Question("unsure?", ("yes",))]
     says = Says({"unsure?": ("yes", -8.0), "sure?": ("yes", -0.2)})
