@@ -60,6 +60,10 @@ def test_bom_crlf_blank_lines_and_line_separators_inside_texts_are_accepted(
         ({**GOOD, "Input": "x"}, "unknown field 'Input' (did you mean 'input'?)"),
         ({**GOOD, "taks": "x"}, "unknown field 'taks' (did you mean 'task'?)"),
         ({**GOOD, "option": ["3"]}, "unknown field 'option' (did you mean 'options'?)"),
+        ({**GOOD, "targts": ["3"]}, "unknown field 'targts' (did you mean 'targets'?)"),
+        ({**GOOD, "Targets": ["3"]}, "unknown field 'Targets' (did you mean 'targets'?)"),
+        ({**GOOD, "tasks": "x"}, "unknown field 'tasks' (did you mean 'task'?)"),
+        ({**GOOD, "inputs": "x"}, "unknown field 'inputs' (did you mean 'input'?)"),
         ({"targets": ["y"]}, "no field 'input'"),
         ({"input": "x"}, "no field 'targets'"),
         ({"input": "x", "targets": None}, "no field 'targets'"),
@@ -94,8 +98,10 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, row: Any, mes
 
 
 @pytest.mark.parametrize(
-    "name", ["id", "metadata", "question_id", "task_id", "target_id", "index", "label", "dataset"]
-)
+    "name",
+    ["id", "metadata", "question_id", "task_id", "target_id", "index", "label", "dataset",
+     "tags", "optional", "t", ""],
+)  # fmt: skip
 def test_extra_fields_that_resemble_no_known_one_are_ignored(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / "x.jsonl", {**GOOD, name: {"any": [1]}})
     assert read_rows(file) == [Row("sum", "1 2", ("3",))]

@@ -127,10 +127,21 @@ def _typo_of(name: str) -> str | None:
     if name in _FIELDS:
         return None
     lowered = name.lower()
-    # Names that merely start like a field ('task_id', 'input_ids') are no typos.
-    similar = [known for known in _FIELDS if abs(len(known) - len(name)) <= 1]
-    close = difflib.get_close_matches(lowered, similar, n=1, cutoff=0.75)
+    # Nearer than 'tags' is to 'task', 'optional' to 'options', 'task_id' to 'task': fields of
+    # people's own.
+    near = [known for known in _FIELDS if _slip(lowered, known)]
+    close = difflib.get_close_matches(lowered, near, n=1, cutoff=0)
     return close[0] if close else None
+
+
+def _slip(word: str, known: str) -> bool:
+    """Tell whether `word` is `known` with one letter wrong, missing or too many, or reordered."""
+    if sorted(word) == sorted(known):
+        return True
+    pairs = enumerate(zip(word, known, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(word), len(known)))
+    here, there = word[same:], known[same:]
+    return here[1:] == there[1:] or here[1:] == there or here == there[1:]
 
 
 def _text(value: Any, field: str, where: str) -> str:
