@@ -198,11 +198,18 @@ def test_a_folder_of_parquet_files_is_read_in_order_under_its_own_name(tmp_path:
     for shard, text in enumerate("ab"):
         write_parquet(tmp_path / "anli" / f"train-{shard:05}-of-00002.parquet", p3(text))
     assert read_rows(tmp_path / "anli") == [Row("anli", "a", ("a!",)), Row("anli", "b", ("b!",))]
+    # Words that only hold a split's name tell nothing.
+    for name in ("latest", "trained"):
+        write_parquet(tmp_path / "others" / f"{name}.parquet", p3("a"))
+    assert len(read_rows(tmp_path / "others")) == 2
 
 
-def test_a_folder_that_holds_a_test_split_too_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["{}-00000-of-00001", "squad-{}", "squad_{}_1", "squad.{}", "latest-contest-{}"]
+)
+def test_a_folder_that_holds_a_test_split_too_is_refused(name: str, tmp_path: Path) -> None:
     for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", p3("a"))
+        write_parquet(tmp_path / f"{name.format(split)}.parquet", p3("a"))
     with pytest.raises(DataError, match=r"several splits \(test, train\)"):
         read_rows(tmp_path)
 

@@ -236,8 +236,8 @@ def _table_files(path: Path) -> list[Path]:
     if not files:
         raise DataError(f"{path}: no .parquet files and no saved dataset in this folder")
     # Reading a whole folder must never mix a test split into training.
-    pattern = re.compile(rf"({'|'.join(_SPLITS)})(?![a-zA-Z0-9])")
-    found = {match[1] if (match := pattern.match(file.name)) else "" for file in files}
+    pattern = re.compile(rf"(?<![a-z0-9])({'|'.join(_SPLITS)})(?![a-z0-9])")
+    found = {m[1] if (m := pattern.search(file.stem.lower())) else "" for file in files}
     if len(found) > 1:
         names = ", ".join(sorted(name or "others" for name in found))
         raise DataError(f"{path}: holds several splits ({names}); name the files one by one")
