@@ -457,6 +457,35 @@ def test_eval_on_a_full_disk_leaves_no_file(
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_links_and_pipes_are_written_through(
+    run: Command, skill: Path, data: Path, tmp_path: Path
+) -> None:
+    """A link's file gets the new content, and a pipe (or a device) stays what it is."""
+    target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(target.name)
+    os.mkfifo(pipe)
+    # Open at both ends, so that nobody waits; what is written is far less than a pipe holds.
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        result = run("eval", skill, "--data", data, "--json", link, "--dump", pipe)
+        dumped = os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+    assert result.code == 0, result.err
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["n"] == 6
+    assert pipe.is_fifo()
+    assert len(dumped.splitlines()) == 6
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_standard_output_is_for_json_alone(run: Command, skill: Path, data: Path) -> None:
+    _refused(run("eval", skill, "--data", data, "--dump", "-"), "-: standard output takes --json")
+    given = write_jsonl(Path("in.jsonl"), [{"input": "a"}])
+    _refused(run("generate", "--skill", skill, "--input", given, "--output", "-"), "give a file")
+    assert [p.name for p in Path.cwd().iterdir()] == ["in.jsonl"]
+
+
 # -- skills that must not load -----------------------------------------------------------
 
 

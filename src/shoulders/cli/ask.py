@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.panel import Panel
 
-from shoulders.cli.common import emit_json, stderr, stdout
+from shoulders.cli.common import check_outputs, emit_json, stderr, stdout
 from shoulders.errors import ShouldersError
-from shoulders.files import check_writable
 
 if TYPE_CHECKING:
     from shoulders.skills.reader import Answer
@@ -50,8 +49,7 @@ def ask(
 
     if not question.strip():
         raise ShouldersError("the question is empty")
-    if json is not None:
-        check_writable(json)
+    check_outputs(json)
     reader = open_reader(
         skill,
         index,

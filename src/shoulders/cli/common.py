@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from shoulders.errors import ShouldersError
-from shoulders.files import STANDARD_OUTPUT, as_json, write_json
+from shoulders.files import STANDARD_OUTPUT, as_json, check_writable, write_json
 
 if TYPE_CHECKING:
     from shoulders.data.templates import Templates
@@ -118,6 +118,13 @@ def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated
             "validation rows with right and wrong answers"
         )
     return Gated(skill, gate, recurse_below)
+
+
+def check_outputs(json: Path | None, *files: Path | None) -> None:
+    """Raise `ShouldersError` now for what could not be written later; JSON alone may go to `-`."""
+    for path in (None if json == STANDARD_OUTPUT else json, *files):
+        if path is not None:
+            check_writable(path)
 
 
 def emit_json(path: Path | None, value: dict[str, Any]) -> None:

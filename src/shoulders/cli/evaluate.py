@@ -10,11 +10,10 @@ import typer
 from rich.table import Table
 
 from shoulders.cli import readers
-from shoulders.cli.common import emit_json, gated, open_skill, stderr, stdout
+from shoulders.cli.common import check_outputs, emit_json, gated, open_skill, stderr, stdout
 from shoulders.cli.perplexity import evaluate_text
 from shoulders.cli.remote import through
 from shoulders.errors import ShouldersError
-from shoulders.files import check_writable
 
 if TYPE_CHECKING:
     from shoulders.data.rows import Row
@@ -102,8 +101,7 @@ def evaluate(
     reads = index is not None or readers.is_reader(skill)
     if vllm_url is not None and (recurse_below is not None or reads or data.suffix == ".txt"):
         raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
-    for path in filter(None, (json, dump, contexts, plot)):
-        check_writable(path)
+    check_outputs(json, dump, contexts, plot)
     if reads:
         reader = readers.open_reader(
             skill,

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from shoulders.cli.common import BASE, emit_json, gated, open_skill, stderr
+from shoulders.cli.common import BASE, check_outputs, emit_json, gated, open_skill, stderr
 from shoulders.cli.remote import through
 from shoulders.data.rows import Row
 from shoulders.errors import DataError, ShouldersError
-from shoulders.files import atomic_path, check_writable
+from shoulders.files import atomic_path
 
 
 def generate(
@@ -74,8 +74,7 @@ def generate(
         raise ShouldersError("--text is empty")
     if vllm_url is not None and recurse_below is not None:
         raise ShouldersError("--vllm-url: --recurse-below asks here; leave out one of them")
-    for path in filter(None, (output, json)):
-        check_writable(path)
+    check_outputs(json, output)
     try:
         decoding = DecodingConfig(
             max_new_tokens=max_new_tokens,
