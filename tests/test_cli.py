@@ -457,6 +457,29 @@ def test_eval_on_a_full_disk_leaves_no_file(
     assert list(Path.cwd().iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        (["demo"], "shoulders.demo.run.run_demo"),
+        (["compare", "--data", "rows.jsonl"], "shoulders.comparison.run.run_comparison"),
+        (["info"], "shoulders.lm.load.load_lm"),
+        (["bench", "train", "--no-peers"], "shoulders.benchmark.train.bench_train"),
+        (["bench", "generate", "--no-peers"], "shoulders.benchmark.generate.bench_generate"),
+    ],
+)
+def test_json_that_cannot_be_written_is_refused_before_the_work(
+    arguments: list[str], work: str, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("began to work")
+
+    monkeypatch.setattr(work, worked)
+    Path("file").touch()
+    write_jsonl(Path("rows.jsonl"), rows("north", 40))
+    _refused(run(*arguments, "--json", "file/r.json"), "file/r.json: cannot write")
+    assert sorted(p.name for p in Path.cwd().iterdir()) == ["file", "rows.jsonl"]
+
+
 def test_links_and_pipes_are_written_through(
     run: Command, skill: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from shoulders.cli.common import emit_json, quiet_libraries, stderr, stdout
+from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stderr, stdout
 from shoulders.errors import ShouldersError
 
 
@@ -56,6 +56,7 @@ def compare(
         raise ShouldersError("--join puts finished runs together: it takes --out and --json only")
     if minutes is not None and data is None:
         raise ShouldersError("--minutes goes with --data; in a plan it is budget.minutes")
+    check_outputs(json)
     chosen = [name.strip() for name in methods.split(",")] if methods else None
     given = [*(overrides or ())]
     if chosen:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from shoulders.cli.common import emit_json, quiet_libraries, stdout
+from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stdout
 from shoulders.cli.index import index_facts, show_index
 
 
@@ -20,6 +20,7 @@ def info(
     json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
 ) -> None:
     """Show what a skill, an index or the LM is: fingerprints, sizes, provenance."""
+    check_outputs(json)
     if skill is not None and _is_index(skill):
         index = {"index": str(skill), **_index_facts(skill)}
         emit_json(json, index)
