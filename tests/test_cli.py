@@ -509,6 +509,46 @@ def test_standard_output_is_for_json_alone(run: Command, skill: Path, data: Path
     assert [p.name for p in Path.cwd().iterdir()] == ["in.jsonl"]
 
 
+# -- texts of users' are shown as they are ---------------------------------------------------
+
+
+def test_passages_are_no_markup(run: Command, lm: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    text = "Use ls [options] file 2> [/dev/null] :warning: please."
+    (docs / "ls[1].txt").write_text(text)
+    assert run("index", docs, "--out", "index").code == 0
+    asked = run("ask", "ls options?", "--index", "index", "--lm", lm, "--show-context")
+    assert asked.code == 0, asked.err
+    assert text in asked.err
+    assert "ls[1].txt" in asked.err
+    assert "rests on: ls[1].txt" in asked.out
+
+
+def test_tables_show_names_with_brackets(
+    run: Command, skill: Path, lm: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(skill, "a[b]"))
+    both = [*rows("glue[mnli]", 1), *rows("glue[/qnli]", 1)]
+    data = write_jsonl(tmp_path / "rows[x].jsonl", both)
+    shown = run("eval", copy, "--data", data)
+    assert shown.code == 0, shown.err
+    for name in ("glue[mnli]", "glue[/qnli]", "a[b] on rows[x].jsonl"):
+        assert name in shown.out
+    assert "a[b]" in run("info", copy).out
+    (tmp_path / "text[y].txt").write_text("the capital of france is paris " * 9)
+    text = run("eval", "base", "--lm", lm, "--data", tmp_path / "text[y].txt", "--chunk", 9)
+    assert "base on text[y].txt: perplexity" in text.out
+
+
+def test_train_shows_paths_with_brackets(run: Command, recipe: Path) -> None:
+    named = Path(shutil.copy(recipe, recipe.with_name("recipe[z].yaml")))
+    assert "recipe[z].yaml: valid" in run("train", named, "--dry-run").out
+    done = run("train", named, "--out", "out[/z]")
+    assert done.code == 0, done.err
+    assert "saved out[/z]: " in done.out
+
+
 # -- skills that must not load -----------------------------------------------------------
 
 

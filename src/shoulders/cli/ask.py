@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.panel import Panel
+from rich.text import Text
 
 from shoulders.cli.common import check_outputs, emit_json, stderr, stdout
 from shoulders.errors import ShouldersError
@@ -66,7 +67,9 @@ def ask(
     if show_context:
         for number, passage in enumerate(packed.used, 1):
             where = " · ".join(filter(None, (passage.title, passage.source)))
-            stderr().print(Panel(passage.text, title=f"{number}. {where or passage.id}"))
+            # As they are: `[options]` in a passage is no markup.
+            title = Text(f"{number}. {where or passage.id}")
+            stderr().print(Panel(Text(passage.text), title=title))
     # What may yet be withheld is not shown while it is written.
     hidden = reader.config.abstain_below is not None
     completion = None
@@ -82,7 +85,8 @@ def ask(
     sys.stdout.write("\n")
     counts = Counter(p.source or p.title or p.id for p in packed.used)
     sources = ", ".join(f"{name} ({n} passages)" if n > 1 else name for name, n in counts.items())
-    stdout().print(f"[dim]rests on: {sources or 'nothing: no passage was found'}[/]")
+    rest = f"rests on: {sources or 'nothing: no passage was found'}"
+    stdout().print(rest, style="dim", markup=False)
     emit_json(json, as_json(question, answer))
 
 

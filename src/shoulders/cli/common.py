@@ -23,13 +23,17 @@ BASE = "base"
 
 
 def stdout() -> Console:
-    """Return the console for results."""
-    return Console()
+    """Return the console for results.
+
+    Texts of users' may hold `:smile:`, which stays as it is; what may hold `[brackets]` has to be
+    escaped where it is printed.
+    """
+    return Console(emoji=False)
 
 
 def stderr() -> Console:
     """Return the console for progress and notes, which machines do not read."""
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)
 
 
 def quiet_imports() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from shoulders.cli import readers
@@ -209,13 +210,13 @@ def spread(rows: list[Row], limit: int | None) -> list[Row]:
 def results_table(title: str, result: Evaluation) -> Table:
     """Return the scores by task and their macro average as a table."""
     names = list(result.metrics)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("task")
     table.add_column("rows", justify="right")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for task, scores in result.tasks.items():
-        table.add_row(task, str(int(scores["n"])), *(_number(scores.get(n)) for n in names))
+        table.add_row(escape(task), str(int(scores["n"])), *(_number(scores.get(n)) for n in names))
     table.add_section()
     intervals = [
         f"{result.metrics[n]:.1f} [{result.ci95[n][0]:.1f}, {result.ci95[n][1]:.1f}]" for n in names
