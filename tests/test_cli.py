@@ -676,6 +676,25 @@ def test_generate_renders_tasks_with_the_skills_templates(
     _refused(run(*arguments, "--text", "x", "--task", "nroth"), "did you mean 'north'?")
 
 
+def test_generate_renders_options_as_eval_does(
+    run: Command, skill: Path, lm: Path, tmp_path: Path
+) -> None:
+    templates = tmp_path / "t.yaml"
+    templates.write_text(
+        "t: ['{{ input }}{% if options %} of {{ options|join(\"/\") }}{% endif %}?']"
+    )
+    values = [{"task": "t", "input": "x", "options": ["p", "q"]}, {"task": None, "input": "y"}]
+    given = write_jsonl(tmp_path / "in.jsonl", values)
+    arguments = ("generate", "--skill", skill, "--max-new-tokens", 5, "--templates", templates)
+    assert run(*arguments, "--input", given, "--output", "o.jsonl").code == 0
+    first, second = map(json.loads, Path("o.jsonl").read_text().splitlines())
+    for text, row in (("x of p/q?", first), ("y", second)):
+        assert run(*arguments, "--text", text).out == row["outputs"][0]["text"] + "\n"
+    write_jsonl(given, [{"task": "t", "input": "x", "options": "p"}])
+    refused = run(*arguments, "--input", given, "--output", "o.jsonl")
+    _refused(refused, "in.jsonl:1: 'options' must be a list of texts")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

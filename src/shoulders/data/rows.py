@@ -63,6 +63,15 @@ def read_rows(path: Path, *, task: str | None = None) -> list[Row]:
 
 
 def _jsonl_rows(path: Path, default_task: str) -> Iterator[Row]:
+    for fields, where in json_lines(path):
+        yield _row(fields, where, default_task)
+
+
+def json_lines(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield every JSON object of a file with one a line, and where it stands, for messages.
+
+    Raises `DataError` for a line that is none.
+    """
     # Read as bytes: text mode would name no line for bad UTF-8, and would also break lines at
     # U+2028, which JSON allows inside a text.
     try:
@@ -72,7 +81,7 @@ def _jsonl_rows(path: Path, default_task: str) -> Iterator[Row]:
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
-                    yield _row(_parse(raw, where), where, default_task)
+                    yield _parse(raw, where), where
     except OSError as error:
         raise DataError(f"{path}: cannot read: {error.strerror or error}") from error
 
@@ -106,12 +115,12 @@ def _row(fields: Mapping[str, Any], where: str, default_task: str) -> Row:
     if "targets" in given and "target" in given:
         raise DataError(f"{where}: both 'target' and 'targets'; keep one")
     if "targets" in given:
-        targets = _texts(given["targets"], "targets", where)
+        targets = checked_texts(given["targets"], "targets", where)
     elif "target" in given:
         targets = (_text(given["target"], "target", where),)
     else:
         raise DataError(f"{where}: no field 'targets'{nearest('targets', given)}")
-    options = _texts(given["options"], "options", where) if "options" in given else None
+    options = checked_texts(given["options"], "options", where) if "options" in given else None
     if options is not None and not set(options) & set(targets):
         raise DataError(f"{where}: none of 'targets' is among 'options'; add it to 'options'")
     return Row(
@@ -158,7 +167,8 @@ def _text(value: Any, field: str, where: str) -> str:
     return value
 
 
-def _texts(value: Any, field: str, where: str) -> tuple[str, ...]:
+def checked_texts(value: Any, field: str, where: str) -> tuple[str, ...]:
+    """Return a field's list of texts; raises `DataError` for anything else, or an empty text."""
     if not isinstance(value, list):
         hint = "; use 'target' for one text" if field == "targets" else ""
         raise DataError(f"{where}: '{field}' must be a list of texts, not {_kind(value)}{hint}")
@@ -271,7 +281,7 @@ def _p3_row(fields: Mapping[str, Any], where: str, task: str) -> Row | None:
         task=task,
         input=_text(fields[_P3_INPUT], _P3_INPUT, where).strip(),
         targets=(target,),
-        options=tuple(text.strip() for text in _texts(options, _P3_OPTIONS, where))
+        options=tuple(text.strip() for text in checked_texts(options, _P3_OPTIONS, where))
         if options  # P3 writes an empty list where a prompt has no choices
         else None,
     )
