@@ -525,6 +525,10 @@ def test_passages_are_no_markup(run: Command, lm: Path, tmp_path: Path) -> None:
     assert "rests on: ls[1].txt" in asked.out
 
 
+def test_a_question_that_is_no_text_is_refused(run: Command, lm: Path) -> None:
+    _refused(run("ask", "caf\udce9?", "--index", "no", "--lm", lm), "question is not valid UTF-8")
+
+
 def test_tables_show_names_with_brackets(
     run: Command, skill: Path, lm: Path, tmp_path: Path
 ) -> None:
@@ -704,6 +708,10 @@ def test_generate_renders_options_as_eval_does(
         (["--text", "x", "--output", "o.jsonl"], "--input and --output go together"),
         (["--text", " "], "--text is empty"),
         (["--text", "x", "--top-p", "0"], "top-p"),
+        (["--text", "x", "--stop", ""], "--stop: "),
+        (["--text", "caf\udce9"], "--text is not valid UTF-8"),
+        (["--input", "half.jsonl", "--output", "o"], "half.jsonl:1: the row holds half a surrog"),
+        (["--input", "note.jsonl", "--output", "o"], "note.jsonl:1: the row holds half a surrog"),
         (["--input", "nothing.jsonl", "--output", "o"], "nothing.jsonl: no such file"),
         (["--input", "bad.jsonl", "--output", "o"], "bad.jsonl:2: not valid JSON"),
         (["--input", "noinput.jsonl", "--output", "o"], "noinput.jsonl:1: each line needs"),
@@ -716,8 +724,10 @@ def test_generate_refuses(arguments: list[str], reason: str, run: Command, skill
     Path("bad.jsonl").write_text('{"input": "a"}\n{"input"\n')
     Path("noinput.jsonl").write_text('{"text": "a"}\n')
     Path("empty.jsonl").write_text("")
+    Path("half.jsonl").write_text('{"input": "abc \\ud800 x"}\n')
+    Path("note.jsonl").write_text('{"input": "abc", "note": "\\ud800"}\n')
     _refused(run("generate", "--skill", skill, *arguments), reason)
-    assert len(list(Path.cwd().iterdir())) == 4
+    assert len(list(Path.cwd().iterdir())) == 6
 
 
 def test_generate_names_the_row_that_is_too_long(run: Command, skill: Path) -> None:

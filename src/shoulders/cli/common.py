@@ -124,6 +124,14 @@ def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated
     return Gated(skill, gate, recurse_below)
 
 
+def check_argument(text: str, name: str) -> None:
+    """Raise `ShouldersError` for an argument of bytes that are no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ShouldersError(f"{name} is not valid UTF-8") from None
+
+
 def check_outputs(json: Path | None, *files: Path | None) -> None:
     """Raise `ShouldersError` now for what could not be written later; JSON alone may go to `-`."""
     for path in (None if json == STANDARD_OUTPUT else json, *files):

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoulders.cli.common import BASE, check_outputs, emit_json, gated, open_skill, stderr
+from shoulders.cli.common import (
+    BASE,
+    check_argument,
+    check_outputs,
+    emit_json,
+    gated,
+    open_skill,
+    stderr,
+)
 from shoulders.cli.remote import through
-from shoulders.data.rows import Row, checked_texts, json_lines
+from shoulders.data.rows import Row, check_encodable, checked_texts, json_lines
 from shoulders.errors import DataError, ShouldersError
 from shoulders.files import atomic_path
 
@@ -75,6 +83,8 @@ def generate(
         raise ShouldersError("--input and --output go together")
     if text is not None and not text.strip():
         raise ShouldersError("--text is empty")
+    if text is not None:
+        check_argument(text, "--text")
     if vllm_url is not None and recurse_below is not None:
         raise ShouldersError("--vllm-url: --recurse-below asks here; leave out one of them")
     check_outputs(json, output)
@@ -155,6 +165,8 @@ def _read_inputs(path: Path) -> list[dict[str, Any]]:
             raise DataError(f'{where}: "task" must be a text')
         if fields.get("options") is not None:
             checked_texts(fields["options"], "options", where)
+        # All of it is written again.
+        check_encodable(jsonlib.dumps(fields, ensure_ascii=False), f"{where}: the row")
         rows.append(dict(fields))
     if not rows:
         raise DataError(f"{path}: is empty; each line needs an object with an input")

@@ -158,13 +158,18 @@ def _text(value: Any, field: str, where: str) -> str:
         raise DataError(f"{where}: '{field}' must be a text, not {_kind(value)}{_quote(value)}")
     if not value.strip():
         raise DataError(f"{where}: '{field}' is empty; fill it in or remove the row")
+    check_encodable(value, f"{where}: '{field}'")
+    return value
+
+
+def check_encodable(text: str, what: str) -> None:
+    """Raise `DataError` for text that no tokenizer takes and no file holds."""
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise DataError(
-            f"{where}: '{field}' holds half a surrogate pair (\\ud800-\\udfff); repair the text"
+            f"{what} holds half a surrogate pair (\\ud800-\\udfff); repair the text"
         ) from None
-    return value
 
 
 def checked_texts(value: Any, field: str, where: str) -> tuple[str, ...]:
