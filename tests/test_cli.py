@@ -24,6 +24,7 @@ from shoulders.encoders.load import load_encoder
 from shoulders.lm.load import load_lm
 from shoulders.skills import artefact
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, save_skill
+from shoulders.skills.reader_artefact import FILE as READER
 from shoulders.training import checkpoint, fit
 from shoulders.training.recipe import read_recipe
 from shoulders.training.run import run_recipe
@@ -445,6 +446,35 @@ def test_eval_refuses_bad_options(
     assert [p.name for p in Path.cwd().iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("data", "options", "reason"),
+    [
+        ("rows.jsonl", ["--plot", "p.png", "--contexts", "c"], "--contexts, --plot: for readers"),
+        ("rows.jsonl", ["--k", 3], "--k: for readers only"),
+        ("rows.jsonl", ["--no-rerank"], "--no-rerank: for readers only"),
+        ("rows.jsonl", ["--chunk", 9], "--chunk: for running text"),
+        ("rows.jsonl", ["--vllm-api-key-file", "k"], "--vllm-api-key-file: goes with --vllm-url"),
+        ("text.txt", ["--dump", "d", "--keep", "end"], "--keep, --dump: not for running text"),
+        ("text.txt", ["--templates", "t.yaml"], "--templates: not for running text"),
+        ("text.txt", ["--recurse-below", 0.5], "--recurse-below: not for running text"),
+        ("rows.jsonl", ["--index", "i", "--max-new-tokens", 3], "--max-new-tokens: not for reader"),
+        ("rows.jsonl", ["--index", "i", "--quantize", "nf4"], "--quantize: not for readers"),
+        ("rows.jsonl", ["--index", "i", "--normalizer", "squad"], "--normalizer: not for readers"),
+    ],
+)
+def test_eval_refuses_options_that_would_do_nothing(
+    data: str, options: list[object], reason: str, run: Command, skill: Path
+) -> None:
+    _refused(run("eval", skill, "--data", data, *options), reason)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_reader_without_an_index_searches_nothing(run: Command, tmp_path: Path) -> None:
+    (tmp_path / READER).write_text("{}")
+    arguments = ("eval", tmp_path, "--data", "q.jsonl", "--retriever", "dense")
+    _refused(run(*arguments), "--retriever: without --index nothing is searched")
+
+
 def test_eval_on_a_full_disk_leaves_no_file(
     run: Command, skill: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -689,14 +719,14 @@ def test_generate_renders_options_as_eval_does(
     )
     values = [{"task": "t", "input": "x", "options": ["p", "q"]}, {"task": None, "input": "y"}]
     given = write_jsonl(tmp_path / "in.jsonl", values)
-    arguments = ("generate", "--skill", skill, "--max-new-tokens", 5, "--templates", templates)
-    assert run(*arguments, "--input", given, "--output", "o.jsonl").code == 0
+    arguments = ("generate", "--skill", skill, "--max-new-tokens", 5)
+    written = ("--input", given, "--output", "o.jsonl", "--templates", templates)
+    assert run(*arguments, *written).code == 0
     first, second = map(json.loads, Path("o.jsonl").read_text().splitlines())
     for text, row in (("x of p/q?", first), ("y", second)):
         assert run(*arguments, "--text", text).out == row["outputs"][0]["text"] + "\n"
     write_jsonl(given, [{"task": "t", "input": "x", "options": "p"}])
-    refused = run(*arguments, "--input", given, "--output", "o.jsonl")
-    _refused(refused, "in.jsonl:1: 'options' must be a list of texts")
+    _refused(run(*arguments, *written), "in.jsonl:1: 'options' must be a list of texts")
 
 
 @pytest.mark.parametrize(
@@ -709,6 +739,10 @@ def test_generate_renders_options_as_eval_does(
         (["--text", " "], "--text is empty"),
         (["--text", "x", "--top-p", "0"], "top-p"),
         (["--text", "x", "--stop", ""], "--stop: "),
+        (["--input", "in.jsonl", "--output", "o", "--json", "j"], "--json: goes with --text"),
+        (["--input", "in.jsonl", "--output", "o", "--task", "t"], "--task: goes with --text"),
+        (["--text", "x", "--templates", "t.yaml"], "--templates: goes with --task"),
+        (["--text", "x", "--vllm-api-key-file", "k"], "--vllm-api-key-file: goes with --vllm-url"),
         (["--text", "caf\udce9"], "--text is not valid UTF-8"),
         (["--input", "half.jsonl", "--output", "o"], "half.jsonl:1: the row holds half a surrog"),
         (["--input", "note.jsonl", "--output", "o"], "note.jsonl:1: the row holds half a surrog"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterable
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 from shoulders.errors import ShouldersError
@@ -122,6 +124,15 @@ def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated
             "validation rows with right and wrong answers"
         )
     return Gated(skill, gate, recurse_below)
+
+
+def refuse_given(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Raise `ShouldersError` where one of these options was given, which would do nothing."""
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ShouldersError(f"{shown}: {why}")
 
 
 def check_argument(text: str, name: str) -> None:

@@ -11,7 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from shoulders.cli import readers
-from shoulders.cli.common import check_outputs, emit_json, gated, open_skill, stderr, stdout
+from shoulders.cli.common import (
+    check_outputs,
+    emit_json,
+    gated,
+    open_skill,
+    refuse_given,
+    stderr,
+    stdout,
+)
 from shoulders.cli.perplexity import evaluate_text
 from shoulders.cli.remote import through
 from shoulders.errors import ShouldersError
@@ -20,8 +28,13 @@ if TYPE_CHECKING:
     from shoulders.data.rows import Row
     from shoulders.evaluation.evaluate import Evaluation
 
+# What each kind of data alone takes; what does nothing is refused, not ignored.
+_OF_READERS = ("retriever", "k", "window", "no_rerank", "abstain_below", "contexts", "plot")
+_OF_ROWS = ("templates", "normalizer", "max_new_tokens", "keep", "recurse_below")
+
 
 def evaluate(
+    context: typer.Context,
     skill: Annotated[str, typer.Argument(help="A skill folder, or 'base' for the bare LM.")],
     data: Annotated[
         Path,
@@ -102,6 +115,7 @@ def evaluate(
     reads = index is not None or readers.is_reader(skill)
     if vllm_url is not None and (recurse_below is not None or reads or data.suffix == ".txt"):
         raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
+    _refuse_ignored(context, skill, reads=reads, text=data.suffix == ".txt")
     check_outputs(json, dump, contexts, plot)
     if reads:
         reader = readers.open_reader(
@@ -193,6 +207,23 @@ def evaluate(
         },
     )
     stdout().print(results_table(f"{skill} on {data.name}", result))
+
+
+def _refuse_ignored(context: typer.Context, skill: str, *, reads: bool, text: bool) -> None:
+    """Raise for options that this kind of data or skill has no use for."""
+    if context.params["vllm_url"] is None:
+        refuse_given(context, ["vllm_api_key_file"], "goes with --vllm-url")
+    if reads:
+        others = (*_OF_ROWS, "chunk", "quantize", "device_map")
+        refuse_given(context, others, "not for readers, which have their own way of reading")
+        if context.params["index"] is None:
+            refuse_given(context, ["retriever"], "without --index nothing is searched")
+        return
+    refuse_given(context, _OF_READERS, f"for readers only; '{skill}' is none, without --index")
+    if text:
+        refuse_given(context, (*_OF_ROWS, "dump"), "not for running text, which has no answers")
+    else:
+        refuse_given(context, ["chunk"], "for running text (.txt) only")
 
 
 def spread(rows: list[Row], limit: int | None) -> list[Row]:

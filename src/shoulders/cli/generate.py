@@ -17,6 +17,7 @@ from shoulders.cli.common import (
     emit_json,
     gated,
     open_skill,
+    refuse_given,
     stderr,
 )
 from shoulders.cli.remote import through
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    context: typer.Context,
     skill: Annotated[str, typer.Option(help="A skill folder, or 'base' for the bare LM.")] = BASE,
     text: Annotated[str | None, typer.Option(help="One input; the answer is streamed.")] = None,
     input: Annotated[
@@ -87,6 +89,16 @@ def generate(
         check_argument(text, "--text")
     if vllm_url is not None and recurse_below is not None:
         raise ShouldersError("--vllm-url: --recurse-below asks here; leave out one of them")
+    if input is not None:
+        refuse_given(
+            context,
+            ["json", "task"],
+            "goes with --text; rows have their own task, and are answered in --output",
+        )
+    elif task is None:
+        refuse_given(context, ["templates"], "goes with --task; --text alone is not rendered")
+    if vllm_url is None:
+        refuse_given(context, ["vllm_api_key_file"], "goes with --vllm-url")
     check_outputs(json, output)
     try:
         decoding = DecodingConfig(
