@@ -28,6 +28,7 @@ from shoulders.lm.load import load_lm
 from shoulders.serving import listening
 from shoulders.skills import artefact
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, save_skill
+from shoulders.skills.reader_artefact import FILE as READER
 from shoulders.training import checkpoint, fit
 from shoulders.training.recipe import read_recipe
 from shoulders.training.run import run_recipe
@@ -449,6 +450,35 @@ def test_eval_refuses_bad_options(
     assert [p.name for p in Path.cwd().iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("data", "options", "reason"),
+    [
+        ("rows.jsonl", ["--plot", "p.png", "--contexts", "c"], "--contexts, --plot: for readers"),
+        ("rows.jsonl", ["--k", 3], "--k: for readers only"),
+        ("rows.jsonl", ["--no-rerank"], "--no-rerank: for readers only"),
+        ("rows.jsonl", ["--chunk", 9], "--chunk: for running text"),
+        ("rows.jsonl", ["--vllm-api-key-file", "k"], "--vllm-api-key-file: goes with --vllm-url"),
+        ("text.txt", ["--dump", "d", "--keep", "end"], "--keep, --dump: not for running text"),
+        ("text.txt", ["--templates", "t.yaml"], "--templates: not for running text"),
+        ("text.txt", ["--recurse-below", 0.5], "--recurse-below: not for running text"),
+        ("rows.jsonl", ["--index", "i", "--max-new-tokens", 3], "--max-new-tokens: not for reader"),
+        ("rows.jsonl", ["--index", "i", "--quantize", "nf4"], "--quantize: not for readers"),
+        ("rows.jsonl", ["--index", "i", "--normalizer", "squad"], "--normalizer: not for readers"),
+    ],
+)
+def test_eval_refuses_options_that_would_do_nothing(
+    data: str, options: list[object], reason: str, run: Command, skill: Path
+) -> None:
+    _refused(run("eval", skill, "--data", data, *options), reason)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_reader_without_an_index_searches_nothing(run: Command, tmp_path: Path) -> None:
+    (tmp_path / READER).write_text("{}")
+    arguments = ("eval", tmp_path, "--data", "q.jsonl", "--retriever", "dense")
+    _refused(run(*arguments), "--retriever: without --index nothing is searched")
+
+
 def test_eval_on_a_full_disk_leaves_no_file(
     run: Command, skill: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,6 +489,102 @@ def test_eval_on_a_full_disk_leaves_no_file(
     result = run("eval", skill, "--data", data, "--dump", "d.jsonl")
     _refused(result, "d.jsonl: cannot write: No space left on device")
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        (["demo"], "shoulders.demo.run.run_demo"),
+        (["compare", "--data", "rows.jsonl"], "shoulders.comparison.run.run_comparison"),
+        (["info"], "shoulders.lm.load.load_lm"),
+        (["bench", "train", "--no-peers"], "shoulders.benchmark.train.bench_train"),
+        (["bench", "generate", "--no-peers"], "shoulders.benchmark.generate.bench_generate"),
+    ],
+)
+def test_json_that_cannot_be_written_is_refused_before_the_work(
+    arguments: list[str], work: str, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("began to work")
+
+    monkeypatch.setattr(work, worked)
+    Path("file").touch()
+    write_jsonl(Path("rows.jsonl"), rows("north", 40))
+    _refused(run(*arguments, "--json", "file/r.json"), "file/r.json: cannot write")
+    assert sorted(p.name for p in Path.cwd().iterdir()) == ["file", "rows.jsonl"]
+
+
+def test_links_and_pipes_are_written_through(
+    run: Command, skill: Path, data: Path, tmp_path: Path
+) -> None:
+    """A link's file gets the new content, and a pipe (or a device) stays what it is."""
+    target, link, pipe = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(target.name)
+    os.mkfifo(pipe)
+    # Open at both ends, so that nobody waits; what is written is far less than a pipe holds.
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        result = run("eval", skill, "--data", data, "--json", link, "--dump", pipe)
+        dumped = os.read(reader, 1 << 16)
+    finally:
+        os.close(reader)
+    assert result.code == 0, result.err
+    assert link.is_symlink()
+    assert json.loads(target.read_text())["n"] == 6
+    assert pipe.is_fifo()
+    assert len(dumped.splitlines()) == 6
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_standard_output_is_for_json_alone(run: Command, skill: Path, data: Path) -> None:
+    _refused(run("eval", skill, "--data", data, "--dump", "-"), "-: standard output takes --json")
+    given = write_jsonl(Path("in.jsonl"), [{"input": "a"}])
+    _refused(run("generate", "--skill", skill, "--input", given, "--output", "-"), "give a file")
+    assert [p.name for p in Path.cwd().iterdir()] == ["in.jsonl"]
+
+
+# -- texts of users' are shown as they are ---------------------------------------------------
+
+
+def test_passages_are_no_markup(run: Command, lm: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    text = "Use ls [options] file 2> [/dev/null] :warning: please."
+    (docs / "ls[1].txt").write_text(text)
+    assert run("index", docs, "--out", "index").code == 0
+    asked = run("ask", "ls options?", "--index", "index", "--lm", lm, "--show-context")
+    assert asked.code == 0, asked.err
+    assert text in asked.err
+    assert "ls[1].txt" in asked.err
+    assert "rests on: ls[1].txt" in asked.out
+
+
+def test_a_question_that_is_no_text_is_refused(run: Command, lm: Path) -> None:
+    _refused(run("ask", "caf\udce9?", "--index", "no", "--lm", lm), "question is not valid UTF-8")
+
+
+def test_tables_show_names_with_brackets(
+    run: Command, skill: Path, lm: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(skill, "a[b]"))
+    both = [*rows("glue[mnli]", 1), *rows("glue[/qnli]", 1)]
+    data = write_jsonl(tmp_path / "rows[x].jsonl", both)
+    shown = run("eval", copy, "--data", data)
+    assert shown.code == 0, shown.err
+    for name in ("glue[mnli]", "glue[/qnli]", "a[b] on rows[x].jsonl"):
+        assert name in shown.out
+    assert "a[b]" in run("info", copy).out
+    (tmp_path / "text[y].txt").write_text("the capital of france is paris " * 9)
+    text = run("eval", "base", "--lm", lm, "--data", tmp_path / "text[y].txt", "--chunk", 9)
+    assert "base on text[y].txt: perplexity" in text.out
+
+
+def test_train_shows_paths_with_brackets(run: Command, recipe: Path) -> None:
+    named = Path(shutil.copy(recipe, recipe.with_name("recipe[z].yaml")))
+    assert "recipe[z].yaml: valid" in run("train", named, "--dry-run").out
+    done = run("train", named, "--out", "out[/z]")
+    assert done.code == 0, done.err
+    assert "saved out[/z]: " in done.out
 
 
 # -- skills that must not load -----------------------------------------------------------
@@ -588,6 +714,25 @@ def test_generate_renders_tasks_with_the_skills_templates(
     _refused(run(*arguments, "--text", "x", "--task", "nroth"), "did you mean 'north'?")
 
 
+def test_generate_renders_options_as_eval_does(
+    run: Command, skill: Path, lm: Path, tmp_path: Path
+) -> None:
+    templates = tmp_path / "t.yaml"
+    templates.write_text(
+        "t: ['{{ input }}{% if options %} of {{ options|join(\"/\") }}{% endif %}?']"
+    )
+    values = [{"task": "t", "input": "x", "options": ["p", "q"]}, {"task": None, "input": "y"}]
+    given = write_jsonl(tmp_path / "in.jsonl", values)
+    arguments = ("generate", "--skill", skill, "--max-new-tokens", 5)
+    written = ("--input", given, "--output", "o.jsonl", "--templates", templates)
+    assert run(*arguments, *written).code == 0
+    first, second = map(json.loads, Path("o.jsonl").read_text().splitlines())
+    for text, row in (("x of p/q?", first), ("y", second)):
+        assert run(*arguments, "--text", text).out == row["outputs"][0]["text"] + "\n"
+    write_jsonl(given, [{"task": "t", "input": "x", "options": "p"}])
+    _refused(run(*arguments, *written), "in.jsonl:1: 'options' must be a list of texts")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -597,6 +742,14 @@ def test_generate_renders_tasks_with_the_skills_templates(
         (["--text", "x", "--output", "o.jsonl"], "--input and --output go together"),
         (["--text", " "], "--text is empty"),
         (["--text", "x", "--top-p", "0"], "top-p"),
+        (["--text", "x", "--stop", ""], "--stop: "),
+        (["--input", "in.jsonl", "--output", "o", "--json", "j"], "--json: goes with --text"),
+        (["--input", "in.jsonl", "--output", "o", "--task", "t"], "--task: goes with --text"),
+        (["--text", "x", "--templates", "t.yaml"], "--templates: goes with --task"),
+        (["--text", "x", "--vllm-api-key-file", "k"], "--vllm-api-key-file: goes with --vllm-url"),
+        (["--text", "caf\udce9"], "--text is not valid UTF-8"),
+        (["--input", "half.jsonl", "--output", "o"], "half.jsonl:1: the row holds half a surrog"),
+        (["--input", "note.jsonl", "--output", "o"], "note.jsonl:1: the row holds half a surrog"),
         (["--input", "nothing.jsonl", "--output", "o"], "nothing.jsonl: no such file"),
         (["--input", "bad.jsonl", "--output", "o"], "bad.jsonl:2: not valid JSON"),
         (["--input", "noinput.jsonl", "--output", "o"], "noinput.jsonl:1: each line needs"),
@@ -609,8 +762,10 @@ def test_generate_refuses(arguments: list[str], reason: str, run: Command, skill
     Path("bad.jsonl").write_text('{"input": "a"}\n{"input"\n')
     Path("noinput.jsonl").write_text('{"text": "a"}\n')
     Path("empty.jsonl").write_text("")
+    Path("half.jsonl").write_text('{"input": "abc \\ud800 x"}\n')
+    Path("note.jsonl").write_text('{"input": "abc", "note": "\\ud800"}\n')
     _refused(run("generate", "--skill", skill, *arguments), reason)
-    assert len(list(Path.cwd().iterdir())) == 4
+    assert len(list(Path.cwd().iterdir())) == 6
 
 
 def test_generate_names_the_row_that_is_too_long(run: Command, skill: Path) -> None:

@@ -342,6 +342,31 @@ def test_what_cannot_be_read_is_said_and_harms_nobody(
     assert "tokens" in str(bad.error)
 
 
+@pytest.mark.parametrize("wanted", [12, 150])
+def test_inputs_that_are_cut_leave_room_for_the_answer(
+    wanted: int, engine: Engine, skills: dict[str, Skill]
+) -> None:
+    """All of it, or half of what the window holds for both; whoever answers cuts alike."""
+    skill = skills["static"].keeping("end")
+    given = min(wanted, skill.input_room(0) // 2)
+    text = "word " * 500
+    exact = {"max_new_tokens": wanted, "min_new_tokens": wanted}
+    _, served = ask(engine, skill, text, **exact)
+    ((alone,),) = skill.generate([text], DecodingConfig(**exact))
+    *_, last = skill.stream(text, DecodingConfig(**exact))
+    assert served.over.wait(30)
+    assert served.error is None
+    assert last.completion is not None
+    for found in (alone, last.completion, served.completions[0]):
+        # One token more than there is room for is written, but never read.
+        assert len(found.token_ids) in (given, given + 1)
+        assert found.token_ids == alone.token_ids
+    # What fits is cut neither for a longer answer, nor without leave.
+    assert skill.asking_ids(["two"], DecodingConfig())[0] == skill.input_ids(["two"])[0]
+    with pytest.raises(ShouldersError, match="tokens"):
+        skills["static"].generate([text], DecodingConfig(**exact))
+
+
 def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Skill]) -> None:
     """With room for two rows or so, the others wait; one that never fits is refused."""
     engine = Engine(lm, EngineConfig(workers=1, cache_bytes=1 << 20))

@@ -117,6 +117,16 @@ def test_questions_may_bring_their_own_passages() -> None:
         Contexts(None, None, None, 2).ranked([question, Question("q2?", ())])
 
 
+def test_passages_of_one_id_stay_two_passages() -> None:
+    own = (Passage("x", "", "one"), Passage("x", "", "two Paris"))
+    question = Question("q?", (), None, own, (2.0, 1.0))
+    (ranked,) = Contexts(None, None, Likes("Paris"), 2).ranked([question])
+    assert ranked.retrieved == own
+    assert ranked.passages == (own[1], own[0])
+    (plain,) = Contexts(None, None, None, 2).ranked([question])
+    assert plain.passages == own
+
+
 def test_every_stage_is_scored() -> None:
     questions = [
         Question("capital of France?", ("Paris", "Lutetia")),
@@ -154,6 +164,16 @@ def test_every_stage_is_scored() -> None:
     )
     with pytest.raises(DataError, match=r"question 2 .* has no answers"):
         report_card(reader, [questions[0], Question("x?", ())])
+
+
+def test_more_passages_than_a_hundred_are_counted_too() -> None:
+    own = tuple(Passage(str(i), "", "word") for i in range(150))
+    questions = [Question("q?", ("word",), None, own[:n], (0.0,) * n) for n in (150, 50)]
+    contexts = Contexts(None, None, None, k=150)
+    config = ReadingConfig.model_validate({"pack": {"passages": 150}})
+    card = report_card(Reader(Says({"": ("word", 0)}), contexts, config), questions)  # type: ignore[arg-type]
+    assert card.metrics["packed_passages"] == pytest.approx(100)
+    assert card.ci95["packed_passages"] == pytest.approx((50, 150))
 
 
 def test_a_reader_abstains_below_its_confidence() -> None:

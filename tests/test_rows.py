@@ -60,6 +60,10 @@ def test_bom_crlf_blank_lines_and_line_separators_inside_texts_are_accepted(
         ({**GOOD, "Input": "x"}, "unknown field 'Input' (did you mean 'input'?)"),
         ({**GOOD, "taks": "x"}, "unknown field 'taks' (did you mean 'task'?)"),
         ({**GOOD, "option": ["3"]}, "unknown field 'option' (did you mean 'options'?)"),
+        ({**GOOD, "targts": ["3"]}, "unknown field 'targts' (did you mean 'targets'?)"),
+        ({**GOOD, "Targets": ["3"]}, "unknown field 'Targets' (did you mean 'targets'?)"),
+        ({**GOOD, "tasks": "x"}, "unknown field 'tasks' (did you mean 'task'?)"),
+        ({**GOOD, "inputs": "x"}, "unknown field 'inputs' (did you mean 'input'?)"),
         ({"targets": ["y"]}, "no field 'input'"),
         ({"input": "x"}, "no field 'targets'"),
         ({"input": "x", "targets": None}, "no field 'targets'"),
@@ -94,8 +98,10 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, row: Any, mes
 
 
 @pytest.mark.parametrize(
-    "name", ["id", "metadata", "question_id", "task_id", "target_id", "index", "label", "dataset"]
-)
+    "name",
+    ["id", "metadata", "question_id", "task_id", "target_id", "index", "label", "dataset",
+     "tags", "optional", "t", ""],
+)  # fmt: skip
 def test_extra_fields_that_resemble_no_known_one_are_ignored(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / "x.jsonl", {**GOOD, name: {"any": [1]}})
     assert read_rows(file) == [Row("sum", "1 2", ("3",))]
@@ -192,11 +198,18 @@ def test_a_folder_of_parquet_files_is_read_in_order_under_its_own_name(tmp_path:
     for shard, text in enumerate("ab"):
         write_parquet(tmp_path / "anli" / f"train-{shard:05}-of-00002.parquet", p3(text))
     assert read_rows(tmp_path / "anli") == [Row("anli", "a", ("a!",)), Row("anli", "b", ("b!",))]
+    # Words that only hold a split's name tell nothing.
+    for name in ("latest", "trained"):
+        write_parquet(tmp_path / "others" / f"{name}.parquet", p3("a"))
+    assert len(read_rows(tmp_path / "others")) == 2
 
 
-def test_a_folder_that_holds_a_test_split_too_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["{}-00000-of-00001", "squad-{}", "squad_{}_1", "squad.{}", "latest-contest-{}"]
+)
+def test_a_folder_that_holds_a_test_split_too_is_refused(name: str, tmp_path: Path) -> None:
     for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", p3("a"))
+        write_parquet(tmp_path / f"{name.format(split)}.parquet", p3("a"))
     with pytest.raises(DataError, match=r"several splits \(test, train\)"):
         read_rows(tmp_path)
 

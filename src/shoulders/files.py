@@ -23,9 +23,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; it replaces `path` when the block ends well.
 
     Raises `ShouldersError` when the folder cannot be written (read-only, disk full); what
-    stood at `path` before is then untouched and the temporary file is gone.
+    stood at `path` before is then untouched and the temporary file is gone. What a symbolic link
+    points to is replaced, not the link; a device or a pipe is yielded itself, to be written into.
     """
     with writing_to(path):
+        if _is_special(path):
+            yield path
+            return
+        path = _pointed_to(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}")
         os.close(handle)
@@ -123,15 +128,34 @@ def cache_folder() -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `ShouldersError` now if `path` could not be written later, after hours of work."""
+    """Raise `ShouldersError` now if `path` could not be written later, after hours of work.
+
+    `-` is no file: what may go to standard output is not to be checked.
+    """
     if path == STANDARD_OUTPUT:
-        return
+        raise ShouldersError(f"{path}: standard output takes --json only; give a file name")
     with writing_to(path):
         if path.is_dir():
             raise IsADirectoryError(21, "is a folder, a file name is needed")
+        if _is_special(path):
+            # Opening a pipe would wait for its reader.
+            if not os.access(path, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+            return
+        path = _pointed_to(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+
+
+def _is_special(path: Path) -> bool:
+    """Tell whether `path` is a device, a pipe or a socket: nothing that a file may replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _pointed_to(path: Path) -> Path:
+    """Return the file that a symbolic link points to (it need not be there); others as given."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _fsync(path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.panel import Panel
+from rich.text import Text
 
-from shoulders.cli.common import emit_json, stderr, stdout
+from shoulders.cli.common import check_argument, check_outputs, emit_json, stderr, stdout
 from shoulders.errors import ShouldersError
-from shoulders.files import check_writable
 
 if TYPE_CHECKING:
     from shoulders.skills.reader import Answer
@@ -50,8 +50,8 @@ def ask(
 
     if not question.strip():
         raise ShouldersError("the question is empty")
-    if json is not None:
-        check_writable(json)
+    check_argument(question, "the question")
+    check_outputs(json)
     reader = open_reader(
         skill,
         index,
@@ -68,7 +68,9 @@ def ask(
     if show_context:
         for number, passage in enumerate(packed.used, 1):
             where = " · ".join(filter(None, (passage.title, passage.source)))
-            stderr().print(Panel(passage.text, title=f"{number}. {where or passage.id}"))
+            # As they are: `[options]` in a passage is no markup.
+            title = Text(f"{number}. {where or passage.id}")
+            stderr().print(Panel(Text(passage.text), title=title))
     # What may yet be withheld is not shown while it is written.
     hidden = reader.config.abstain_below is not None
     completion = None
@@ -84,7 +86,8 @@ def ask(
     sys.stdout.write("\n")
     counts = Counter(p.source or p.title or p.id for p in packed.used)
     sources = ", ".join(f"{name} ({n} passages)" if n > 1 else name for name, n in counts.items())
-    stdout().print(f"[dim]rests on: {sources or 'nothing: no passage was found'}[/]")
+    rest = f"rests on: {sources or 'nothing: no passage was found'}"
+    stdout().print(rest, style="dim", markup=False)
     emit_json(json, as_json(question, answer))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from shoulders.cli.common import emit_json, quiet_libraries, stderr, stdout
+from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stderr, stdout
 from shoulders.errors import ShouldersError
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ def train(
     from shoulders.benchmark.rows import benchmark_rows
     from shoulders.benchmark.train import TrainBenchmark, bench_train
 
+    check_outputs(json)
     quiet_libraries()
     dtypes, kinds = _checked(dtype, kind)
     settings = TrainBenchmark(
@@ -111,6 +112,7 @@ def generate(
     from shoulders.benchmark.generate import GenerateBenchmark, bench_generate
     from shoulders.benchmark.rows import benchmark_rows
 
+    check_outputs(json)
     quiet_libraries()
     dtypes, kinds = _checked(dtype, kind)
     settings = GenerateBenchmark(

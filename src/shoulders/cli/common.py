@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterable
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 from shoulders.errors import ShouldersError
-from shoulders.files import STANDARD_OUTPUT, as_json, write_json
+from shoulders.files import STANDARD_OUTPUT, as_json, check_writable, write_json
 
 if TYPE_CHECKING:
     from shoulders.data.templates import Templates
@@ -23,13 +25,17 @@ BASE = "base"
 
 
 def stdout() -> Console:
-    """Return the console for results."""
-    return Console()
+    """Return the console for results.
+
+    Texts of users' may hold `:smile:`, which stays as it is; what may hold `[brackets]` has to be
+    escaped where it is printed.
+    """
+    return Console(emoji=False)
 
 
 def stderr() -> Console:
     """Return the console for progress and notes, which machines do not read."""
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)
 
 
 def quiet_imports() -> None:
@@ -118,6 +124,30 @@ def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated
             "validation rows with right and wrong answers"
         )
     return Gated(skill, gate, recurse_below)
+
+
+def refuse_given(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Raise `ShouldersError` where one of these options was given, which would do nothing."""
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if given:
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ShouldersError(f"{shown}: {why}")
+
+
+def check_argument(text: str, name: str) -> None:
+    """Raise `ShouldersError` for an argument of bytes that are no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ShouldersError(f"{name} is not valid UTF-8") from None
+
+
+def check_outputs(json: Path | None, *files: Path | None) -> None:
+    """Raise `ShouldersError` now for what could not be written later; JSON alone may go to `-`."""
+    for path in (None if json == STANDARD_OUTPUT else json, *files):
+        if path is not None:
+            check_writable(path)
 
 
 def emit_json(path: Path | None, value: dict[str, Any]) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from shoulders.cli.common import emit_json, quiet_libraries, stderr, stdout
+from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stderr, stdout
 from shoulders.errors import ShouldersError
 
 
@@ -56,6 +57,7 @@ def compare(
         raise ShouldersError("--join puts finished runs together: it takes --out and --json only")
     if minutes is not None and data is None:
         raise ShouldersError("--minutes goes with --data; in a plan it is budget.minutes")
+    check_outputs(json)
     chosen = [name.strip() for name in methods.split(",")] if methods else None
     given = [*(overrides or ())]
     if chosen:
@@ -88,8 +90,8 @@ def _report(result: dict[str, Any], out: Path, json: Path | None) -> None:
     emit_json(json, {**result, "verdict": said})
     stdout().print(_table(out))
     for sentence in said:
-        stdout().print(f"- {sentence}", highlight=False)
-    stdout().print(f"report: [bold]{out / 'report.html'}[/]")
+        stdout().print(f"- {sentence}", markup=False, highlight=False)
+    stdout().print(f"report: [bold]{escape(str(out / 'report.html'))}[/]")
 
 
 def _table(out: Path) -> Table:
@@ -103,7 +105,7 @@ def _table(out: Path) -> Table:
     for line in found["lines"]:
         low, high = line["ci95"]
         table.add_row(
-            line["method"],
+            escape(line["method"]),
             f"{line['exact_match']:.1f} [{low:.1f}, {high:.1f}]",
             found["difference_to_best"].get(line["method"], "best").removesuffix(" points"),
             f"{line['trained_parameters']:,}",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shoulders.cli.common import emit_json, quiet_libraries, stdout
+from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stdout
 from shoulders.errors import ShouldersError
 
 
@@ -25,4 +25,5 @@ def demo(
     folder = out or Path("runs") / datetime.now().strftime("demo-%Y%m%d-%H%M%S")
     if folder.exists() and any(folder.iterdir()):
         raise ShouldersError(f"{folder}: is not empty; choose another --out")
+    check_outputs(json)
     emit_json(json, run_demo(folder, steps=steps, seed=seed, console=stdout()))

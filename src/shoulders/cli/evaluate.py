@@ -7,21 +7,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from shoulders.cli import readers
-from shoulders.cli.common import emit_json, gated, open_skill, stderr, stdout
+from shoulders.cli.common import (
+    check_outputs,
+    emit_json,
+    gated,
+    open_skill,
+    refuse_given,
+    stderr,
+    stdout,
+)
 from shoulders.cli.perplexity import evaluate_text
 from shoulders.cli.remote import through
 from shoulders.errors import ShouldersError
-from shoulders.files import check_writable
 
 if TYPE_CHECKING:
     from shoulders.data.rows import Row
     from shoulders.evaluation.evaluate import Evaluation
 
+# What each kind of data alone takes; what does nothing is refused, not ignored.
+_OF_READERS = ("retriever", "k", "window", "no_rerank", "abstain_below", "contexts", "plot")
+_OF_ROWS = ("templates", "normalizer", "max_new_tokens", "keep", "recurse_below")
+
 
 def evaluate(
+    context: typer.Context,
     skill: Annotated[str, typer.Argument(help="A skill folder, or 'base' for the bare LM.")],
     data: Annotated[
         Path,
@@ -102,8 +115,8 @@ def evaluate(
     reads = index is not None or readers.is_reader(skill)
     if vllm_url is not None and (recurse_below is not None or reads or data.suffix == ".txt"):
         raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
-    for path in filter(None, (json, dump, contexts, plot)):
-        check_writable(path)
+    _refuse_ignored(context, skill, reads=reads, text=data.suffix == ".txt")
+    check_outputs(json, dump, contexts, plot)
     if reads:
         reader = readers.open_reader(
             skill,
@@ -196,6 +209,23 @@ def evaluate(
     stdout().print(results_table(f"{skill} on {data.name}", result))
 
 
+def _refuse_ignored(context: typer.Context, skill: str, *, reads: bool, text: bool) -> None:
+    """Raise for options that this kind of data or skill has no use for."""
+    if context.params["vllm_url"] is None:
+        refuse_given(context, ["vllm_api_key_file"], "goes with --vllm-url")
+    if reads:
+        others = (*_OF_ROWS, "chunk", "quantize", "device_map")
+        refuse_given(context, others, "not for readers, which have their own way of reading")
+        if context.params["index"] is None:
+            refuse_given(context, ["retriever"], "without --index nothing is searched")
+        return
+    refuse_given(context, _OF_READERS, f"for readers only; '{skill}' is none, without --index")
+    if text:
+        refuse_given(context, (*_OF_ROWS, "dump"), "not for running text, which has no answers")
+    else:
+        refuse_given(context, ["chunk"], "for running text (.txt) only")
+
+
 def spread(rows: list[Row], limit: int | None) -> list[Row]:
     """Return at most `limit` rows, one task after the other in turn, in file order."""
     if limit is None or limit >= len(rows):
@@ -211,13 +241,13 @@ def spread(rows: list[Row], limit: int | None) -> list[Row]:
 def results_table(title: str, result: Evaluation) -> Table:
     """Return the scores by task and their macro average as a table."""
     names = list(result.metrics)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("task")
     table.add_column("rows", justify="right")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for task, scores in result.tasks.items():
-        table.add_row(task, str(int(scores["n"])), *(_number(scores.get(n)) for n in names))
+        table.add_row(escape(task), str(int(scores["n"])), *(_number(scores.get(n)) for n in names))
     table.add_section()
     intervals = [
         f"{result.metrics[n]:.1f} [{result.ci95[n][0]:.1f}, {result.ci95[n][1]:.1f}]" for n in names

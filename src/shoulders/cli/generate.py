@@ -6,18 +6,31 @@ import json as jsonlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoulders.cli.common import BASE, emit_json, gated, open_skill, stderr
+from shoulders.cli.common import (
+    BASE,
+    check_argument,
+    check_outputs,
+    emit_json,
+    gated,
+    open_skill,
+    refuse_given,
+    stderr,
+)
 from shoulders.cli.remote import through
-from shoulders.data.rows import Row
+from shoulders.data.rows import Row, check_encodable, checked_texts, json_lines
 from shoulders.errors import DataError, ShouldersError
-from shoulders.files import atomic_path, check_writable
+from shoulders.files import atomic_path
+
+if TYPE_CHECKING:
+    from shoulders.data.templates import Templates
 
 
 def generate(
+    context: typer.Context,
     skill: Annotated[str, typer.Option(help="A skill folder, or 'base' for the bare LM.")] = BASE,
     text: Annotated[str | None, typer.Option(help="One input; the answer is streamed.")] = None,
     input: Annotated[
@@ -72,10 +85,21 @@ def generate(
         raise ShouldersError("--input and --output go together")
     if text is not None and not text.strip():
         raise ShouldersError("--text is empty")
+    if text is not None:
+        check_argument(text, "--text")
     if vllm_url is not None and recurse_below is not None:
         raise ShouldersError("--vllm-url: --recurse-below asks here; leave out one of them")
-    for path in filter(None, (output, json)):
-        check_writable(path)
+    if input is not None:
+        refuse_given(
+            context,
+            ["json", "task"],
+            "goes with --text; rows have their own task, and are answered in --output",
+        )
+    elif task is None:
+        refuse_given(context, ["templates"], "goes with --task; --text alone is not rendered")
+    if vllm_url is None:
+        refuse_given(context, ["vllm_api_key_file"], "goes with --vllm-url")
+    check_outputs(json, output)
     try:
         decoding = DecodingConfig(
             max_new_tokens=max_new_tokens,
@@ -107,9 +131,7 @@ def generate(
         return
     from shoulders.training.monitor import quiet_progress
 
-    texts = [
-        own.render(Row(r["task"], r["input"], ())) if "task" in r else r["input"] for r in rows
-    ]
+    texts = [_rendered(row, own) for row in rows]
     with (
         through(gated(opened, skill, recurse_below), vllm_url, vllm_api_key_file) as answering,
         quiet_progress(stderr(), "generating", len(rows)) as advance,
@@ -143,22 +165,31 @@ def _answer_one(answering: Any, skill: Any, text: str, decoding: Any, json: Path
 
 
 def _read_inputs(path: Path) -> list[dict[str, Any]]:
+    """Read rows with an input; their other fields are carried along."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = jsonlib.loads(line)
-        except (jsonlib.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error}") from None
-        text = row.get("input") if isinstance(row, dict) else None
+    for fields, where in json_lines(path):
+        text, task = fields.get("input"), fields.get("task")
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f'{path}:{number}: each line needs a non-empty text "input"')
-        if "task" in row and not isinstance(row["task"], str):
-            raise DataError(f'{path}:{number}: "task" must be a text')
-        rows.append(row)
+            raise DataError(f'{where}: each line needs a non-empty text "input"')
+        if task is not None and not isinstance(task, str):
+            raise DataError(f'{where}: "task" must be a text')
+        if fields.get("options") is not None:
+            checked_texts(fields["options"], "options", where)
+        # All of it is written again.
+        check_encodable(jsonlib.dumps(fields, ensure_ascii=False), f"{where}: the row")
+        rows.append(dict(fields))
     if not rows:
         raise DataError(f"{path}: is empty; each line needs an object with an input")
     return rows
+
+
+def _rendered(row: dict[str, Any], templates: Templates) -> str:
+    """Return a row's input as the skill reads it: as `eval` renders it, where it names a task."""
+    if row.get("task") is None:
+        return str(row["input"])
+    options = row.get("options")
+    return templates.render(
+        Row(row["task"], row["input"], (), None if options is None else tuple(options))
+    )

@@ -12,9 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from shoulders.cli.bars import Bars
-from shoulders.cli.common import emit_json, quiet_libraries, stderr, stdout
+from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stderr, stdout
 from shoulders.errors import ShouldersError
-from shoulders.files import check_writable
 
 if TYPE_CHECKING:
     from shoulders.reader.index.build import Choices
@@ -73,8 +72,7 @@ def index(
     from shoulders.reader.index.build import Choices
     from shoulders.reader.index.plan import DenseChoice, Sizes
 
-    if json is not None:
-        check_writable(json)
+    check_outputs(json)
     if pooling not in (None, "mean", "cls"):
         raise ShouldersError(f"--pooling {pooling}: use mean or cls")
     chosen = None

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from shoulders.cli.common import emit_json, quiet_libraries, stdout
+from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stdout
 from shoulders.cli.index import index_facts, show_index
 
 
@@ -20,6 +21,7 @@ def info(
     json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
 ) -> None:
     """Show what a skill, an index or the LM is: fingerprints, sizes, provenance."""
+    check_outputs(json)
     if skill is not None and _is_index(skill):
         index = {"index": str(skill), **_index_facts(skill)}
         emit_json(json, index)
@@ -27,9 +29,9 @@ def info(
         return
     facts = _skill_facts(skill) if skill is not None else _lm_facts(lm)
     emit_json(json, facts)
-    table = Table(show_header=False, title=str(skill or lm), title_justify="left")
+    table = Table(show_header=False, title=escape(str(skill or lm)), title_justify="left")
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), _shown(value))
+        table.add_row(key.replace("_", " "), escape(_shown(value)))
     stdout().print(table)
 
 

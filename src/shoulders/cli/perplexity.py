@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rich.markup import escape
+
 from shoulders.cli.common import emit_json, open_skill, stderr, stdout
 from shoulders.errors import ShouldersError
 
@@ -52,6 +54,6 @@ def evaluate_text(
         },
     )
     stdout().print(
-        f"{name} on {data.name}: perplexity [bold]{found.value:.3f}[/] over {found.tokens:,} "
-        f"tokens in chunks of {chunk}"
+        f"{escape(f'{name} on {data.name}')}: perplexity [bold]{found.value:.3f}[/] "
+        f"over {found.tokens:,} tokens in chunks of {chunk}"
     )

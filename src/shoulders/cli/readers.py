@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from shoulders.cli.common import BASE, emit_json, open_skill, quiet_libraries, stderr, stdout
@@ -132,7 +133,7 @@ def evaluate_reader(
 
 def card_table(title: str, card: ReportCard) -> Table:
     """Return the stages of a reader as a table, each with its 95% interval."""
-    table = Table(title=f"{title}, {card.n} questions", title_justify="left")
+    table = Table(title=f"{escape(title)}, {card.n} questions", title_justify="left")
     table.add_column("stage")
     for column in ("%", "95%"):
         table.add_column(column, justify="right")

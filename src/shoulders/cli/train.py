@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from shoulders.cli.common import quiet_libraries, stderr, stdout
 
@@ -41,7 +42,7 @@ def train(
         return
     parsed = read_recipe(recipe, overrides or ())
     if dry_run:
-        stdout().print(f"{recipe}: valid; {_facts(parsed)}")
+        stdout().print(f"{recipe}: valid; {_facts(parsed)}", markup=False)
         return
     from shoulders.training.processes import Processes
     from shoulders.training.run import run_recipe
@@ -62,7 +63,8 @@ def _train_reader(
 
     parsed = read_reader_recipe(recipe, overrides)
     if dry_run:
-        stdout().print(f"{recipe}: valid; a reader of {parsed.reader.collection}, {_facts(parsed)}")
+        valid = f"{recipe}: valid; a reader of {parsed.reader.collection}, {_facts(parsed)}"
+        stdout().print(valid, markup=False)
         return
     from shoulders.cli.bars import Bars
     from shoulders.training.read import run_reader_recipe
@@ -86,6 +88,6 @@ def _facts(recipe: Recipe | ReaderRecipe) -> str:
 
 def _saved(folder: Path, skill: Skill) -> str:
     return (
-        f"saved [bold]{folder}[/]: {skill.trained_parameters:,} trained parameters around "
-        f"{skill.lm.parameters:,} frozen ones, which are unchanged (checked by SHA-256)"
+        f"saved [bold]{escape(str(folder))}[/]: {skill.trained_parameters:,} trained parameters "
+        f"around {skill.lm.parameters:,} frozen ones, which are unchanged (checked by SHA-256)"
     )

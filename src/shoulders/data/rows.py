@@ -63,6 +63,15 @@ def read_rows(path: Path, *, task: str | None = None) -> list[Row]:
 
 
 def _jsonl_rows(path: Path, default_task: str) -> Iterator[Row]:
+    for fields, where in json_lines(path):
+        yield _row(fields, where, default_task)
+
+
+def json_lines(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield every JSON object of a file with one a line, and where it stands, for messages.
+
+    Raises `DataError` for a line that is none.
+    """
     # Read as bytes: text mode would name no line for bad UTF-8, and would also break lines at
     # U+2028, which JSON allows inside a text.
     try:
@@ -72,7 +81,7 @@ def _jsonl_rows(path: Path, default_task: str) -> Iterator[Row]:
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
-                    yield _row(_parse(raw, where), where, default_task)
+                    yield _parse(raw, where), where
     except OSError as error:
         raise DataError(f"{path}: cannot read: {error.strerror or error}") from error
 
@@ -106,12 +115,12 @@ def _row(fields: Mapping[str, Any], where: str, default_task: str) -> Row:
     if "targets" in given and "target" in given:
         raise DataError(f"{where}: both 'target' and 'targets'; keep one")
     if "targets" in given:
-        targets = _texts(given["targets"], "targets", where)
+        targets = checked_texts(given["targets"], "targets", where)
     elif "target" in given:
         targets = (_text(given["target"], "target", where),)
     else:
         raise DataError(f"{where}: no field 'targets'{nearest('targets', given)}")
-    options = _texts(given["options"], "options", where) if "options" in given else None
+    options = checked_texts(given["options"], "options", where) if "options" in given else None
     if options is not None and not set(options) & set(targets):
         raise DataError(f"{where}: none of 'targets' is among 'options'; add it to 'options'")
     return Row(
@@ -127,10 +136,21 @@ def _typo_of(name: str) -> str | None:
     if name in _FIELDS:
         return None
     lowered = name.lower()
-    # Names that merely start like a field ('task_id', 'input_ids') are no typos.
-    similar = [known for known in _FIELDS if abs(len(known) - len(name)) <= 1]
-    close = difflib.get_close_matches(lowered, similar, n=1, cutoff=0.75)
+    # Nearer than 'tags' is to 'task', 'optional' to 'options', 'task_id' to 'task': fields of
+    # people's own.
+    near = [known for known in _FIELDS if _slip(lowered, known)]
+    close = difflib.get_close_matches(lowered, near, n=1, cutoff=0)
     return close[0] if close else None
+
+
+def _slip(word: str, known: str) -> bool:
+    """Tell whether `word` is `known` with one letter wrong, missing or too many, or reordered."""
+    if sorted(word) == sorted(known):
+        return True
+    pairs = enumerate(zip(word, known, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(word), len(known)))
+    here, there = word[same:], known[same:]
+    return here[1:] == there[1:] or here[1:] == there or here == there[1:]
 
 
 def _text(value: Any, field: str, where: str) -> str:
@@ -138,16 +158,22 @@ def _text(value: Any, field: str, where: str) -> str:
         raise DataError(f"{where}: '{field}' must be a text, not {_kind(value)}{_quote(value)}")
     if not value.strip():
         raise DataError(f"{where}: '{field}' is empty; fill it in or remove the row")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: '{field}' holds half a surrogate pair (\\ud800-\\udfff); repair the text"
-        ) from None
+    check_encodable(value, f"{where}: '{field}'")
     return value
 
 
-def _texts(value: Any, field: str, where: str) -> tuple[str, ...]:
+def check_encodable(text: str, what: str) -> None:
+    """Raise `DataError` for text that no tokenizer takes and no file holds."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{what} holds half a surrogate pair (\\ud800-\\udfff); repair the text"
+        ) from None
+
+
+def checked_texts(value: Any, field: str, where: str) -> tuple[str, ...]:
+    """Return a field's list of texts; raises `DataError` for anything else, or an empty text."""
     if not isinstance(value, list):
         hint = "; use 'target' for one text" if field == "targets" else ""
         raise DataError(f"{where}: '{field}' must be a list of texts, not {_kind(value)}{hint}")
@@ -225,8 +251,8 @@ def _table_files(path: Path) -> list[Path]:
     if not files:
         raise DataError(f"{path}: no .parquet files and no saved dataset in this folder")
     # Reading a whole folder must never mix a test split into training.
-    pattern = re.compile(rf"({'|'.join(_SPLITS)})(?![a-zA-Z0-9])")
-    found = {match[1] if (match := pattern.match(file.name)) else "" for file in files}
+    pattern = re.compile(rf"(?<![a-z0-9])({'|'.join(_SPLITS)})(?![a-z0-9])")
+    found = {m[1] if (m := pattern.search(file.stem.lower())) else "" for file in files}
     if len(found) > 1:
         names = ", ".join(sorted(name or "others" for name in found))
         raise DataError(f"{path}: holds several splits ({names}); name the files one by one")
@@ -260,7 +286,7 @@ def _p3_row(fields: Mapping[str, Any], where: str, task: str) -> Row | None:
         task=task,
         input=_text(fields[_P3_INPUT], _P3_INPUT, where).strip(),
         targets=(target,),
-        options=tuple(text.strip() for text in _texts(options, _P3_OPTIONS, where))
+        options=tuple(text.strip() for text in checked_texts(options, _P3_OPTIONS, where))
         if options  # P3 writes an empty list where a prompt has no choices
         else None,
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shoulders.data.mixture import Mixture
@@ -85,9 +86,9 @@ def run_demo(out: Path, *, steps: int, seed: int, console: Console) -> dict[str,
         answers = {
             m: s.generate([text], DECODING)[0][0] for m, s in {"zero-shot": base, **skills}.items()
         }
-        console.print(f"\n[bold]{text}[/]  (right: {row.targets[0]})")
+        console.print(f"\n[bold]{escape(text)}[/]  (right: {escape(row.targets[0])})")
         for method, answer in answers.items():
-            console.print(f"   {method:>16}: {' '.join(answer.text.split())}")
+            console.print(f"   {method:>16}: {' '.join(answer.text.split())}", markup=False)
 
     # 6. The proof: every byte of every weight is what it was.
     after = lm.digest()
@@ -109,6 +110,7 @@ def run_demo(out: Path, *, steps: int, seed: int, console: Console) -> dict[str,
         f"\nWritten to {out} in {summary['seconds']:.0f} s: demo.png, demo.json, two skills. Try\n"
         f"  shoulders generate --skill {out / 'input-dependent'} --text 'Plural of teacher?'",
         soft_wrap=True,
+        markup=False,
     )
     return summary
 

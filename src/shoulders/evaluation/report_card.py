@@ -91,9 +91,16 @@ def report_card(
         n=len(questions),
         seconds=seconds,
         metrics={name: 100 * sum(own) / len(own) for name, own in scores.items()},
-        ci95={name: bootstrap_interval({"all": own}) for name, own in scores.items()},
+        ci95={name: _interval(own) for name, own in scores.items()},
         answers=answers,
     )
+
+
+def _interval(scores: Sequence[float]) -> tuple[float, float]:
+    """Return a mean's bootstrap interval in percent; counts may be above 1, scores are not."""
+    most = max(1.0, *scores)
+    low, high = bootstrap_interval({"all": [score / most for score in scores]})
+    return most * low, most * high
 
 
 def _scores(

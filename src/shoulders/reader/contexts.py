@@ -95,7 +95,8 @@ class Contexts:
             )
         return (
             Found(
-                [[p.id for p in own] for own in passages],
+                # Places again: nothing keeps a file from giving two passages one id.
+                [[str(place) for place in range(len(own))] for own in passages],
                 [list(q.scores[: self._k]) for q in questions],
             ),
             passages,
@@ -106,7 +107,7 @@ def as_ranked(found: Found, ordered: Found, passages: Sequence[Sequence[Passage]
     """Join what was found, the same in a re-ranker's order, and the passages of `found`."""
     ranked = []
     for row, own in enumerate(passages):
-        by_id = {passage.id: passage for passage in own}
+        by_id = dict(zip(found.ids[row], own, strict=True))
         ranked.append(
             Ranked(
                 tuple(own),

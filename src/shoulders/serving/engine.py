@@ -236,7 +236,7 @@ class Engine:
         entries = []
         for number, ask in enumerate(asks):
             skill = ask.skill
-            ids = ask.ids or skill.input_ids([ask.text])[0]
+            ids = ask.ids or skill.asking_ids([ask.text], ask.decoding)[0]
             check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
             prompt = None
             here = self._remote is None or bool(skill.parts.earlier)

@@ -52,17 +52,32 @@ class Framing:
 
     def input_room(self, answer_room: int = 1) -> int:
         """Return how many tokens of input fit beside prompt, separator and so long an answer."""
-        head, tail = self._frame()
-        taken = self._prompt_length + len(head) + len(tail) + answer_room
-        if self._form.spelling:
-            taken += most_tokens(self._form.spelling)
-        room = self._lm.max_positions - taken
+        room = self._window_room() - answer_room
         return min(room, self._form.max_input_tokens or room)
+
+    def answer_room(self, wanted: int) -> int:
+        """Return the room that inputs leave for an answer of at most `wanted` tokens.
+
+        Inputs that are cut leave all of it, but keep half of what the window holds for both: cut to
+        the whole window they would leave no answer. Others leave 1: an input that fits is not
+        refused for a length that few answers have; a long answer may end early.
+        """
+        if self._form.keep is None:
+            return 1
+        return max(1, min(wanted, self._window_room() // 2))
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Return each answer's token ids, with the LM's end token."""
         ids = self._lm.tokenize([self._form.answer_prefix + a for a in answers])
         return [[*row, self._lm.end_ids[0]] for row in ids]
+
+    def _window_room(self) -> int:
+        """Return how many tokens of the window are left for an input and its answer."""
+        head, tail = self._frame()
+        taken = self._prompt_length + len(head) + len(tail)
+        if self._form.spelling:
+            taken += most_tokens(self._form.spelling)
+        return self._lm.max_positions - taken
 
     def _ahead(self, texts: Sequence[str]) -> list[list[int]]:
         """Return what stands before each text: its rarest words, spelled out."""

@@ -187,6 +187,10 @@ class Skill:
         """Return each text's token ids as they stand before the answer; see `Framing`."""
         return self._framing.input_ids(texts, answer_room)
 
+    def asking_ids(self, texts: Sequence[str], decoding: DecodingConfig) -> list[list[int]]:
+        """Return `input_ids` with room for what is to be generated; see `Framing.answer_room`."""
+        return self.input_ids(texts, self._framing.answer_room(decoding.max_new_tokens))
+
     def input_room(self, answer_room: int = 1) -> int:
         """Return how many tokens of input fit beside prompt, separator and so long an answer."""
         return self._framing.input_room(answer_room)
@@ -250,7 +254,7 @@ class Skill:
                     on_rows(len(texts))
                 return [[_as_completion(chosen(p.candidates, chooser))] for p in found]
             return self.last.generate([p.text for p in found], decoding, on_rows=on_rows)
-        answers = generated(self, texts, self.input_ids(texts), decoding, on_rows)
+        answers = generated(self, texts, self.asking_ids(texts, decoding), decoding, on_rows)
         return [[self.stripped(c) for c in several] for several in answers]
 
     def stream(self, text: str, decoding: DecodingConfig) -> Iterator[Delta]:
@@ -263,7 +267,8 @@ class Skill:
             return self.last.stream(read, decoding)
         with torch.no_grad():
             prompt, source = self.prompt([text]), self.source([text])
-        deltas = stream(self.lm, prompt, self.input_ids([text]), decoding, source)
+        ids = self.asking_ids([text], decoding)
+        deltas = stream(self.lm, prompt, ids, decoding, source)
         unprefixed = Unprefixed(self.config.format.answer_prefix)
         return (found for delta in deltas if (found := unprefixed(delta)) is not None)
 
