@@ -127,12 +127,21 @@ def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated
 
 
 def refuse_given(context: typer.Context, options: Iterable[str], why: str) -> None:
-    """Raise `ShouldersError` where one of these options was given, which would do nothing."""
+    """Raise `ShouldersError` where one of these options was given: what it promises cannot be."""
+    if shown := _given(context, options):
+        raise ShouldersError(f"{shown}: {why}")
+
+
+def note_given(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Say on standard error that these options, where they were given, change nothing here."""
+    if shown := _given(context, options):
+        stderr().print(f"note: {shown} changes nothing: {why}", markup=False, highlight=False)
+
+
+def _given(context: typer.Context, options: Iterable[str]) -> str:
     sources = {name: context.get_parameter_source(name) for name in options}
     given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if given:
-        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ShouldersError(f"{shown}: {why}")
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def check_argument(text: str, name: str) -> None:

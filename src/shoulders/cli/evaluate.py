@@ -15,6 +15,7 @@ from shoulders.cli.common import (
     check_outputs,
     emit_json,
     gated,
+    note_given,
     open_skill,
     refuse_given,
     stderr,
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
     from shoulders.data.rows import Row
     from shoulders.evaluation.evaluate import Evaluation
 
-# What each kind of data alone takes; what does nothing is refused, not ignored.
-_OF_READERS = ("retriever", "k", "window", "no_rerank", "abstain_below", "contexts", "plot")
+# What each kind of data alone takes; what would write a file and cannot is refused, see `_unused`.
+_OF_READERS, _FILES = (
+    ("retriever", "k", "window", "no_rerank", "abstain_below"),
+    ("contexts", "plot"),
+)
 _OF_ROWS = ("templates", "normalizer", "max_new_tokens", "keep", "recurse_below")
 
 
@@ -115,7 +119,7 @@ def evaluate(
     reads = index is not None or readers.is_reader(skill)
     if vllm_url is not None and (recurse_below is not None or reads or data.suffix == ".txt"):
         raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
-    _refuse_ignored(context, skill, reads=reads, text=data.suffix == ".txt")
+    _unused(context, skill, reads=reads, text=data.suffix == ".txt")
     check_outputs(json, dump, contexts, plot)
     if reads:
         reader = readers.open_reader(
@@ -209,21 +213,23 @@ def evaluate(
     stdout().print(results_table(f"{skill} on {data.name}", result))
 
 
-def _refuse_ignored(context: typer.Context, skill: str, *, reads: bool, text: bool) -> None:
-    """Raise for options that this kind of data or skill has no use for."""
+def _unused(context: typer.Context, skill: str, *, reads: bool, text: bool) -> None:
+    """Say which options have no use for this data or skill; raise for files never written."""
     if context.params["vllm_url"] is None:
-        refuse_given(context, ["vllm_api_key_file"], "goes with --vllm-url")
+        note_given(context, ["vllm_api_key_file"], "it goes with --vllm-url")
     if reads:
         others = (*_OF_ROWS, "chunk", "quantize", "device_map")
-        refuse_given(context, others, "not for readers, which have their own way of reading")
+        note_given(context, others, "readers have their own way of reading")
         if context.params["index"] is None:
-            refuse_given(context, ["retriever"], "without --index nothing is searched")
+            note_given(context, ["retriever"], "without --index nothing is searched")
         return
-    refuse_given(context, _OF_READERS, f"for readers only; '{skill}' is none, without --index")
+    refuse_given(context, _FILES, f"for readers only; '{skill}' is none, without --index")
+    note_given(context, _OF_READERS, f"'{skill}' is no reader, without --index")
     if text:
-        refuse_given(context, (*_OF_ROWS, "dump"), "not for running text, which has no answers")
+        refuse_given(context, ["dump"], "not for running text, which has no answers")
+        note_given(context, _OF_ROWS, "running text has no answers")
     else:
-        refuse_given(context, ["chunk"], "for running text (.txt) only")
+        note_given(context, ["chunk"], "it is for running text (.txt)")
 
 
 def spread(rows: list[Row], limit: int | None) -> list[Row]:

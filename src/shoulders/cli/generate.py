@@ -16,6 +16,7 @@ from shoulders.cli.common import (
     check_outputs,
     emit_json,
     gated,
+    note_given,
     open_skill,
     refuse_given,
     stderr,
@@ -90,15 +91,12 @@ def generate(
     if vllm_url is not None and recurse_below is not None:
         raise ShouldersError("--vllm-url: --recurse-below asks here; leave out one of them")
     if input is not None:
-        refuse_given(
-            context,
-            ["json", "task"],
-            "goes with --text; rows have their own task, and are answered in --output",
-        )
+        refuse_given(context, ["json"], "goes with --text; rows are answered in --output")
+        note_given(context, ["task"], "rows name their own task")
     elif task is None:
-        refuse_given(context, ["templates"], "goes with --task; --text alone is not rendered")
+        note_given(context, ["templates"], "--text without --task is not rendered")
     if vllm_url is None:
-        refuse_given(context, ["vllm_api_key_file"], "goes with --vllm-url")
+        note_given(context, ["vllm_api_key_file"], "it goes with --vllm-url")
     check_outputs(json, output)
     try:
         decoding = DecodingConfig(
