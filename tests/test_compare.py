@@ -25,7 +25,14 @@ from shoulders.comparison.forgetting import examined
 from shoulders.comparison.join import joined
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method, methods_of, parameters
-from shoulders.comparison.plan import Plan, SearchConfig, make_plan, plan_of_rows, read_plan
+from shoulders.comparison.plan import (
+    Plan,
+    SearchConfig,
+    make_plan,
+    plan_of_rows,
+    read_plan,
+    untested,
+)
 from shoulders.comparison.report import write_report
 from shoulders.comparison.run import rows_of, run_comparison
 from shoulders.comparison.search import best_factor
@@ -110,6 +117,15 @@ def test_rates_are_not_searched_on_test_rows(tmp_path: Path) -> None:
     found = rows_of(make_plan(values))
     assert {r.input for r in found.validation} == {"number 3", "number 4"}
     assert [r.input for r in found.test] == [f"number {i}" for i in range(5, 9)]
+
+
+def test_tasks_too_small_to_be_tested_are_named(tmp_path: Path) -> None:
+    rows = [{"task": f"t{i % 2}", "input": f"number {i}", "targets": ["one"]} for i in range(20)]
+    rows.append({"task": "tiny", "input": "number 0", "targets": ["one"]})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    plan = plan_of_rows(file, tmp_path / "out", budget={"examples": 8})
+    assert untested(plan) == ["tiny"]
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def compare(
     (report.html, report.md, compare.json) with a verdict in words. Safe to stop: --resume.
     """
     from shoulders.comparison.join import joined
-    from shoulders.comparison.plan import Plan, plan_of_rows, read_plan
+    from shoulders.comparison.plan import Plan, plan_of_rows, read_plan, untested
     from shoulders.comparison.run import run_comparison
     from shoulders.training.recipe import override
 
@@ -79,6 +79,9 @@ def compare(
         for one in given:
             override(settings, one)
         parsed = plan_of_rows(data, out, **settings)
+        if small := untested(parsed):
+            note = f"note: too few inputs to test on, trained on only: {', '.join(small)}"
+            stderr().print(note, markup=False, highlight=False)
     quiet_libraries()
     _report(run_comparison(parsed, out, resume=resume, console=stderr()), out, json)
 

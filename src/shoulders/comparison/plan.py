@@ -276,5 +276,12 @@ def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
     )
 
 
+def untested(plan: Plan) -> list[str]:
+    """Return the tasks of a plan's training rows that none of its test rows is of."""
+    train, test = ({r.task for name in f for r in read_rows(Path(name))}
+                   for f in (plan.data.train, plan.test))  # fmt: skip
+    return sorted(train - test)
+
+
 def _hash(task: str, text: str) -> str:
     return hashlib.sha256(f"{task}\n{text}".encode()).hexdigest()
