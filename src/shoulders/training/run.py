@@ -42,6 +42,9 @@ def run_recipe(
 ) -> Skill:
     """Train what a recipe describes and save the skill in `out`.
 
+    >>> recipe = read_recipe(Path("recipe.yaml"), ["training.steps=20"])  # doctest: +SKIP
+    >>> skill = run_recipe(recipe, Path("runs/skill"))  # doctest: +SKIP
+
     Raises:
         TrainingError: `out` already holds a run and `resume` is not set, or see `fit`.
         DataError, LMError, RecipeError, ShouldersError: what cannot be read or written.
