@@ -173,7 +173,8 @@ def test_more_passages_than_a_hundred_are_counted_too() -> None:
     config = ReadingConfig.model_validate({"pack": {"passages": 150}})
     card = report_card(Reader(Says({"": ("word", 0)}), contexts, config), questions)  # type: ignore[arg-type]
     assert card.metrics["packed_passages"] == pytest.approx(100)
-    assert card.ci95["packed_passages"] == pytest.approx((50, 150))
+    # Drawn twice out of two, made as wide as two rows allow, and no more than 150.
+    assert card.ci95["packed_passages"] == pytest.approx((100 - 50 * 2**0.5, 150))
 
 
 def test_a_reader_abstains_below_its_confidence() -> None:
