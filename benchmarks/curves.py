@@ -29,7 +29,7 @@ from shoulders.data.mixture import Mixture
 from shoulders.lm.load import load_lm
 from shoulders.prompts.initial import InitConfig, initial_ids
 from shoulders.skills.skill import Skill
-from shoulders.training.fit import example_at
+from shoulders.training.examples import example_at
 from shoulders.training.recipe import Recipe, read_recipe
 from shoulders.training.run import load_data, machine
 

@@ -30,7 +30,7 @@ from shoulders.recursion.first_pass import FirstPass
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
-from shoulders.training.fit import example_of
+from shoulders.training.examples import example_of
 from shoulders.training.run import machine
 from shoulders.training.step import gradients
 

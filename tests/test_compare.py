@@ -56,7 +56,7 @@ from shoulders.skills.artefact import read_artefact
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.skills.spelling import most_tokens
-from shoulders.training.fit import example_at, example_of
+from shoulders.training.examples import example_at, example_of
 from shoulders.training.run import load_data
 from shoulders.training.validation import validate
 
@@ -128,6 +128,17 @@ def test_tasks_too_small_to_be_tested_are_named(tmp_path: Path) -> None:
     assert untested(plan) == ["tiny"]
 
 
+def test_another_file_does_not_replace_the_rows_of_a_comparison(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = plan_of_rows(rows_file(tmp_path), out, budget={"examples": 8})
+    before = Path(plan.test[0]).read_bytes()
+    assert plan_of_rows(rows_file(tmp_path), out, budget={"examples": 8}) == plan
+    Ledger(out).begin(plan, resume=False)
+    with pytest.raises(DataError, match="holds a comparison of other rows"):
+        plan_of_rows(rows_file(tmp_path, 3), out, budget={"examples": 8})
+    assert Path(plan.test[0]).read_bytes() == before
+
+
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl: 9 different inputs"):
         plan_of_rows(rows_file(tmp_path, 1, 9), tmp_path / "out", budget={"examples": 8})
@@ -150,6 +161,14 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
         ({"variants": {"twice": {"of": "sttaic"}}}, "variants.twice.of: no method 'sttaic'"),
         ({"variants": {"twice": {"of": "textual"}}}, "it has no variants"),
         ({"variants": {"none": {"of": "static", "share": 0}}}, "variants.none.share"),
+        (
+            {"variants": {"v": {"of": "static", "teacher": "lora_r61"}}},
+            "no tuned method 'lora_r61'",
+        ),
+        (
+            {"variants": {"v": {"of": "full", "teacher": "full"}}},
+            "v.teacher: 'full' is tuned itself",
+        ),
     ],
 )
 def test_bad_plans_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:
@@ -629,6 +648,31 @@ def test_rivals_lose_nats_as_frozen_methods_do(tmp_path: Path, lm_folder: Path) 
     assert [g["ids"] + g["answer_ids"] for g in given[:8]] == [
         e.input_ids + e.answer_ids for e in wanted
     ]
+
+
+@pytest.mark.slow
+def test_a_tuned_copy_teaches_a_frozen_method(tmp_path: Path, lm_folder: Path) -> None:
+    variants = {"taught": {"of": "static_kv", "teacher": "lora_r4"}}
+    names = ["static_kv", "lora_r4", "taught"]
+    plan = plan_for(
+        tmp_path, lm_folder, methods=names, variants=variants, search={"trials": 0}, seeds=[0, 1]
+    )
+    out = tmp_path / "out"
+    result = run_comparison(plan, out)
+    found = {(r["method"], r["seed"]): r for r in result["runs"]}
+    assert len(found) == 6
+    for seed in (0, 1):
+        assert found["taught", seed]["curve"] != found["static_kv", seed]["curve"]
+        recipe = read_artefact(out / f"runs/taught-seed{seed}").provenance["recipe"]
+        assert (
+            Path(recipe["training"]["teacher"]["lm"]["name"]).parent.name == f"lora_r4-seed{seed}"
+        )
+    assert not list(out.glob("**/weights"))
+    line = {x.name: x for x in lines(result)}["taught"]  # its teacher's training is a cost of it
+    assert line.training_seconds > found["lora_r4", 0]["training_seconds"]
+    alone = plan.model_copy(update={"methods": ("taught",), "seeds": (0,)})
+    with pytest.raises(ShouldersError, match="taught by lora_r4: list it before"):
+        run_comparison(alone, tmp_path / "alone")
 
 
 @pytest.mark.slow

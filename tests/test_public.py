@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import shoulders
+from tiny_models import recipe_values, save_tiny_lm, write_recipe
 
 
 @pytest.mark.parametrize("name", shoulders.__all__)
@@ -40,3 +41,27 @@ def test_importing_it_imports_no_torch() -> None:
     script = "import sys, shoulders; print('torch' in sys.modules, shoulders.__version__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == f"False {shoulders.__version__}\n"
+
+
+def test_texts_come_in_lists(tmp_path: Path) -> None:
+    lm = shoulders.load_lm(str(save_tiny_lm(tmp_path / "lm")), dtype="float32")
+    skill, decoding = shoulders.Skill.base(lm), shoulders.DecodingConfig(max_new_tokens=2)
+    assert skill.generate([], decoding) == []
+    assert skill.score([], []) == []
+    with pytest.raises(shoulders.ShouldersError, match="give a list of texts"):
+        skill.generate("hi there", decoding)
+    with pytest.raises(shoulders.ShouldersError, match="2 texts and candidates for 1"):
+        skill.score(["hi", "you"], [["a"]])
+
+
+def test_paths_may_be_texts(tmp_path: Path) -> None:
+    values = recipe_values(save_tiny_lm(tmp_path / "lm"), tmp_path / "data")
+    recipe = shoulders.read_recipe(str(write_recipe(tmp_path / "recipe.yaml", values)))
+    skill = shoulders.run_recipe(recipe, str(tmp_path / "out"))
+    again, templates = shoulders.load_skill(str(tmp_path / "out"), skill.lm)
+    rows = shoulders.read_rows(str(tmp_path / "data/held.jsonl"))
+    decoding = shoulders.DecodingConfig(max_new_tokens=2)
+    first, second = (
+        shoulders.evaluate(s, rows, templates, decoding=decoding) for s in (skill, again)
+    )
+    assert [p.prediction for p in first.predictions] == [p.prediction for p in second.predictions]

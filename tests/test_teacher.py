@@ -131,6 +131,8 @@ def test_another_teacher_does_not_go_on(folders: tuple[Path, Path], tmp_path: Pa
     out = tmp_path / "out"
     values = with_teacher(lm, teacher, tmp_path / "data")
     run_recipe(make_recipe(values), out)
+    fingerprint = load_lm(str(teacher), dtype="float32").fingerprint
+    assert read_artefact(out).provenance["teacher"] == fingerprint
     (out / "skill.json").unlink()
     assert run_recipe(make_recipe(values), out, resume=True) is not None
     (out / "skill.json").unlink()

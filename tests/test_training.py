@@ -30,7 +30,9 @@ from shoulders.errors import (
     RecipeError,
     ShouldersError,
     TrainingError,
+    WindowError,
 )
+from shoulders.files import only_writer
 from shoulders.lm import states
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
@@ -40,7 +42,7 @@ from shoulders.skills.artefact import FILE, load_skill
 from shoulders.skills.skill import Skill
 from shoulders.training import checkpoint, fit, run, step
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
-from shoulders.training.fit import example_at
+from shoulders.training.examples import check_window, example_at, example_of
 from shoulders.training.objective import Example, answer_losses
 from shoulders.training.optimizer import make_optimizer, rate_factor
 from shoulders.training.recipe import Recipe, make_recipe
@@ -524,7 +526,7 @@ def test_validation_loss_is_averaged_by_task(select: str, lm: FrozenLM, tmp_path
     write_jsonl(Path(recipe.data.validation[0]), [*rows("north", 3, 50), *rows("south", 1, 50)])
     skill, mixture, validation, templates = _parts(recipe, lm)
     progress = fit.fit(skill, mixture, validation, templates, recipe, tmp_path / "out")
-    examples = [fit.example_of(skill, r, templates.render(r, 0), 0) for r in validation]
+    examples = [example_of(skill, r, templates.render(r, 0), 0) for r in validation]
     with torch.no_grad():
         losses = _reference(lm, skill.prompt([e.text for e in examples]), examples)
     means = [float(loss.mean()) for loss in losses]
@@ -666,6 +668,53 @@ def test_resuming_with_another_recipe_names_the_key(
     values = recipe_values(Path(lm.name), tmp_path / "data", {"kind": "static", "length": 5})
     with pytest.raises(TrainingError, match=r"recipe\.skill\.passes was .*4.* is .*5"):
         run_recipe(make_recipe(values), tmp_path / "out", resume=True)
+
+
+def test_a_row_that_will_not_fit_is_named_before_the_first_step(
+    lm: FrozenLM, tmp_path: Path
+) -> None:
+    recipe = _recipe(lm, tmp_path, steps=200)
+    late = {"task": "north", "input": "z " * 400, "targets": ["no"]}
+    write_jsonl(tmp_path / "data/train.jsonl", [*rows("north", 9), late, *rows("south", 5)])
+    with pytest.raises(WindowError, match=r"task 'north', input 'z z .*tokens, \d+ fit"):
+        run_recipe(recipe, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
+    skill, mixture, *_ = _parts(recipe, lm)
+    first = next(i for i in range(800) if mixture.example(i)[0].input.startswith("z"))
+    check_window(skill, mixture, range(first), 0)  # one that is not drawn does not matter
+    with pytest.raises(WindowError):
+        check_window(skill, mixture, range(first + 1), 0)
+
+
+def test_one_training_at_a_time_writes_into_a_folder(lm: FrozenLM, tmp_path: Path) -> None:
+    recipe = _recipe(lm, tmp_path)
+    with (
+        only_writer(tmp_path / "out"),
+        pytest.raises(ShouldersError, match="another process writes there"),
+    ):
+        run_recipe(recipe, tmp_path / "out")
+    assert run_recipe(recipe, str(tmp_path / "out")) is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": 0.1, "lr_for": {"base": -1}}, "lr_for.base"),
+        ({"lr": 0.1, "lr_for": {"base": float("nan")}}, "lr_for.base"),
+        ({"lr": 0.1, "betas": [1.5, 0.9]}, "betas.0"),
+        ({"lr": 0.1, "weight_decay": float("inf")}, "weight_decay"),
+    ],
+)
+def test_rates_that_train_uphill_or_nowhere_are_refused(
+    settings: dict[str, Any], said: str, lm: FrozenLM, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        _recipe(lm, tmp_path, optimizer=settings)
+
+
+def test_a_seed_is_a_number_that_torch_takes(lm: FrozenLM, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="seed"):
+        _recipe(lm, tmp_path, seed=2**70)
 
 
 def test_files_that_end_alike_have_a_hash_each(tmp_path: Path) -> None:

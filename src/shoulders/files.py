@@ -79,6 +79,34 @@ def writing_to(path: Path) -> Iterator[None]:
         raise ShouldersError(f"{path}: cannot write: {reason}") from error
 
 
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Let one process at a time write into a folder, which is made if it is not there.
+
+    The system lets go of it when a process dies. Raises `ShouldersError` where another one writes.
+    """
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShouldersError(
+                f"{folder}: another process writes there; wait for it, or choose another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what a killed process left half-written in `folder`; nobody else may write there."""
     for left in folder.glob(f".*{PARTIAL}*"):

@@ -15,7 +15,7 @@ from shoulders.lm.streams import Streams
 from shoulders.prompts.build import rates_of
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
-from shoulders.training.fit import example_of
+from shoulders.training.examples import example_of
 from shoulders.training.memory import keep_freed_memory
 from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer

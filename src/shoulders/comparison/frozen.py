@@ -20,6 +20,7 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
+from shoulders.files import only_writer
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import FILE, load_skill, read_artefact, save_skill
 from shoulders.skills.skill import Skill
@@ -27,6 +28,7 @@ from shoulders.training.fit import fit
 from shoulders.training.recipe import Recipe, make_recipe
 from shoulders.training.run import machine
 from shoulders.training.start import begin_at
+from shoulders.training.teacher import Teacher
 from shoulders.training.textual import run_textual
 
 PROBE = 3  # steps: the fewest after which training checks that every tensor moves
@@ -80,6 +82,7 @@ class Frozen:
         seed: int,
         factor: float,
         start: Mapping[str, Path] | None = None,
+        teacher: Path | None = None,
     ) -> Recipe:
         """Return what `shoulders train` would be told; `factor` multiplies all rates.
 
@@ -107,6 +110,10 @@ class Frozen:
                 "seed": seed,
             },
         }
+        if teacher is not None:
+            values["training"]["teacher"] = {
+                "lm": {"name": str(teacher), "dtype": self.lm.precision}
+            }
         if method.proposes:
             folds = {"folds": 2, "steps": max(PROBE, steps // 3)}
             rows = min(steps * self.plan.rows_per_step, len(self.rows.train))
@@ -123,6 +130,7 @@ class Frozen:
         seed: int,
         factor: float,
         start: dict[str, Path],
+        teacher: Path | None = None,
     ) -> Trained:
         """Train a method into `folder`, or go on with what a stopped run left there.
 
@@ -133,11 +141,12 @@ class Frozen:
             seed: of values and order.
             factor: multiplies its rates.
             start: skills that its parts begin at.
+            teacher: weights of the copy that teaches it, if one does.
 
         Raises:
             TrainingError: training diverged, or see `fit`.
         """
-        recipe = self.recipe(method, steps, seed, factor, start)
+        recipe = self.recipe(method, steps, seed, factor, start, teacher)
         if method.proposes:
             if not (folder / FILE).is_file():
                 run_textual(recipe, folder, resume=True, console=self._console)
@@ -146,10 +155,13 @@ class Frozen:
         begin_at(skill, start, self.lm)
         assert recipe.data is not None  # a comparison is on rows
         mixture = Mixture(self.rows.train, self.rows.templates, recipe.data, seed)
-        progress = fit(
-            skill, mixture, self.rows.validation, self.rows.templates, recipe, folder,
-            bound={"lm": self.lm.fingerprint}, resume=True, console=self._console,
-        )  # fmt: skip
+        taught = recipe.training.teacher
+        with only_writer(folder):
+            progress = fit(
+                skill, mixture, self.rows.validation, self.rows.templates, recipe, folder,
+                bound={"lm": self.lm.fingerprint}, resume=True, console=self._console,
+                teacher=Teacher.of(taught, self.lm) if taught else None,
+            )  # fmt: skip
         facts = {
             "steps": progress.step,
             "training_seconds": round(progress.seconds, 1),

@@ -99,6 +99,7 @@ class Variant(_Part):
         epochs: how often it reads them.
         optimizer: its rates where they are not that method's: a longer training likes lower ones.
         format: how it reads rows, where not as that method does; of frozen and tuned methods.
+        teacher: of frozen methods: a tuned one, listed before, whose copy of the same seed teaches.
     """
 
     of: str
@@ -106,6 +107,7 @@ class Variant(_Part):
     epochs: int = Field(default=1, ge=1)
     optimizer: OptimizerConfig | None = None
     format: TextFormat | None = None
+    teacher: str | None = None
 
 
 class Plan(_Part):
@@ -163,6 +165,14 @@ class Plan(_Part):
                     f"variants.{name}.of: '{variant.of}' does not read the budget's examples in "
                     "order, so it has no variants"
                 )
+            tuned = (*TUNED, *(n for n, v in self.variants.items() if v.of in TUNED))
+            if variant.teacher is not None and variant.teacher not in tuned:
+                raise ValueError(
+                    f"variants.{name}.teacher: no tuned method '{variant.teacher}'"
+                    f"{nearest(variant.teacher, tuned)}"
+                )
+            if variant.teacher is not None and variant.of in TUNED:
+                raise ValueError(f"variants.{name}.teacher: '{variant.of}' is tuned itself")
         known = (*known, *self.variants)
         for name in self.methods:
             if name not in known:
@@ -200,12 +210,13 @@ def _proposes(own: OwnMethod | None) -> bool:
     return own is not None and any(one.get("propose") for one in own.passes)
 
 
-def read_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
+def read_plan(path: Path | str, overrides: Sequence[str] = ()) -> Plan:
     """Read a plan; files that it names lie beside it, or where they say.
 
     Raises:
         RecipeError: names the file and the key.
     """
+    path = Path(path)
     values = read_values(path, overrides)
     plan = make_plan(values, str(path))
 
@@ -241,7 +252,7 @@ def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
     Every task is split alike, by a hash of its inputs: the same file gives the same split.
 
     Raises:
-        DataError: the file, or too few different rows.
+        DataError: the file, too few different rows, or `out` holds those of another file.
     """
     groups: dict[str, dict[str, list[Row]]] = {}
     for row in read_rows(file):
@@ -262,7 +273,11 @@ def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
     if not splits["test"]:
         raise DataError(f"{file}: its tasks have too few rows to test on; three each at least")
     for name, rows in splits.items():
-        write_text(out / "data" / f"{name}.jsonl", "".join(as_line(row) for row in rows))
+        part, text = out / "data" / f"{name}.jsonl", "".join(as_line(row) for row in rows)
+        begun = (out / "plan.json").is_file() and part.is_file()
+        if begun and part.read_text(encoding="utf-8") != text:
+            raise DataError(f"{out}: holds a comparison of other rows; choose another --out")
+        write_text(part, text)
     return make_plan(
         {
             "data": {

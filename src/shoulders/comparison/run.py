@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from shoulders.comparison.measure import interference, latencies, measured, once
 from shoulders.comparison.methods import Method, methods_of
 from shoulders.comparison.plan import Plan
 from shoulders.comparison.search import best_factor
-from shoulders.comparison.tuned import Tuned, plain
+from shoulders.comparison.tuned import WEIGHTS, Tuned, plain
 from shoulders.data.rows import Row, as_line
 from shoulders.errors import DataError, ShouldersError, TrainingError
 from shoulders.lm.decode import DecodingConfig
@@ -33,7 +33,7 @@ from shoulders.training.validation import choose_rows
 
 
 def run_comparison(
-    plan: Plan, out: Path, *, resume: bool = False, console: Console | None = None
+    plan: Plan, out: Path | str, *, resume: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
     """Train and measure everything that a plan names, and return every figure.
 
@@ -44,7 +44,7 @@ def run_comparison(
         TrainingError: `out` holds another comparison, or this one without `resume`.
         DataError, LMError, ShouldersError: what cannot be read, or failed.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(out)
     console = console or Console(quiet=True)
     ledger = Ledger(out)
     ledger.begin(plan, resume=resume)
@@ -66,16 +66,15 @@ def run_comparison(
     text = text_of(lm, plan.forgetting, out)
     others = read_all(plan.forgetting.rows)
     rivals = any(method.family == "tuned" for method in methods)
-    once(
-        ledger,
-        "forgetting",
-        "frozen",
-        0,
-        lambda: examined(tuned.original(lm) if rivals else lm, plan.forgetting, text, others),
-    )
+
+    def untouched() -> dict[str, Any]:
+        return examined(tuned.original(lm) if rivals else lm, plan.forgetting, text, others)
+
+    once(ledger, "forgetting", "frozen", 0, untouched)
 
     # 3. How many examples: as given, or what the minutes allow on this machine.
     trained = [m for m in methods if m.trained]
+    teachers = {m.teacher for m in trained if m.teacher}
     if trained:
         plan = with_examples(plan, trained, frozen, tuned, ledger, started, console)
 
@@ -89,7 +88,8 @@ def run_comparison(
             begun = starts(m, ledger, plan.seeds[0])
             if m.family == "tuned":
                 return tuned.train(m, folder, keep=False, **settings).loss
-            return frozen.train(m, folder, start=begun, **settings).loss
+            taught = teacher_of(m, methods, tuned, ledger, plan, plan.seeds[0])
+            return frozen.train(m, folder, start=begun, teacher=taught, **settings).loss
 
         factor = best_factor(method, plan.search, ledger, attempt)
         for seed in plan.seeds:
@@ -100,7 +100,9 @@ def run_comparison(
             folder = ledger.folder(method.name, seed)
             settings: dict[str, Any] = {"steps": steps, "seed": seed, "factor": factor}
             if method.family == "frozen":
-                done = frozen.train(method, folder, start=starts(method, ledger, seed), **settings)
+                begun = starts(method, ledger, seed)
+                taught = teacher_of(method, methods, tuned, ledger, plan, seed)
+                done = frozen.train(method, folder, start=begun, teacher=taught, **settings)
                 skill = frozen.skill(folder)
                 sizes = {"trained_parameters": skill.trained_parameters}
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
@@ -108,11 +110,14 @@ def run_comparison(
                 continue
             done = tuned.train(method, folder, keep=True, **settings)
             facts = {"trained_parameters": tuned.trained_parameters(folder)}
-            with tuned.skill(method, folder) as skill:
+            with tuned.skill(method, folder, keep=method.name in teachers) as skill:
                 examine = functools.partial(examined, skill.lm, plan.forgetting, text, others)
                 once(ledger, "forgetting", method.name, seed, examine)
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
                          facts | run_facts(method, plan, factor, done))  # fmt: skip
+
+    for name, seed in itertools.product(teachers, plan.seeds):
+        tuned.forget(ledger.folder(name, seed))
 
     # 5. What an answer takes: by turns, when all is trained. Merged, a tuned LM is as fast as the
     # LM itself in the plan's precision.
@@ -188,7 +193,9 @@ def rows_of(plan: Plan) -> Rows:
 
 def tasks_of(rows: Rows) -> list[tuple[str, int]]:
     """Return the tasks of the test rows in order, each with how many rows of it follow."""
-    return [(task, len(list(own))) for task, own in groupby(row.task for row in rows.test)]
+    return [
+        (task, len(list(own))) for task, own in itertools.groupby(row.task for row in rows.test)
+    ]
 
 
 def digest_of(rows: Sequence[Row]) -> str:
@@ -206,6 +213,28 @@ def starts(method: Method, ledger: Ledger, seed: int) -> dict[str, Path]:
     return found
 
 
+def teacher_of(
+    method: Method, methods: Sequence[Method], tuned: Tuned, ledger: Ledger, plan: Plan, seed: int
+) -> Path | None:
+    """Return the weights of the copy that teaches a method, None where none does.
+
+    They leave the disk with a finished comparison: one that has grown since tunes them again.
+
+    Raises:
+        ShouldersError: that copy's method has no finished run.
+    """
+    if method.teacher is None:
+        return None
+    run = ledger.find(stage="run", method=method.teacher, seed=seed)
+    teacher = next((m for m in methods if m.name == method.teacher), None)
+    if run is None or teacher is None:
+        raise ShouldersError(f"{method.name} is taught by {method.teacher}: list it before")
+    folder = ledger.folder(teacher.name, seed)
+    tuned.train(teacher, folder, steps=teacher.steps(plan), seed=seed,
+                factor=run["rate_factor"], keep=True)  # fmt: skip
+    return folder / WEIGHTS
+
+
 def run_facts(method: Method, plan: Plan, factor: float, done: Trained) -> dict[str, Any]:
     """Return what a training run cost and came to."""
     return {
@@ -219,4 +248,5 @@ def run_facts(method: Method, plan: Plan, factor: float, done: Trained) -> dict[
 
 
 def _shape(method: Method) -> dict[str, Any]:
-    return {"passes": list(method.passes), "begins_at": dict(method.start)}
+    taught = {"teacher": method.teacher} if method.teacher else {}
+    return {"passes": list(method.passes), "begins_at": {**method.start, **taught}}

@@ -35,7 +35,7 @@ class Row:
     options: tuple[str, ...] | None = None
 
 
-def read_rows(path: Path, *, task: str | None = None) -> list[Row]:
+def read_rows(path: Path | str, *, task: str | None = None) -> list[Row]:
     """Read every row of `path`, in file order.
 
     `path` is a `.jsonl` file, a `.parquet` file, a folder of Parquet files of one split, or one
@@ -48,6 +48,7 @@ def read_rows(path: Path, *, task: str | None = None) -> list[Row]:
 
     Raises `DataError`, naming file and line, for anything that is not such a row.
     """
+    path = Path(path)
     default = task or (path.name if path.is_dir() else path.stem)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; check the path in the recipe")

@@ -272,6 +272,8 @@ class FrozenLM:
         What reads like a special token (`<|im_end|>`) is plain text, as users' inputs must be,
         unless `markup` is set: for a chat template's own frame.
         """
+        if not texts:
+            return []
         # A fast tokenizer keeps in itself how it is asked: another thread must not change that.
         with self._asking:
             ids: list[list[int]] = self.tokenizer(

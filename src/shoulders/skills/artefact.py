@@ -132,7 +132,7 @@ def read_artefact(folder: Path) -> Artefact:
 
 
 def load_skill(
-    folder: Path, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder] | None = None
+    folder: Path | str, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder] | None = None
 ) -> tuple[Skill, Templates]:
     """Load a skill onto the LM it was trained on.
 
@@ -153,7 +153,7 @@ def load_skill(
     >>> skill, templates = load_skill(Path("runs/skill"), lm)  # doctest: +SKIP
     >>> skill.generate(["What is the opposite of hot?"], DecodingConfig())  # doctest: +SKIP
     """
-    encoder = encoder or functools.cache(load_encoder)
+    folder, encoder = Path(folder), encoder or functools.cache(load_encoder)
     artefact = read_artefact(folder)
     _check_bound(folder, "LM", artefact.lm, lm.name, lm.fingerprint)
     skill = Skill.create(lm, artefact.skill, encoder)

@@ -35,15 +35,20 @@ class Framing:
         rows = []
         ahead = self._ahead(texts)
         for i, ids in enumerate(self._lm.tokenize(texts)):
+            if limit < 1:
+                letters = f", letters {most_tokens(n)}" if (n := self._form.spelling) else ""
+                raise WindowError(
+                    f"row {i + 1} ('{texts[i][:40]}...'): no room for any input in the window of "
+                    f"{self._lm.max_positions}: prompt {self._prompt_length}, answer {answer_room}"
+                    f"{letters}; make the largest of them smaller"
+                )
             if len(ids) > limit and self._form.keep is None:
                 raise WindowError(
-                    f"row {i + 1} ('{texts[i][:40]}...'): {len(ids)} tokens, {max(limit, 0)} fit "
+                    f"row {i + 1} ('{texts[i][:40]}...'): {len(ids)} tokens, {limit} fit "
                     f"(window {self._lm.max_positions}, prompt {self._prompt_length}, "
                     f"answer {answer_room}); "
                     "shorten it, or allow truncation with keep: start or keep: end"
                 )
-            if limit < 1:
-                raise WindowError(f"no room for any input: the window has {self._lm.max_positions}")
             cut = ids[:limit] if self._form.keep == "start" else ids[-limit:]
             if not cut + tail:
                 raise WindowError(f"row {i + 1}: its input has no tokens")

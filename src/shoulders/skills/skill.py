@@ -246,6 +246,8 @@ class Skill:
         Raises:
             WindowError: names the row (from 1) that does not fit.
         """
+        if not _several(texts):
+            return []
         if self.proposals is not None:
             found = self.proposed(texts, decoding.max_new_tokens)
             chooser = self.proposals.config.chooser
@@ -280,6 +282,10 @@ class Skill:
         on_rows: Callable[[int], None] | None = None,
     ) -> list[list[Score]]:
         """Return the log-likelihood of each text's candidate answers, end token included."""
+        if len(texts) != len(answers):
+            raise ShouldersError(f"{len(texts)} texts and candidates for {len(answers)} of them")
+        if not _several(texts):
+            return []
         if self.proposals is not None:
             longest = max((len(c) for own in answers for c in self.answer_ids(own)), default=1)
             texts = [found.text for found in self.proposed(texts, longest)]
@@ -289,6 +295,13 @@ class Skill:
         """Take the answer prefix, which is not part of the answer, off a completion's text."""
         completion.text = completion.text.removeprefix(self.config.format.answer_prefix)
         return completion
+
+
+def _several(texts: Sequence[str]) -> bool:
+    """Return whether there are any; a text by itself would be taken letter by letter."""
+    if isinstance(texts, str):
+        raise ShouldersError(f"give a list of texts: ['{texts[:40]}']")
+    return len(texts) > 0
 
 
 def _as_completion(candidate: Candidate) -> Completion:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,8 @@ from shoulders.lm.load import Precision
 from shoulders.lm.quantized import DeviceMap, Quantization
 
 Select = Literal["loss", "exact_match", "last"]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LMConfig(BaseModel):
@@ -36,10 +38,10 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["adamw", "adafactor", "muon"] = "adamw"
-    lr: float = Field(gt=0, allow_inf_nan=False)
-    lr_for: dict[str, float] = {}
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    lr: Rate
+    lr_for: dict[str, Rate] = {}
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
 
 
 class TeacherConfig(BaseModel):
@@ -102,7 +104,7 @@ class TrainingConfig(BaseModel):
     warmup_steps: int = Field(default=20, ge=0)
     decay: Literal["linear", "cosine", "constant"] = "linear"
     clip: float = Field(default=1.0, gt=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     validate_every: int = Field(default=200, ge=1)
     validation_rows: int = Field(default=8, ge=1)
     select: Select = "loss"

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
@@ -19,14 +18,14 @@ from torch import nn
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
-from shoulders.errors import DivergedError, InterruptedTraining, TrainingError, WindowError
+from shoulders.errors import DivergedError, InterruptedTraining, TrainingError
 from shoulders.files import remove_partial, writing_to
 from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
+from shoulders.training.examples import check_window, example_at, example_of
 from shoulders.training.memory import keep_freed_memory
 from shoulders.training.monitor import monitor_of
-from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
@@ -105,6 +104,9 @@ def fit(
         rows = validation
         checked = [example_of(skill, row, templates.render(row, 0), 0) for row in rows]
     initial, trained = copied(producer), list(producer.parameters())
+    if isinstance(mixture, Mixture):
+        drawn = range(progress.step * config.rows_per_step, config.steps * config.rows_per_step)
+        check_window(skill, mixture, drawn, config.seed)
     producer.train()
     processes.wait()  # all have read what the leading one will write
 
@@ -181,24 +183,6 @@ def fit(
             )
     producer.train(False)
     return progress
-
-
-def example_at(skill: Skill, mixture: Mixture | RunningText, position: int, seed: int) -> Example:
-    """Return the example at a position of the mixture; of several right answers, one by seed."""
-    if isinstance(mixture, RunningText):
-        return mixture.example(position)
-    row, text = mixture.example(position)
-    return example_of(skill, row, text, np.random.PCG64([seed, position]).random_raw() >> 1)
-
-
-def example_of(skill: Skill, row: Row, text: str, which: int) -> Example:
-    """Turn a row and its rendered text into tokens; answer number `which` (modulo) is taught."""
-    answer = skill.answer_ids([row.targets[int(which) % len(row.targets)]])[0]
-    try:
-        ids = skill.input_ids([text], answer_room=len(answer))[0]
-    except WindowError as error:
-        raise WindowError(f"task '{row.task}', input '{row.input[:40]}...': {error}") from None
-    return Example(text=text, input_ids=ids, answer_ids=answer, task=row.task)
 
 
 def copied(producer: nn.Module) -> dict[str, torch.Tensor]:

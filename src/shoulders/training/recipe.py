@@ -61,7 +61,7 @@ class Recipe(BaseModel):
         return self
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
 
     Paths in `data` are looked up beside the recipe first, then in the working folder.
@@ -69,6 +69,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: names the file, the key and, for an unknown key, the nearest valid one.
     """
+    path = Path(path)
     recipe = make_recipe(read_values(path, overrides), str(path))
     folder = path.parent
     updates: dict[str, Any] = {

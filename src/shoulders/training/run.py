@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 from collections import Counter
@@ -20,7 +21,7 @@ from shoulders.data.rows import Row, read_rows
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
-from shoulders.files import sha256_of_path
+from shoulders.files import only_writer, sha256_of_path
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 from shoulders.recursion.first_pass import FirstPass
@@ -38,7 +39,7 @@ from shoulders.training.validation import choose_rows
 
 
 def run_recipe(
-    recipe: Recipe, out: Path, *, resume: bool = False, console: Console | None = None
+    recipe: Recipe, out: Path | str, *, resume: bool = False, console: Console | None = None
 ) -> Skill:
     """Train what a recipe describes and save the skill in `out`.
 
@@ -47,8 +48,10 @@ def run_recipe(
 
     Raises:
         TrainingError: `out` already holds a run and `resume` is not set, or see `fit`.
-        DataError, LMError, RecipeError, ShouldersError: what cannot be read or written.
+        DataError, LMError, RecipeError, ShouldersError: what cannot be read or written, or is
+            written by another process.
     """
+    out = Path(out)
     if recipe.cross_fit is not None:
         raise TrainingError("a recipe with cross_fit trains several skills: use run_textual")
     if (out / FILE).exists():
@@ -85,10 +88,11 @@ def run_recipe(
     if recipe.training.remember_first_pass:
         taps = skill.parts.earlier[0].link.taps if skill.parts.earlier else ()
         skill = skill.remembering(FirstPass(lm, taps))
-    progress = fit(
-        skill, mixture, validation, templates, recipe, out,
-        bound=bound, resume=resume, console=console, processes=processes, teacher=teacher,
-    )  # fmt: skip
+    with only_writer(out) if processes.leads else contextlib.nullcontext():
+        progress = fit(
+            skill, mixture, validation, templates, recipe, out,
+            bound=bound, resume=resume, console=console, processes=processes, teacher=teacher,
+        )  # fmt: skip
     if lm.digest() != before:
         raise TrainingError("the frozen LM changed during training; nothing was saved")
     provenance: dict[str, Any] = {
@@ -100,6 +104,7 @@ def run_recipe(
         "lm_digest": before,
         "recipe": recipe.model_dump(mode="json"),
         "data_sha256": bound["data"],
+        **({"teacher": bound["teacher"]} if teacher is not None else {}),
         "machine": machine(),
     }
     if processes.leads:
