@@ -231,7 +231,7 @@ def test_the_interval_refuses_bad_arguments(bad: dict[str, float]) -> None:
         bootstrap_interval({"a": [1.0]}, **bad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("tasks", "rows"), [(30, 1), (30, 2), (20, 3), (1, 40)])
+@pytest.mark.parametrize(("tasks", "rows"), [(30, 1), (30, 2), (20, 3), (1, 40), (2, 1), (1, 3)])
 def test_equally_good_methods_are_seldom_called_different(tasks: int, rows: int) -> None:
     """At a level of 95% one comparison in twenty may err; a few more are let pass here."""
     random = np.random.default_rng(0)

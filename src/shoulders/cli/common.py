@@ -126,22 +126,13 @@ def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated
     return Gated(skill, gate, recurse_below)
 
 
-def refuse_given(context: typer.Context, options: Iterable[str], why: str) -> None:
-    """Raise `ShouldersError` where one of these options was given: what it promises cannot be."""
-    if shown := _given(context, options):
-        raise ShouldersError(f"{shown}: {why}")
-
-
 def note_given(context: typer.Context, options: Iterable[str], why: str) -> None:
-    """Say on standard error that these options, where they were given, change nothing here."""
-    if shown := _given(context, options):
-        stderr().print(f"note: {shown} changes nothing: {why}", markup=False, highlight=False)
-
-
-def _given(context: typer.Context, options: Iterable[str]) -> str:
+    """Say on standard error that these options, where they were given, do nothing here."""
     sources = {name: context.get_parameter_source(name) for name in options}
     given = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
-    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if given:
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        stderr().print(f"note: {shown} does nothing here: {why}", markup=False, highlight=False)
 
 
 def check_argument(text: str, name: str) -> None:

@@ -17,7 +17,6 @@ from shoulders.cli.common import (
     gated,
     note_given,
     open_skill,
-    refuse_given,
     stderr,
     stdout,
 )
@@ -214,7 +213,7 @@ def evaluate(
 
 
 def _unused(context: typer.Context, skill: str, *, reads: bool, text: bool) -> None:
-    """Say which options have no use for this data or skill; raise for files never written."""
+    """Say which options this kind of data or skill has no use for."""
     if context.params["vllm_url"] is None:
         note_given(context, ["vllm_api_key_file"], "it goes with --vllm-url")
     if reads:
@@ -223,11 +222,9 @@ def _unused(context: typer.Context, skill: str, *, reads: bool, text: bool) -> N
         if context.params["index"] is None:
             note_given(context, ["retriever"], "without --index nothing is searched")
         return
-    refuse_given(context, _FILES, f"for readers only; '{skill}' is none, without --index")
     note_given(context, _OF_READERS, f"'{skill}' is no reader, without --index")
     if text:
-        refuse_given(context, ["dump"], "not for running text, which has no answers")
-        note_given(context, _OF_ROWS, "running text has no answers")
+        note_given(context, (*_OF_ROWS, "dump"), "running text has no answers")
     else:
         note_given(context, ["chunk"], "it is for running text (.txt)")
 

@@ -18,7 +18,6 @@ from shoulders.cli.common import (
     gated,
     note_given,
     open_skill,
-    refuse_given,
     stderr,
 )
 from shoulders.cli.remote import through
@@ -91,7 +90,7 @@ def generate(
     if vllm_url is not None and recurse_below is not None:
         raise ShouldersError("--vllm-url: --recurse-below asks here; leave out one of them")
     if input is not None:
-        refuse_given(context, ["json"], "goes with --text; rows are answered in --output")
+        note_given(context, ["json"], "it goes with --text; rows are answered in --output")
         note_given(context, ["task"], "rows name their own task")
     elif task is None:
         note_given(context, ["templates"], "--text without --task is not rendered")
@@ -173,7 +172,7 @@ def _read_inputs(path: Path) -> list[dict[str, Any]]:
             raise DataError(f'{where}: each line needs a non-empty text "input"')
         if task is not None and not isinstance(task, str):
             raise DataError(f'{where}: "task" must be a text')
-        if fields.get("options") is not None:
+        if task is not None and fields.get("options") is not None:
             checked_texts(fields["options"], "options", where)
         # All of it is written again.
         check_encodable(jsonlib.dumps(fields, ensure_ascii=False), f"{where}: the row")

@@ -189,7 +189,11 @@ class Frozen:
         with tempfile.TemporaryDirectory() as folder:
             quiet = Console(quiet=True)
             templates = self.rows.templates
-            progress = fit(skill, mixture, [], templates, plain, Path(folder), console=quiet)
+            # The LM itself stands in for a copy of it that teaches.
+            teacher = Teacher(self.lm, 0.5, 32) if method.teacher else None
+            progress = fit(
+                skill, mixture, [], templates, plain, Path(folder), console=quiet, teacher=teacher
+            )
         return progress.seconds / PROBE
 
     def _create(self, method: Method, seed: int) -> Skill:

@@ -63,6 +63,7 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
     machines = [result["machine"] for result in results]
     return {
         **first,
+        **({"rows_sha256": hashed} if hashed else {}),
         **several,
         "plan": plan,
         "lm": next((r["lm"] for r in results if _changed(r["lm"])), first["lm"]),
@@ -90,6 +91,8 @@ def _read(path: Path) -> dict[str, Any]:
     # What earlier versions did not note: read from the test rows themselves.
     if "test_tasks" not in result:
         result["test_tasks"] = tasks_of(rows_of(make_plan(result["plan"])))
+    # As this version writes it: what earlier ones did not have yet stands at its default.
+    result["plan"] = make_plan(result["plan"]).model_dump(mode="json")
     result["test_tasks"] = [(task, count) for task, count in result["test_tasks"]]
     return result
 

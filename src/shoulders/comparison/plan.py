@@ -177,6 +177,8 @@ class Plan(_Part):
         for name in self.methods:
             if name not in known:
                 raise ValueError(f"methods: no method '{name}'{nearest(name, known)}")
+        for name in self.methods:
+            self._teaching(name)
         if len(set(self.methods)) < len(self.methods) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("methods and seeds: each may stand there once")
         built_in = (*BARE, *FROZEN, *TUNED)
@@ -189,6 +191,20 @@ class Plan(_Part):
         if both := sorted(set(self.test) & {*self.data.train, *self.data.validation}):
             raise ValueError(f"test: '{both[0]}' is trained or selected on as well")
         return self
+
+    def _teaching(self, name: str) -> None:
+        """Raise `ValueError` where what teaches a method cannot teach it."""
+        variant = self.variants.get(name)
+        if variant is None or variant.teacher is None:
+            return
+        before = self.methods[: self.methods.index(name)]
+        if variant.teacher not in before:
+            raise ValueError(f"methods: {name} is taught by {variant.teacher}: list it before")
+        tutor = self.variants.get(variant.teacher)
+        own = self.own.get(variant.of)
+        read = variant.format or (own.format if own else TextFormat())
+        if read != ((tutor and tutor.format) or TextFormat()):
+            raise ValueError(f"variants.{name}: {variant.teacher} reads rows in another format")
 
     @property
     def files(self) -> list[str]:
@@ -272,12 +288,16 @@ def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
             splits[name] += [row for text in texts for row in groups[task][text]]
     if not splits["test"]:
         raise DataError(f"{file}: its tasks have too few rows to test on; three each at least")
-    for name, rows in splits.items():
-        part, text = out / "data" / f"{name}.jsonl", "".join(as_line(row) for row in rows)
-        begun = (out / "plan.json").is_file() and part.is_file()
-        if begun and part.read_text(encoding="utf-8") != text:
+    written = {out / "data" / f"{name}.jsonl": "".join(map(as_line, own))
+             for name, own in splits.items()}  # fmt: skip
+    if (out / "plan.json").is_file() and all(part.is_file() for part in written):
+        # One that was begun keeps its split: earlier versions split small tasks otherwise.
+        there = "".join(part.read_text(encoding="utf-8") for part in written)
+        if sorted(there.split("\n")) != sorted("".join(written.values()).split("\n")):
             raise DataError(f"{out}: holds a comparison of other rows; choose another --out")
-        write_text(part, text)
+    else:
+        for part, text in written.items():
+            write_text(part, text)
     return make_plan(
         {
             "data": {

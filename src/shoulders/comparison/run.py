@@ -219,16 +219,12 @@ def teacher_of(
     """Return the weights of the copy that teaches a method, None where none does.
 
     They leave the disk with a finished comparison: one that has grown since tunes them again.
-
-    Raises:
-        ShouldersError: that copy's method has no finished run.
     """
     if method.teacher is None:
         return None
     run = ledger.find(stage="run", method=method.teacher, seed=seed)
-    teacher = next((m for m in methods if m.name == method.teacher), None)
-    if run is None or teacher is None:
-        raise ShouldersError(f"{method.name} is taught by {method.teacher}: list it before")
+    assert run is not None  # the plan lists it before
+    teacher = next(m for m in methods if m.name == method.teacher)
     folder = ledger.folder(teacher.name, seed)
     tuned.train(teacher, folder, steps=teacher.steps(plan), seed=seed,
                 factor=run["rate_factor"], keep=True)  # fmt: skip

@@ -252,8 +252,12 @@ def _table_files(path: Path) -> list[Path]:
     if not files:
         raise DataError(f"{path}: no .parquet files and no saved dataset in this folder")
     # Reading a whole folder must never mix a test split into training.
-    pattern = re.compile(rf"(?<![a-z0-9])({'|'.join(_SPLITS)})(?![a-z0-9])")
-    found = {m[1] if (m := pattern.search(file.stem.lower())) else "" for file in files}
+    # At the beginning of a name, or at its end before the number of a part: `unit_test_repair` is
+    # a task.
+    split = f"({'|'.join(_SPLITS)})"
+    pattern = re.compile(rf"^{split}(?![a-z0-9])|(?<![a-z0-9]){split}([-_.]\d.*)?$")
+    matches = [pattern.search(file.stem.lower()) for file in files]
+    found = {m[1] or m[2] if m else "" for m in matches}
     if len(found) > 1:
         names = ", ".join(sorted(name or "others" for name in found))
         raise DataError(f"{path}: holds several splits ({names}); name the files one by one")

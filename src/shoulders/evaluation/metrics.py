@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shoulders.errors import DataError
 
+LEAST = 6  # rows: of fewer, all right is what a fair coin does once in 32 draws or more often
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -144,9 +145,11 @@ def _resampled(
     Rows are drawn within each task. Among the rows of a task their mean varies too little by
     `(n - 1) / n`, which is made up for (Davison and Hinkley 1997, section 3.2 on strata). A single
     row shows no variation of its own: rows of all tasks that have one are drawn as those of one
-    task; where only one has, from the rows of all. A single row in all says nothing: no bounds.
+    task; where only one has, from the rows of all. Fewer than `LEAST` rows in all that agree say
+    nothing: no bounds.
     """
-    if sum(map(len, tasks)) == 1:
+    every = np.concatenate(list(tasks))
+    if len(every) < LEAST and (every == every[0]).all():
         return -100.0, 100.0
     random = np.random.default_rng(seed)
     single = [scores for scores in tasks if len(scores) == 1]
@@ -162,7 +165,6 @@ def _resampled(
         drawn = random.multinomial(n, counts / n, size=resamples)
         total += weight * math.sqrt(n / (n - 1)) * (drawn @ values / n - scores.mean())
     if len(single) == 1:
-        every = np.concatenate(list(tasks))
         total += random.choice(every, resamples) - every.mean()
     tail = (1 - level) / 2
     low, high = np.quantile(100 * total / len(tasks), [tail, 1 - tail])

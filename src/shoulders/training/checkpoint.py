@@ -97,9 +97,9 @@ def load_checkpoint(
         progress = Progress(**values)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtefactError(f"{folder}: cannot be read: {error!r}") from error
-    if difference := _difference(started, recipe):
+    if found := difference(started, recipe):
         raise TrainingError(
-            f"{out}: was started with another recipe ({difference}); resume with the same "
+            f"{out}: was started with another recipe ({found}); resume with the same "
             "one, or train into a new folder"
         )
     _restore(optimizer, tensors)
@@ -123,12 +123,12 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"best": values["best"] if values["best_step"] else None}
 
 
-def _difference(old: Any, new: Any, key: str = "") -> str:
+def difference(old: Any, new: Any, key: str = "") -> str:
     """Return the first key whose values differ, with both values, or an empty string."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             inner = f"{key}.{name}" if key else name
-            if found := _difference(old.get(name), new.get(name), inner):
+            if found := difference(old.get(name), new.get(name), inner):
                 return found
         return ""
     return "" if old == new else f"{key} was {old!r}, is {new!r}"

@@ -176,12 +176,15 @@ def data_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def hashes_of(names: Sequence[str]) -> dict[str, str]:
-    """Return the SHA-256 of files or folders by their names, whole where several end alike."""
-    short = Counter(Path(name).name for name in set(names))
-    return {
-        Path(name).name if short[Path(name).name] == 1 else name: sha256_of_path(Path(name))
-        for name in names
-    }
+    """Return the SHA-256 of files or folders by their names; of equal ones, `name#2` and so on."""
+    hashes: dict[str, str] = {}
+    seen = Counter[str]()
+    for name in dict.fromkeys(names):
+        short = Path(name).name
+        seen[short] += 1
+        key = short if seen[short] == 1 else f"{short}#{seen[short]}"
+        hashes[key] = sha256_of_path(Path(name))
+    return hashes
 
 
 def machine() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from shoulders.files import write_json
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import FILE, TENSORS, read_artefact
 from shoulders.skills.skill import Skill
+from shoulders.training.checkpoint import difference
 from shoulders.training.recipe import Recipe, read_recipe
 
 FOLDER = "parts"  # of an output folder: what its own recipes train
@@ -61,9 +62,9 @@ def same_recipe(recipe: BaseModel, file: Path, data: Mapping[str, str]) -> None:
         write_json(file, values)
         return
     begun = json.loads(file.read_text(encoding="utf-8"))
-    if begun != values:
-        hashes = begun.get("data_sha256", {})
-        changed = [name for name, value in data.items() if hashes.get(name, value) != value]
+    hashes = begun.setdefault("data_sha256", values["data_sha256"])  # not noted before 2026-11-29
+    changed = [name for name, value in data.items() if hashes.get(name, value) != value]
+    if changed or difference(begun, values):
         what = f"{changed[0]} as it was before" if changed else "another recipe"
         raise TrainingError(f"{file.parent}: was begun with {what}; choose another --out")
 

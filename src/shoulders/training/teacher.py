@@ -28,10 +28,13 @@ class Teacher:
         lm: the teacher.
         weight: how much its distribution counts beside the answer.
         top: how many tokens of each are looked at.
+        known: the first so many of its tokens are; by default all.
     """
 
-    def __init__(self, lm: FrozenLM, weight: float, top: int) -> None:
-        self.lm, self._weight, self._top = lm, weight, top
+    def __init__(self, lm: FrozenLM, weight: float, top: int, known: int | None = None) -> None:
+        self.lm, self._weight = lm, weight
+        self._known = known or lm.vocab_size
+        self._top = min(top, self._known)
 
     @classmethod
     def of(cls, config: TeacherConfig, taught: FrozenLM) -> Teacher:
@@ -42,19 +45,24 @@ class Teacher:
             TrainingError: its tokens are not those of `taught`.
         """
         lm = load_lm(**config.lm.model_dump())
-        same = tokenizer_digest(lm.tokenizer) == tokenizer_digest(taught.tokenizer)
-        if not same or lm.vocab_size != taught.vocab_size:
+        if tokenizer_digest(lm.tokenizer) != tokenizer_digest(taught.tokenizer):
             raise TrainingError(
                 f"training.teacher: {lm.name} has another tokenizer than {taught.name}, so that "
                 "its tokens mean something else: take an LM of the same family"
             )
-        return cls(lm, config.weight, config.top)
+        if lm.max_positions < taught.max_positions:
+            raise TrainingError(
+                f"training.teacher: the window of {lm.name}, {lm.max_positions}, is shorter than "
+                f"that of {taught.name}, {taught.max_positions}: it could not read every row"
+            )
+        # Heads may have rows beyond the tokens, more of them in larger LMs of a family.
+        return cls(lm, config.weight, config.top, min(lm.vocab_size, taught.vocab_size))
 
     @torch.no_grad()
     def teach(self, examples: Sequence[Example]) -> list[Example]:
         """Return the examples with a lesson each."""
         hidden = answer_states(self.lm, Prompt.empty(len(examples)), examples)
-        top = self.lm.logits(hidden).topk(min(self._top, self.lm.vocab_size), dim=1)
+        top = self.lm.logits(hidden)[:, : self._known].topk(self._top, dim=1)
         # Of what it holds likeliest, all of it: the rest is too little to matter, or `top` too few.
         probabilities = top.values.softmax(1)
         counts = [len(e.answer_ids) for e in examples]
