@@ -161,14 +161,6 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
         ({"variants": {"twice": {"of": "sttaic"}}}, "variants.twice.of: no method 'sttaic'"),
         ({"variants": {"twice": {"of": "textual"}}}, "it has no variants"),
         ({"variants": {"none": {"of": "static", "share": 0}}}, "variants.none.share"),
-        (
-            {"variants": {"v": {"of": "static", "teacher": "lora_r61"}}},
-            "no tuned method 'lora_r61'",
-        ),
-        (
-            {"variants": {"v": {"of": "full", "teacher": "full"}}},
-            "v.teacher: 'full' is tuned itself",
-        ),
     ],
 )
 def test_bad_plans_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:
@@ -648,31 +640,6 @@ def test_rivals_lose_nats_as_frozen_methods_do(tmp_path: Path, lm_folder: Path) 
     assert [g["ids"] + g["answer_ids"] for g in given[:8]] == [
         e.input_ids + e.answer_ids for e in wanted
     ]
-
-
-@pytest.mark.slow
-def test_a_tuned_copy_teaches_a_frozen_method(tmp_path: Path, lm_folder: Path) -> None:
-    variants = {"taught": {"of": "static_kv", "teacher": "lora_r4"}}
-    names = ["static_kv", "lora_r4", "taught"]
-    plan = plan_for(
-        tmp_path, lm_folder, methods=names, variants=variants, search={"trials": 0}, seeds=[0, 1]
-    )
-    out = tmp_path / "out"
-    result = run_comparison(plan, out)
-    found = {(r["method"], r["seed"]): r for r in result["runs"]}
-    assert len(found) == 6
-    for seed in (0, 1):
-        assert found["taught", seed]["curve"] != found["static_kv", seed]["curve"]
-        recipe = read_artefact(out / f"runs/taught-seed{seed}").provenance["recipe"]
-        assert (
-            Path(recipe["training"]["teacher"]["lm"]["name"]).parent.name == f"lora_r4-seed{seed}"
-        )
-    assert not list(out.glob("**/weights"))
-    line = {x.name: x for x in lines(result)}["taught"]  # its teacher's training is a cost of it
-    assert line.training_seconds > found["lora_r4", 0]["training_seconds"]
-    alone = plan.model_copy(update={"methods": ("taught",), "seeds": (0,)})
-    with pytest.raises(ShouldersError, match="taught by lora_r4: list it before"):
-        run_comparison(alone, tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -28,11 +28,8 @@ if TYPE_CHECKING:
     from shoulders.data.rows import Row
     from shoulders.evaluation.evaluate import Evaluation
 
-# What each kind of data alone takes; what would write a file and cannot is refused, see `_unused`.
-_OF_READERS, _FILES = (
-    ("retriever", "k", "window", "no_rerank", "abstain_below"),
-    ("contexts", "plot"),
-)
+# What each kind of data alone takes, see `_unused`.
+_OF_READERS = ("retriever", "k", "window", "no_rerank", "abstain_below", "contexts", "plot")
 _OF_ROWS = ("templates", "normalizer", "max_new_tokens", "keep", "recurse_below")
 
 

@@ -28,7 +28,6 @@ from shoulders.training.fit import fit
 from shoulders.training.recipe import Recipe, make_recipe
 from shoulders.training.run import machine
 from shoulders.training.start import begin_at
-from shoulders.training.teacher import Teacher
 from shoulders.training.textual import run_textual
 
 PROBE = 3  # steps: the fewest after which training checks that every tensor moves
@@ -82,7 +81,6 @@ class Frozen:
         seed: int,
         factor: float,
         start: Mapping[str, Path] | None = None,
-        teacher: Path | None = None,
     ) -> Recipe:
         """Return what `shoulders train` would be told; `factor` multiplies all rates.
 
@@ -110,10 +108,6 @@ class Frozen:
                 "seed": seed,
             },
         }
-        if teacher is not None:
-            values["training"]["teacher"] = {
-                "lm": {"name": str(teacher), "dtype": self.lm.precision}
-            }
         if method.proposes:
             folds = {"folds": 2, "steps": max(PROBE, steps // 3)}
             rows = min(steps * self.plan.rows_per_step, len(self.rows.train))
@@ -130,7 +124,6 @@ class Frozen:
         seed: int,
         factor: float,
         start: dict[str, Path],
-        teacher: Path | None = None,
     ) -> Trained:
         """Train a method into `folder`, or go on with what a stopped run left there.
 
@@ -141,12 +134,11 @@ class Frozen:
             seed: of values and order.
             factor: multiplies its rates.
             start: skills that its parts begin at.
-            teacher: weights of the copy that teaches it, if one does.
 
         Raises:
             TrainingError: training diverged, or see `fit`.
         """
-        recipe = self.recipe(method, steps, seed, factor, start, teacher)
+        recipe = self.recipe(method, steps, seed, factor, start)
         if method.proposes:
             if not (folder / FILE).is_file():
                 run_textual(recipe, folder, resume=True, console=self._console)
@@ -155,12 +147,10 @@ class Frozen:
         begin_at(skill, start, self.lm)
         assert recipe.data is not None  # a comparison is on rows
         mixture = Mixture(self.rows.train, self.rows.templates, recipe.data, seed)
-        taught = recipe.training.teacher
         with only_writer(folder):
             progress = fit(
                 skill, mixture, self.rows.validation, self.rows.templates, recipe, folder,
                 bound={"lm": self.lm.fingerprint}, resume=True, console=self._console,
-                teacher=Teacher.of(taught, self.lm) if taught else None,
             )  # fmt: skip
         facts = {
             "steps": progress.step,
@@ -189,11 +179,7 @@ class Frozen:
         with tempfile.TemporaryDirectory() as folder:
             quiet = Console(quiet=True)
             templates = self.rows.templates
-            # The LM itself stands in for a copy of it that teaches.
-            teacher = Teacher(self.lm, 0.5, 32) if method.teacher else None
-            progress = fit(
-                skill, mixture, [], templates, plain, Path(folder), console=quiet, teacher=teacher
-            )
+            progress = fit(skill, mixture, [], templates, plain, Path(folder), console=quiet)
         return progress.seconds / PROBE
 
     def _create(self, method: Method, seed: int) -> Skill:

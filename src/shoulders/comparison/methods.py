@@ -41,7 +41,6 @@ class Method:
         share: of the budget's examples that it learns from.
         epochs: how often it reads them.
         format: how rows become its tokens.
-        teacher: the tuned method whose copy of the same seed teaches it.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Method:
     share: float = 1.0
     epochs: int = 1
     format: TextFormat = field(default_factory=TextFormat)
-    teacher: str | None = None
 
     def steps(self, plan: Plan) -> int:
         """Optimizer steps of a whole run; the plan's budget must be in examples."""
@@ -94,7 +92,7 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
         rated = variant.optimizer.model_dump() if variant.optimizer else same.optimizer
         changed = replace(same, name=name, share=variant.share, epochs=variant.epochs)
         form = variant.format or same.format
-        found.append(replace(changed, optimizer=rated, format=form, teacher=variant.teacher))
+        found.append(replace(changed, optimizer=rated, format=form))
     return found
 
 

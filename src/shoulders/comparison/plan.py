@@ -99,7 +99,6 @@ class Variant(_Part):
         epochs: how often it reads them.
         optimizer: its rates where they are not that method's: a longer training likes lower ones.
         format: how it reads rows, where not as that method does; of frozen and tuned methods.
-        teacher: of frozen methods: a tuned one, listed before, whose copy of the same seed teaches.
     """
 
     of: str
@@ -107,7 +106,6 @@ class Variant(_Part):
     epochs: int = Field(default=1, ge=1)
     optimizer: OptimizerConfig | None = None
     format: TextFormat | None = None
-    teacher: str | None = None
 
 
 class Plan(_Part):
@@ -165,20 +163,10 @@ class Plan(_Part):
                     f"variants.{name}.of: '{variant.of}' does not read the budget's examples in "
                     "order, so it has no variants"
                 )
-            tuned = (*TUNED, *(n for n, v in self.variants.items() if v.of in TUNED))
-            if variant.teacher is not None and variant.teacher not in tuned:
-                raise ValueError(
-                    f"variants.{name}.teacher: no tuned method '{variant.teacher}'"
-                    f"{nearest(variant.teacher, tuned)}"
-                )
-            if variant.teacher is not None and variant.of in TUNED:
-                raise ValueError(f"variants.{name}.teacher: '{variant.of}' is tuned itself")
         known = (*known, *self.variants)
         for name in self.methods:
             if name not in known:
                 raise ValueError(f"methods: no method '{name}'{nearest(name, known)}")
-        for name in self.methods:
-            self._teaching(name)
         if len(set(self.methods)) < len(self.methods) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("methods and seeds: each may stand there once")
         built_in = (*BARE, *FROZEN, *TUNED)
@@ -191,20 +179,6 @@ class Plan(_Part):
         if both := sorted(set(self.test) & {*self.data.train, *self.data.validation}):
             raise ValueError(f"test: '{both[0]}' is trained or selected on as well")
         return self
-
-    def _teaching(self, name: str) -> None:
-        """Raise `ValueError` where what teaches a method cannot teach it."""
-        variant = self.variants.get(name)
-        if variant is None or variant.teacher is None:
-            return
-        before = self.methods[: self.methods.index(name)]
-        if variant.teacher not in before:
-            raise ValueError(f"methods: {name} is taught by {variant.teacher}: list it before")
-        tutor = self.variants.get(variant.teacher)
-        own = self.own.get(variant.of)
-        read = variant.format or (own.format if own else TextFormat())
-        if read != ((tutor and tutor.format) or TextFormat()):
-            raise ValueError(f"variants.{name}: {variant.teacher} reads rows in another format")
 
     @property
     def files(self) -> list[str]:

@@ -22,9 +22,10 @@ from shoulders.comparison.measure import interference, latencies, measured, once
 from shoulders.comparison.methods import Method, methods_of
 from shoulders.comparison.plan import Plan
 from shoulders.comparison.search import best_factor
-from shoulders.comparison.tuned import WEIGHTS, Tuned, plain
+from shoulders.comparison.tuned import Tuned, plain
 from shoulders.data.rows import Row, as_line
 from shoulders.errors import DataError, ShouldersError, TrainingError
+from shoulders.files import only_writer
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import load_lm
 from shoulders.skills.skill import Skill
@@ -42,10 +43,15 @@ def run_comparison(
 
     Raises:
         TrainingError: `out` holds another comparison, or this one without `resume`.
-        DataError, LMError, ShouldersError: what cannot be read, or failed.
+        DataError, LMError, ShouldersError: what cannot be read, or failed; or another process
+            writes there.
     """
-    started, out = time.monotonic(), Path(out)
-    console = console or Console(quiet=True)
+    with only_writer(Path(out)):
+        return _compared(plan, Path(out), resume, console or Console(quiet=True))
+
+
+def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str, Any]:
+    started = time.monotonic()
     ledger = Ledger(out)
     ledger.begin(plan, resume=resume)
 
@@ -74,7 +80,6 @@ def run_comparison(
 
     # 3. How many examples: as given, or what the minutes allow on this machine.
     trained = [m for m in methods if m.trained]
-    teachers = {m.teacher for m in trained if m.teacher}
     if trained:
         plan = with_examples(plan, trained, frozen, tuned, ledger, started, console)
 
@@ -88,8 +93,7 @@ def run_comparison(
             begun = starts(m, ledger, plan.seeds[0])
             if m.family == "tuned":
                 return tuned.train(m, folder, keep=False, **settings).loss
-            taught = teacher_of(m, methods, tuned, ledger, plan, plan.seeds[0])
-            return frozen.train(m, folder, start=begun, teacher=taught, **settings).loss
+            return frozen.train(m, folder, start=begun, **settings).loss
 
         factor = best_factor(method, plan.search, ledger, attempt)
         for seed in plan.seeds:
@@ -101,8 +105,7 @@ def run_comparison(
             settings: dict[str, Any] = {"steps": steps, "seed": seed, "factor": factor}
             if method.family == "frozen":
                 begun = starts(method, ledger, seed)
-                taught = teacher_of(method, methods, tuned, ledger, plan, seed)
-                done = frozen.train(method, folder, start=begun, teacher=taught, **settings)
+                done = frozen.train(method, folder, start=begun, **settings)
                 skill = frozen.skill(folder)
                 sizes = {"trained_parameters": skill.trained_parameters}
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
@@ -110,14 +113,11 @@ def run_comparison(
                 continue
             done = tuned.train(method, folder, keep=True, **settings)
             facts = {"trained_parameters": tuned.trained_parameters(folder)}
-            with tuned.skill(method, folder, keep=method.name in teachers) as skill:
+            with tuned.skill(method, folder) as skill:
                 examine = functools.partial(examined, skill.lm, plan.forgetting, text, others)
                 once(ledger, "forgetting", method.name, seed, examine)
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
                          facts | run_facts(method, plan, factor, done))  # fmt: skip
-
-    for name, seed in itertools.product(teachers, plan.seeds):
-        tuned.forget(ledger.folder(name, seed))
 
     # 5. What an answer takes: by turns, when all is trained. Merged, a tuned LM is as fast as the
     # LM itself in the plan's precision.
@@ -213,24 +213,6 @@ def starts(method: Method, ledger: Ledger, seed: int) -> dict[str, Path]:
     return found
 
 
-def teacher_of(
-    method: Method, methods: Sequence[Method], tuned: Tuned, ledger: Ledger, plan: Plan, seed: int
-) -> Path | None:
-    """Return the weights of the copy that teaches a method, None where none does.
-
-    They leave the disk with a finished comparison: one that has grown since tunes them again.
-    """
-    if method.teacher is None:
-        return None
-    run = ledger.find(stage="run", method=method.teacher, seed=seed)
-    assert run is not None  # the plan lists it before
-    teacher = next(m for m in methods if m.name == method.teacher)
-    folder = ledger.folder(teacher.name, seed)
-    tuned.train(teacher, folder, steps=teacher.steps(plan), seed=seed,
-                factor=run["rate_factor"], keep=True)  # fmt: skip
-    return folder / WEIGHTS
-
-
 def run_facts(method: Method, plan: Plan, factor: float, done: Trained) -> dict[str, Any]:
     """Return what a training run cost and came to."""
     return {
@@ -244,5 +226,4 @@ def run_facts(method: Method, plan: Plan, factor: float, done: Trained) -> dict[
 
 
 def _shape(method: Method) -> dict[str, Any]:
-    taught = {"teacher": method.teacher} if method.teacher else {}
-    return {"passes": list(method.passes), "begins_at": {**method.start, **taught}}
+    return {"passes": list(method.passes), "begins_at": dict(method.start)}

@@ -74,21 +74,12 @@ class Tuned:
         return Trained(found["seconds"], curve[-1][1], curve)
 
     @contextmanager
-    def skill(self, method: Method, folder: Path, *, keep: bool = False) -> Iterator[Skill]:
-        """Yield the tuned LM as a skill without a prompt; its weights leave the disk afterwards.
-
-        Those of one that is still to teach others are kept; `forget` takes them away.
-        """
+    def skill(self, method: Method, folder: Path) -> Iterator[Skill]:
+        """Yield the tuned LM as a skill without a prompt; its weights leave the disk afterwards."""
         lm = load_lm(str(folder / WEIGHTS), dtype="float32")
         yield plain(lm, method)
         del lm
-        if not keep:
-            self.forget(folder)
-
-    def forget(self, folder: Path) -> None:
-        """Take the weights of a copy off the disk, if they are still there."""
-        if (folder / WEIGHTS).is_dir():
-            shutil.rmtree(folder / WEIGHTS)
+        shutil.rmtree(folder / WEIGHTS)
 
     def original(self, lm: FrozenLM) -> FrozenLM:
         """Return `lm` in the precision in which its copies are asked, before any is tuned."""

@@ -249,12 +249,6 @@ class FrozenLM:
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap is not None else logits
 
-    def logits_at(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Return float32 logits `[n, k]` of a few tokens each, `ids [n, k]`, at states `[n, d]`."""
-        if self._packed_head is not None:
-            return self._packed_head.logits_at(hidden, ids)
-        return self.plain_logits(hidden).gather(1, ids)
-
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return negative log-likelihoods `[n]` of `targets [n]` at hidden states `[n, d]`."""
         if self._packed_head is not None:

@@ -46,11 +46,6 @@ class Head:
         losses: Tensor = _HeadLosses.apply(states.float(), targets, self)
         return losses
 
-    def logits_at(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Return float32 logits `[n, k]` of tokens `ids [n, k]` at states `[n, d]`."""
-        rows = self._weight[ids].bfloat16().float()  # as in `losses`
-        return torch.einsum("nd,nkd->nk", states.float(), rows)
-
     @functools.cached_property
     def _back(self) -> Tensor:
         return self._products.packed(self._weight.bfloat16().T)

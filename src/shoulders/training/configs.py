@@ -44,24 +44,6 @@ class OptimizerConfig(BaseModel):
     betas: tuple[Beta, Beta] = (0.9, 0.98)
 
 
-class TeacherConfig(BaseModel):
-    """Another LM of the same tokenizer whose distribution over each answer token is learned too.
-
-    Such as a tuned copy of the frozen LM, or a larger one of its family. It is only read.
-
-    Attributes:
-        lm: which; a LoRA adapter has to be merged into its weights first.
-        weight: how much its distribution counts; the answer itself counts for the rest.
-        top: how many of its likeliest tokens are looked at.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    lm: LMConfig
-    weight: float = Field(default=0.5, gt=0, le=1)
-    top: int = Field(default=32, ge=1)
-
-
 class TrainingConfig(BaseModel):
     """How to train.
 
@@ -89,7 +71,6 @@ class TrainingConfig(BaseModel):
         tensorboard: also write TensorBoard event files.
         remember_first_pass: keep the states of a first pass without prompt on disk, so that later
             epochs read them: 4 bytes for every token and unit of width.
-        teacher: another LM to learn from beside the answers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -111,7 +92,6 @@ class TrainingConfig(BaseModel):
     save_every: int = Field(default=50, ge=1)
     tensorboard: bool = False
     remember_first_pass: bool = False
-    teacher: TeacherConfig | None = None
 
 
 class RunningTextConfig(BaseModel):

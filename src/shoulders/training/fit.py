@@ -31,7 +31,6 @@ from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.running_text import RunningText
 from shoulders.training.step import gradients
-from shoulders.training.teacher import Teacher
 from shoulders.training.validation import validate
 
 # After this many steps every trained tensor must have moved. (A zero-initialised projection
@@ -51,7 +50,6 @@ def fit(
     resume: bool = False,
     console: Console | None = None,
     processes: Processes | None = None,
-    teacher: Teacher | None = None,
 ) -> Progress:
     """Train a skill's networks; on return they hold the weights that `training.select` says.
 
@@ -66,7 +64,6 @@ def fit(
         resume: go on from the newest checkpoint in `out`, if there is one.
         console: where progress goes.
         processes: where several train together; only the leading one writes files.
-        teacher: an LM to learn from beside the answers.
 
     Returns:
         Step counts, time and validations of the whole run.
@@ -128,7 +125,7 @@ def fit(
             step = progress.step
             window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
             examples = [example_at(skill, mixture, i, config.seed) for i in window]
-            loss = gradients(skill, examples, config, passes, processes, teacher)
+            loss = gradients(skill, examples, config, passes, processes)
             loss, stopping = processes.summed(trained, loss, interrupted())
             norm = float(torch.nn.utils.clip_grad_norm_(producer.parameters(), config.clip))
             if not (math.isfinite(loss) and math.isfinite(norm)):

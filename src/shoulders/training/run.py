@@ -34,7 +34,6 @@ from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.running_text import RunningText
 from shoulders.training.start import begin_at, trained_parts
-from shoulders.training.teacher import Teacher
 from shoulders.training.validation import choose_rows
 
 
@@ -79,11 +78,7 @@ def run_recipe(
     begin_at(skill, folders, lm)
     mixture, validation, templates = given or _text_data(recipe, lm)
     bound = {"lm": lm.fingerprint, "data": data_hashes(recipe)}
-    teacher = None
-    if recipe.training.teacher is not None:
-        teacher = Teacher.of(recipe.training.teacher, lm)
-        bound["teacher"] = teacher.lm.fingerprint
-    processes.agree("LM, data files or teacher", bound)
+    processes.agree("LM or data files", bound)
     before = lm.digest()
     if recipe.training.remember_first_pass:
         taps = skill.parts.earlier[0].link.taps if skill.parts.earlier else ()
@@ -91,26 +86,25 @@ def run_recipe(
     with only_writer(out) if processes.leads else contextlib.nullcontext():
         progress = fit(
             skill, mixture, validation, templates, recipe, out,
-            bound=bound, resume=resume, console=console, processes=processes, teacher=teacher,
+            bound=bound, resume=resume, console=console, processes=processes,
         )  # fmt: skip
-    if lm.digest() != before:
-        raise TrainingError("the frozen LM changed during training; nothing was saved")
-    provenance: dict[str, Any] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "steps": progress.step,
-        "best_step": progress.best_step,
-        "training_seconds": round(progress.seconds, 1),
-        "validations": progress.validations,
-        "lm_digest": before,
-        "recipe": recipe.model_dump(mode="json"),
-        "data_sha256": bound["data"],
-        **({"teacher": bound["teacher"]} if teacher is not None else {}),
-        "machine": machine(),
-    }
-    if processes.leads:
-        tasks = [] if isinstance(validation, RunningText) else validation
-        checked = [(row, templates.render(row, 0)) for row in tasks]
-        save_skill(skill, out, templates, provenance, gate_of(skill, checked))
+        if lm.digest() != before:
+            raise TrainingError("the frozen LM changed during training; nothing was saved")
+        provenance: dict[str, Any] = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "training_seconds": round(progress.seconds, 1),
+            "validations": progress.validations,
+            "lm_digest": before,
+            "recipe": recipe.model_dump(mode="json"),
+            "data_sha256": bound["data"],
+            "machine": machine(),
+        }
+        if processes.leads:
+            tasks = [] if isinstance(validation, RunningText) else validation
+            checked = [(row, templates.render(row, 0)) for row in tasks]
+            save_skill(skill, out, templates, provenance, gate_of(skill, checked))
     processes.wait()
     return skill
 

@@ -13,7 +13,6 @@ from shoulders.skills.skill import Skill
 from shoulders.training.configs import TrainingConfig
 from shoulders.training.objective import Example, answer_losses
 from shoulders.training.processes import Processes
-from shoulders.training.teacher import Teacher
 
 
 def gradients(
@@ -22,13 +21,11 @@ def gradients(
     config: TrainingConfig,
     streams: Streams,
     processes: Processes | None = None,
-    teacher: Teacher | None = None,
 ) -> float:
     """Set the gradient of every trained tensor; return the loss, in nats per answer token.
 
     Gradients are summed in the order of the packs, whichever was ready first. One of several
-    `processes` computes its share of the packs; their sum is its caller's to take. A `teacher`
-    gives the rows of each pack their lessons.
+    `processes` computes its share of the packs; their sum is its caller's to take.
     Where the LM is sharded, returns when no other process computes any more.
     """
     processes = processes or Processes()
@@ -38,8 +35,6 @@ def gradients(
 
     def one(rows: list[int]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         part = [examples[i] for i in rows]
-        if teacher is not None:
-            part = teacher.teach(part)
         losses = losses_of(skill, part, recompute=config.recompute)
         loss = losses.sum() / answers
         return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)

@@ -24,7 +24,7 @@ from shoulders.data.mixture import Mixture, MixtureConfig
 from shoulders.data.rows import Row, as_line
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import RecipeError, TrainingError
-from shoulders.files import atomic_path, remove_partial, write_json
+from shoulders.files import atomic_path, only_writer, remove_partial, write_json
 from shoulders.lm.load import load_lm
 from shoulders.recursion.candidates import Candidate, merged, shown, stream_of
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill
@@ -53,7 +53,13 @@ def run_textual(
         TrainingError: `out` holds a finished skill, an unfinished run without `resume`, or one of
             another recipe.
         RecipeError: the first pass is not what the recipe says.
+        ShouldersError: another process writes there.
     """
+    with only_writer(out):
+        return _run_textual(recipe, out, resume=resume, console=console)
+
+
+def _run_textual(recipe: Recipe, out: Path, *, resume: bool, console: Console | None) -> Skill:
     assert recipe.cross_fit is not None
     assert recipe.data is not None  # the recipe's validator
     if (out / FILE).exists():
