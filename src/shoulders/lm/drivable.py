@@ -11,6 +11,7 @@ from shoulders.lm.prompt import Prompt
 
 if TYPE_CHECKING:
     from shoulders.lm.frozen import FrozenLM
+    from shoulders.lm.fused import Blocks
 
 
 @torch.no_grad()
@@ -39,19 +40,18 @@ def check_drivable(lm: FrozenLM) -> None:
 
 
 @torch.no_grad()
-def fused_as_its_own(lm: FrozenLM) -> bool:
+def fused_as_its_own(lm: FrozenLM, blocks: Blocks) -> bool:
     """Return whether the fused layers compute what the LM's own do.
 
     Layers may be built of Llama's parts and put them together in another way (positions turned
     pair by pair, or not at all in some layers): only what they write tells. Rounding to int8 or
     bfloat16 is a few hundredths of the states' norm, another rotation a fifth and more.
     """
-    assert lm.blocks is not None
     count = 8  # the first position is turned by nothing, later ones more and more
     ids = torch.arange(1, count + 1)[None] * 7 % lm.vocab_size
     embedded = lm.embed(ids)
     own = lm.hidden(embedded, torch.ones_like(ids), torch.arange(count)[None])[0].float()
-    rows = lm.blocks.pack(Prompt.empty(1), embedded[0], [count])
-    found = lm.blocks.hidden(rows)[rows.first_token[0] :].float()
+    rows = blocks.pack(Prompt.empty(1), embedded[0], [count])
+    found = blocks.hidden(rows)[rows.first_token[0] :].float()
     tolerance = 1e-3 if lm.precision == "float32" else 0.1
     return bool((found - own).norm() <= tolerance * own.norm())

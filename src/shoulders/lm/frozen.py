@@ -65,13 +65,20 @@ class FrozenLM:
         self._head = model.get_output_embeddings()
         self._body = model.base_model
         self.shards = shards
-        self.blocks = Blocks.of(model) if shards is None else None
+        self._laid = Blocks.of(model) if shards is None else None
         self._fingerprint = fingerprint
         self._asking = threading.Lock()
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         check_drivable(self)
-        if self.blocks is not None and not fused_as_its_own(self):
-            self.blocks = None
+
+    @functools.cached_property
+    def blocks(self) -> Blocks | None:
+        """Our own layers, where they compute what the LM's do; tried when first asked for.
+
+        Not when it is loaded: to try them packs the weights, which takes memory.
+        """
+        laid = self._laid
+        return laid if laid is not None and fused_as_its_own(self, laid) else None
 
     # -- facts ---------------------------------------------------------------------------
 
