@@ -20,7 +20,6 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
-from shoulders.files import only_writer
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import FILE, load_skill, read_artefact, save_skill
 from shoulders.skills.skill import Skill
@@ -147,11 +146,10 @@ class Frozen:
         begin_at(skill, start, self.lm)
         assert recipe.data is not None  # a comparison is on rows
         mixture = Mixture(self.rows.train, self.rows.templates, recipe.data, seed)
-        with only_writer(folder):
-            progress = fit(
-                skill, mixture, self.rows.validation, self.rows.templates, recipe, folder,
-                bound={"lm": self.lm.fingerprint}, resume=True, console=self._console,
-            )  # fmt: skip
+        progress = fit(
+            skill, mixture, self.rows.validation, self.rows.templates, recipe, folder,
+            bound={"lm": self.lm.fingerprint}, resume=True, console=self._console,
+        )  # fmt: skip
         facts = {
             "steps": progress.step,
             "training_seconds": round(progress.seconds, 1),

@@ -143,7 +143,7 @@ def _resampled(
     """Return the interval of the mean over tasks of the means over their rows, times 100.
 
     Rows are drawn within each task. Among the rows of a task their mean varies too little by
-    `(n - 1) / n`, which is made up for (Davison and Hinkley 1997, section 3.2 on strata). A single
+    `(n - 1) / n`, which is made up for (Davison and Hinkley 1997, on several samples). A single
     row shows no variation of its own: rows of all tasks that have one are drawn as those of one
     task; where only one has, from the rows of all. Fewer than `LEAST` rows in all that agree say
     nothing: no bounds.

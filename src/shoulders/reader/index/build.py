@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from shoulders.errors import ArtefactError, DataError
-from shoulders.files import writing_to
+from shoulders.files import only_writer
 from shoulders.reader.collections.source import open_source
 from shoulders.reader.index.carry import carry_out, clean
 from shoulders.reader.index.content import Content
 from shoulders.reader.index.manifest import FILE, Manifest, read_manifest
-from shoulders.reader.index.plan import Checkpoint, DenseChoice, Plan, Sizes, locked, read_plan
+from shoulders.reader.index.plan import Checkpoint, DenseChoice, Plan, Sizes, read_plan
 from shoulders.reader.index.store import PassageStore
 from shoulders.reader.retrievers.approximate import LEAST, too_few
 from shoulders.reader.watch import Watch
@@ -54,9 +54,7 @@ def build(
         ShouldersError: the disk cannot hold the index.
     """
     kind = open_source(source, words=choices.words).kind
-    with writing_to(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with only_writer(out):
         plan = _unfinished(out, resume, source)
         if plan is None:
             if (out / FILE).is_file():
@@ -90,7 +88,7 @@ def add(
     """
     kind = open_source(source, words=choices.words).kind
     read_manifest(out)
-    with locked(out):
+    with only_writer(out):
         base = read_manifest(out)
         plan = _unfinished(out, resume, source)
         if plan is None:
@@ -115,7 +113,7 @@ def delete(ids: list[str], out: Path, watch: Watch) -> Manifest:
     Raises `DataError` for an id that is not there, or where no passage would be left.
     """
     read_manifest(out)
-    with locked(out):
+    with only_writer(out):
         base = read_manifest(out)
         _unfinished(out, False, None)
         clean(out, base)
@@ -131,7 +129,7 @@ def delete(ids: list[str], out: Path, watch: Watch) -> Manifest:
 def make_dense(out: Path, watch: Watch, choices: Choices, *, resume: bool = False) -> Manifest:
     """Give the index in `out` a dense half, or an approximate index of the one it has."""
     read_manifest(out)
-    with locked(out):
+    with only_writer(out):
         base = read_manifest(out)
         plan = _unfinished(out, resume, None)
         if plan is None:
@@ -156,7 +154,7 @@ def finish(out: Path, watch: Watch) -> Manifest:
     """Finish whatever is unfinished in `out`."""
     if read_plan(out) is None:
         read_manifest(out)
-    with locked(out):
+    with only_writer(out):
         plan = _unfinished(out, True, None)
         if plan is None:
             watch.note(f"{out}: the index is finished; nothing to resume")

@@ -7,19 +7,15 @@ vectors); the manifest says how many of their bytes count.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from shoulders.errors import ArtefactError, ShouldersError
-from shoulders.files import write_json, writing_to
+from shoulders.errors import ArtefactError
+from shoulders.files import write_json
 from shoulders.reader.index.manifest import UNFINISHED
-
-_LOCK = ".lock"
 
 
 class DenseChoice(BaseModel):
@@ -126,21 +122,3 @@ def read_plan(folder: Path) -> Plan | None:
         return Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError) as error:
         raise ArtefactError(f"{path}: damaged ({str(error).splitlines()[0]}); remove it") from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time change the index; the system unlocks when a process dies."""
-    with writing_to(folder):
-        file = (folder / _LOCK).open("ab")
-    with file:
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system; tantivy's own lock guards the passages
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ShouldersError(f"{folder}: another process is changing this index") from None
-        yield
