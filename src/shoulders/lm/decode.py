@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
@@ -98,6 +98,32 @@ class Running:
     shown: int = 0
 
 
+class Decoding(Protocol):
+    """Rows that are being generated: a `Decoder`, or several of them that choose together."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Of each row's next token, `[b, vocabulary]` float32."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """Positions that each row takes so far, `[b]`."""
+        ...
+
+    def repeat(self, n: int) -> None:
+        """Make every row `n` rows."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Let all rows leave but these (int64 indices)."""
+        ...
+
+    def append(self, tokens: Tensor) -> None:
+        """Read one token per row, `[b]`."""
+        ...
+
+
 def generate(
     lm: FrozenLM,
     prompt: Prompt,
@@ -116,8 +142,13 @@ def generate(
         >>> generate(lm, Prompt.empty(1), ids, DecodingConfig(max_new_tokens=1))[0][0].text
         ' Paris'
     """
-    done: list[list[Completion | None]] = [[None] * config.n for _ in token_ids]
-    for delta in stream(lm, prompt, token_ids, config, source):
+    return completed(stream(lm, prompt, token_ids, config, source), len(token_ids), config.n)
+
+
+def completed(deltas: Iterator[Delta], rows: int, n: int) -> list[list[Completion]]:
+    """Return the completions of `rows` rows of `n` samples that have been streamed to the end."""
+    done: list[list[Completion | None]] = [[None] * n for _ in range(rows)]
+    for delta in deltas:
         if delta.completion is not None:
             done[delta.row][delta.sample] = delta.completion
     return [[c for c in row if c is not None] for row in done]
@@ -131,7 +162,15 @@ def stream(
     source: Source | None = None,
 ) -> Iterator[Delta]:
     """Generate as `generate` does, yielding text as soon as it can no longer change."""
-    decoder = Decoder(lm, prompt, token_ids, config.max_new_tokens, source)
+    yield from streamed(
+        lm, Decoder(lm, prompt, token_ids, config.max_new_tokens, source), token_ids, config
+    )
+
+
+def streamed(
+    lm: FrozenLM, decoder: Decoding, token_ids: Sequence[Sequence[int]], config: DecodingConfig
+) -> Iterator[Delta]:
+    """Stream from rows that have been read; `token_ids` name each row's random streams."""
     if config.n > 1:
         decoder.repeat(config.n)
     lengths = decoder.lengths.tolist()

@@ -13,6 +13,7 @@ from shoulders.lm.combine import combine
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
+from shoulders.lm.together import mixed
 
 POSITIONS = 512  # whose logits are held at once
 
@@ -91,7 +92,7 @@ def score(
             updates = updates.select(owner.tolist())
         hidden = lm.hidden(lm.embed(ids[:, :-1]), mask, positions, cache, updates=updates)
         at = real[:, 1:]
-        token_logprobs[:, 1:][at], chosen[:, 1:][at] = _judged(lm, hidden[at], ids[:, 1:][at])
+        token_logprobs[:, 1:][at], chosen[:, 1:][at] = _judged(lm, hidden[at][None], ids[:, 1:][at])
     sums = (token_logprobs * real).sum(1).tolist()
     greedy = (chosen | ~real).all(1).tolist()
     results: list[list[Score]] = [[] for _ in continuations]
@@ -107,6 +108,7 @@ def score_whole(
     embedded: Tensor,
     token_ids: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
+    members: int = 1,
 ) -> list[Score]:
     """Score one continuation of each row, the row computed with it.
 
@@ -116,6 +118,8 @@ def score_whole(
         embedded: `[t, d]`, what stands for each row's ids and its continuation but the last id.
         token_ids: `b` rows of input ids.
         continuations: one for each, at least one id long.
+        members: of an ensemble, whose rows follow each other, one member's after the other's (see
+            `shoulders.lm.together`): they judge together, and a row of each is scored once.
     """
     counts = [len(i) + len(c) - 1 for i, c in zip(token_ids, continuations, strict=True)]
     read = states(lm, prompt, embedded, counts)
@@ -124,10 +128,11 @@ def score_whole(
         for start, ids, own in zip(read.starts, token_ids, continuations, strict=True)
         for k in range(len(own))
     ]
-    wanted = torch.tensor([i for own in continuations for i in own], device=lm.device)
-    hidden = read.values[torch.tensor(places, device=lm.device)]
+    hidden = read.values[torch.tensor(places, device=lm.device)].unflatten(0, (members, -1))
+    scored = continuations[: len(continuations) // members]
+    wanted = torch.tensor([i for own in scored for i in own], device=lm.device)
     logprobs, chosen = _judged(lm, hidden, wanted)
-    lengths = [len(own) for own in continuations]
+    lengths = [len(own) for own in scored]
     both = zip(logprobs.split(lengths), chosen.split(lengths), strict=True)
     return [Score(float(own.sum()), len(own), bool(first.all())) for own, first in both]
 
@@ -135,11 +140,13 @@ def score_whole(
 def _judged(lm: FrozenLM, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Return tokens' log-likelihoods, and whether each is the first choice; both `[n]`.
 
-    `hidden` is `[n, d]`. Some positions at a time: logits of a whole window take gigabytes.
+    `hidden` is `[members, n, d]`. Some positions at a time: logits of a whole window take gigabytes.
     """
     logprobs, chosen = [], []
-    for own, ids in zip(hidden.split(POSITIONS), wanted.split(POSITIONS), strict=True):
-        logits = lm.logits(own)
+    members = len(hidden)
+    at_once = max(1, POSITIONS // members)
+    for own, ids in zip(hidden.split(at_once, 1), wanted.split(at_once), strict=True):
+        logits = mixed(lm.logits(own.flatten(0, 1)), members)
         values = logits.gather(1, ids[:, None])[:, 0]
         logprobs.append(values - logits.logsumexp(-1))
         chosen.append(logits.argmax(-1) == ids)

@@ -9,6 +9,7 @@ import torch
 
 from shoulders.data.batching import evenly_grouped, length_grouped
 from shoulders.lm.decode import Completion, DecodingConfig, generate
+from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.streams import Streams, streams_for
 from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS
 
@@ -37,12 +38,6 @@ def generated(
     Raises:
         WindowError: a row does not fit.
     """
-    results: list[list[Completion]] = [[] for _ in texts]
-    rows_at_once = max(1, most // decoding.n)
-    limits = [len(i) for i in ids], BATCH_TOKENS, rows_at_once
-    batches = length_grouped(*limits)
-    if len(batches) > 1 and skill.lm.blocks is not None:
-        batches = evenly_grouped(*limits, streams_for(skill.lm), decoding.max_new_tokens)
 
     def one(rows: list[int]) -> list[list[Completion]]:
         own = [texts[i] for i in rows]
@@ -50,7 +45,27 @@ def generated(
             prompt, source = skill.prompt(own), skill.source(own)
         return generate(skill.lm, prompt, [ids[i] for i in rows], decoding, source)
 
-    with Streams.of(skill.lm, None if len(batches) > 1 else 1) as streams:
+    return batched(skill.lm, [len(i) for i in ids], decoding, one, on_rows, most)
+
+
+def batched(
+    lm: FrozenLM,
+    lengths: Sequence[int],
+    decoding: DecodingConfig,
+    one: Callable[[list[int]], list[list[Completion]]],
+    on_rows: Callable[[int], None] | None = None,
+    most: int = BATCH_ROWS,
+) -> list[list[Completion]]:
+    """Answer rows of such `lengths` in batches of similar ones; `one` answers the rows it is given.
+
+    See `generated` for the others.
+    """
+    results: list[list[Completion]] = [[] for _ in lengths]
+    limits = lengths, BATCH_TOKENS, max(1, most // decoding.n)
+    batches = length_grouped(*limits)
+    if len(batches) > 1 and lm.blocks is not None:
+        batches = evenly_grouped(*limits, streams_for(lm), decoding.max_new_tokens)
+    with Streams.of(lm, None if len(batches) > 1 else 1) as streams:
         for rows, answers in zip(batches, streams.map(one, batches), strict=True):
             for row, several in zip(rows, answers, strict=True):
                 results[row] = several

@@ -246,7 +246,7 @@ class Skill:
         Raises:
             WindowError: names the row (from 1) that does not fit.
         """
-        if not _several(texts):
+        if not any_texts(texts):
             return []
         if self.proposals is not None:
             found = self.proposed(texts, decoding.max_new_tokens)
@@ -284,7 +284,7 @@ class Skill:
         """Return the log-likelihood of each text's candidate answers, end token included."""
         if len(texts) != len(answers):
             raise ShouldersError(f"{len(texts)} texts and candidates for {len(answers)} of them")
-        if not _several(texts):
+        if not any_texts(texts):
             return []
         if self.proposals is not None:
             longest = max((len(c) for own in answers for c in self.answer_ids(own)), default=1)
@@ -297,7 +297,7 @@ class Skill:
         return completion
 
 
-def _several(texts: Sequence[str]) -> bool:
+def any_texts(texts: Sequence[str]) -> bool:
     """Return whether there are any; a text by itself would be taken letter by letter."""
     if isinstance(texts, str):
         raise ShouldersError(f"give a list of texts: ['{texts[:40]}']")
