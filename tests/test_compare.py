@@ -219,7 +219,7 @@ def line(name: str, family: str, right: int, of: int = 400, **facts: Any) -> Lin
     scores = {"a": [1.0] * right + [0.0] * (of - right)}
     defaults: dict[str, Any] = {
         "exact_match": 100 * right / of, "ci95": (0.0, 100.0), "by_seed": [100 * right / of],
-        "tasks": {}, "trained_parameters": 1000, "examples": 8, "epochs": 1,
+        "tasks": {}, "trained_parameters": 1000, "examples": 8, "epochs": 1, "members": 1,
         "training_seconds": 1.0, "latency_ms": 1.0, "perplexity": None, "zero_shot": None,
     }  # fmt: skip
     return Line(name=name, family=family, scores=scores, **(defaults | facts))
@@ -755,6 +755,39 @@ def test_variants_read_their_share_as_often_as_they_should(tmp_path: Path, lm_fo
     recipe = read_artefact(out / "runs/static_half_x3-seed0").provenance["recipe"]
     assert recipe["data"]["examples"] == 8
     assert [line.examples_read for line in lines(result)] == ["16", "8 x 3"]
+
+
+def test_a_variant_may_be_an_ensemble(tmp_path: Path, lm_folder: Path) -> None:
+    variants = {"static_of2": {"of": "static", "members": 2}}
+    settings: dict[str, Any] = {"variants": variants, "search": {"trials": 0}, "seeds": [0]}
+    plan = plan_for(tmp_path, lm_folder, methods=["static", *variants], **settings)
+    out = tmp_path / "out"
+    result = run_comparison(plan, out)
+    alone, both = result["runs"]
+    assert both["trained_parameters"] == 2 * alone["trained_parameters"]
+    assert (alone["members"], both["members"]) == (1, 2)
+    members = out / "runs/static_of2-seed0"
+    first, second = (read_artefact(members / f"member-{n}") for n in range(2))
+    # Its first member is trained as the method alone is, the other with the next seed.
+    alone_hash = read_artefact(out / "runs/static-seed0").tensors_sha256
+    assert first.tensors_sha256 == alone_hash != second.tensors_sha256
+    seconds = [m.provenance["training_seconds"] for m in (first, second)]
+    assert both["training_seconds"] == pytest.approx(sum(seconds))
+    assert [line.examples_read for line in lines(result)] == ["16", "16, by 2 members"]
+    # Stopped before the second member had ended: the first is left as it is.
+    ledger = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    kept = [row for row in ledger if row["method"] != "static_of2"]
+    (out / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    shutil.rmtree(members / "member-1")
+    (members / "ensemble.json").unlink()
+    written = (members / "member-0/skill.json").stat().st_mtime_ns
+    again = run_comparison(plan, out, resume=True)
+    assert (members / "member-0/skill.json").stat().st_mtime_ns == written
+    assert again["runs"][-1]["right"] == both["right"]
+    with pytest.raises(RecipeError, match="an ensemble is of a frozen method of one pass"):
+        plan_for(tmp_path, lm_folder, variants={"x": {"of": "lora_r4", "members": 2}})
+    with pytest.raises(RecipeError, match="which 'neural' is not"):
+        plan_for(tmp_path, lm_folder, variants={"x": {"of": "neural", "members": 2}})
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Ensembles: members' full logits, one row alone and without a cache, and the mean of what they say."""
+"""Ensembles, against the mean of what members say of one row alone and without a cache."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ def test_greedy_answers_are_those_of_the_mean(lm: FrozenLM) -> None:
 def test_members_alone_answer_otherwise(tiny_lm: Any) -> None:
     ensemble = three(tiny_lm("llama"))
     together = [own[0].token_ids for own in ensemble.generate(TEXTS, GREEDY)]
-    alone = [
-        [own[0].token_ids for own in one.generate(TEXTS, GREEDY)] for one in ensemble.members
-    ]
+    alone = [[own[0].token_ids for own in one.generate(TEXTS, GREEDY)] for one in ensemble.members]
     assert all(own != together for own in alone)
 
 
@@ -127,7 +125,8 @@ def test_streamed_pieces_are_the_answer(tiny_lm: Any) -> None:
     deltas = list(ensemble.stream(TEXTS[0], GREEDY))
     (wanted,) = ensemble.generate(TEXTS[:1], GREEDY)[0]
     assert "".join(d.text for d in deltas) == wanted.text
-    assert deltas[-1].completion is not None and deltas[-1].completion.text == wanted.text
+    assert deltas[-1].completion is not None
+    assert deltas[-1].completion.text == wanted.text
 
 
 def test_what_is_no_ensemble_is_refused(tiny_lm: Any, fresh_lm: Any) -> None:

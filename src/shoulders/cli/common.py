@@ -18,6 +18,7 @@ from shoulders.files import STANDARD_OUTPUT, as_json, check_writable, write_json
 
 if TYPE_CHECKING:
     from shoulders.data.templates import Templates
+    from shoulders.skills.ensemble import Ensemble
     from shoulders.skills.gate import Gated
     from shoulders.skills.skill import Skill
 
@@ -69,8 +70,8 @@ def open_skill(
     quantize: str | None = None,
     device_map: str | None = None,
     remote: bool = False,
-) -> tuple[Skill, Templates]:
-    """Load `base` or a skill folder, with its templates or those of a file.
+) -> tuple[Skill | Ensemble, Templates]:
+    """Load `base` or a folder of a skill or an ensemble, with its templates or those of a file.
 
     A skill runs on the LM, in the precision and as quantised as it was trained with unless told
     otherwise (`quantize` may be `none`); where the LM lies is each machine's own affair. With
@@ -79,7 +80,7 @@ def open_skill(
     from shoulders.data.templates import Templates
     from shoulders.encoders.load import load_encoder
     from shoulders.lm.load import load_lm
-    from shoulders.skills.artefact import load_skill, read_artefact
+    from shoulders.skills.ensemble_artefact import load_answering, read_first
     from shoulders.skills.skill import Skill
 
     quiet_libraries()
@@ -91,9 +92,8 @@ def open_skill(
             quantize=_quantization(quantize),
             device_map=_device_map(device_map),
         )
-        skill = Skill.base(frozen)
-        return skill, chosen or Templates()
-    artefact = read_artefact(Path(name))
+        return Skill.base(frozen), chosen or Templates()
+    artefact = read_first(Path(name))
     trained_in = "auto" if remote and artefact.lm_dtype == "int8" else artefact.lm_dtype
     if remote and dtype == "int8":
         raise ShouldersError("vLLM serves no int8: use --dtype float32 or bfloat16")
@@ -103,11 +103,24 @@ def open_skill(
         quantize=_quantization(quantize or artefact.lm_quantize),
         device_map=_device_map(device_map),
     )
-    skill, own = load_skill(Path(name), frozen, functools.cache(load_encoder))
+    skill, own = load_answering(Path(name), frozen, functools.cache(load_encoder))
     return skill, chosen or own
 
 
-def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated:
+def one_skill(skill: Skill | Ensemble, name: str) -> Skill:
+    """Return a skill; raises `ShouldersError` for an ensemble, which cannot do what is asked."""
+    from shoulders.skills.skill import Skill
+
+    if isinstance(skill, Skill):
+        return skill
+    raise ShouldersError(
+        f"{name}: is an ensemble, which answers rows; for this, name one of its members"
+    )
+
+
+def gated(
+    skill: Skill | Ensemble, name: str, recurse_below: float | None
+) -> Skill | Ensemble | Gated:
     """Return a skill that recurses only below a confidence; itself, where None is asked for.
 
     Raises `ShouldersError` for a skill that has no calibrated gate.
@@ -116,9 +129,11 @@ def gated(skill: Skill, name: str, recurse_below: float | None) -> Skill | Gated
         return skill
     from shoulders.skills.artefact import read_artefact
     from shoulders.skills.gate import Gated
+    from shoulders.skills.skill import Skill
 
-    gate = read_artefact(Path(name)).gate if name != BASE else None
-    if gate is None:
+    one = isinstance(skill, Skill) and name != BASE
+    gate = read_artefact(Path(name)).gate if one else None
+    if gate is None or not isinstance(skill, Skill):
         raise ShouldersError(
             f"--recurse-below: '{name}' has no calibrated gate; it needs two passes or more, and "
             "validation rows with right and wrong answers"

@@ -55,8 +55,10 @@ def _index_facts(folder: Path) -> dict[str, Any]:
 
 
 def _skill_facts(folder: Path) -> dict[str, Any]:
-    from shoulders.skills.artefact import read_artefact
+    from shoulders.skills.artefact import ENSEMBLE, read_artefact
 
+    if (folder / ENSEMBLE).is_file():
+        return _ensemble_facts(folder)
     artefact = read_artefact(folder)
     provenance = dict(artefact.provenance)
     facts: dict[str, Any] = {
@@ -73,6 +75,20 @@ def _skill_facts(folder: Path) -> dict[str, Any]:
         "tasks": sorted(artefact.templates),
     }
     return {**facts, "provenance": provenance}
+
+
+def _ensemble_facts(folder: Path) -> dict[str, Any]:
+    from shoulders.skills.ensemble_artefact import read_ensemble
+
+    artefact, members = read_ensemble(folder)
+    return {
+        "ensemble": str(folder),
+        "members": {name: own.trained_parameters for name, own in members.items()},
+        **_skill_facts(folder / next(iter(members))),
+        "skill": str(folder),
+        "trained_parameters": sum(own.trained_parameters for own in members.values()),
+        "provenance": dict(artefact.provenance),
+    }
 
 
 def _lm_facts(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from shoulders.cli.common import emit_json, open_skill, stderr, stdout
+from shoulders.cli.common import emit_json, one_skill, open_skill, stderr, stdout
 from shoulders.errors import ShouldersError
 
 
@@ -28,9 +28,10 @@ def evaluate_text(
     from shoulders.training.run import machine
     from shoulders.training.running_text import RunningText, perplexity
 
-    skill, _ = open_skill(
+    opened, _ = open_skill(
         name, lm=lm, dtype=dtype, templates=None, quantize=quantize, device_map=device_map
     )
+    skill = one_skill(opened, name)
     if skill.proposals is not None:
         raise ShouldersError(f"{name}: answers inputs by proposing text; it predicts no text")
     text = RunningText(skill.lm, [str(data)], chunk)

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from shoulders.cli.common import BASE, emit_json, open_skill, quiet_libraries, stderr, stdout
+from shoulders.cli.common import (
+    BASE,
+    emit_json,
+    one_skill,
+    open_skill,
+    quiet_libraries,
+    stderr,
+    stdout,
+)
 from shoulders.errors import ShouldersError
 
 if TYPE_CHECKING:
@@ -79,6 +87,7 @@ def open_reader(
         found = opened.retriever(retriever or (search.retriever if is_reader(name) else None))
     reranker = open_reranker(Path(name)) if rerank and is_reader(name) else None
     skill, _ = open_skill(name, lm=lm, dtype=dtype, templates=None)
+    skill = one_skill(skill, name)
     return Reader(skill, Contexts(found, opened, reranker, k or search.k), reading)
 
 

@@ -15,21 +15,25 @@ if TYPE_CHECKING:
     from shoulders.evaluation.evaluate import Answering
     from shoulders.lm.frozen import FrozenLM
     from shoulders.serving.vllm_engine import VllmEngine
+    from shoulders.skills.ensemble import Ensemble
     from shoulders.skills.gate import Gated
     from shoulders.skills.skill import Skill
 
 
 @contextmanager
-def through(skill: Skill | Gated, url: str | None, key_file: Path | None) -> Iterator[Answering]:
+def through(
+    skill: Skill | Ensemble | Gated, url: str | None, key_file: Path | None
+) -> Iterator[Answering]:
     """Yield what answers for a skill: itself, or a vLLM server through the gateway's engine."""
     if url is None:
         yield skill
         return
     from shoulders.serving.asking import Asking
     from shoulders.serving.engine import Engine
-    from shoulders.skills.gate import Gated
+    from shoulders.skills.skill import Skill
 
-    assert not isinstance(skill, Gated)  # the commands refuse it
+    if not isinstance(skill, Skill):  # gates are refused by the commands
+        raise ShouldersError("--vllm-url: an ensemble is answered here; ask one of its members")
     engine = Engine(skill.lm, None, connected(skill.lm, url, key_file))
     try:
         yield Asking(engine, skill)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,6 +11,7 @@ from rich.markup import escape
 from shoulders.cli.common import quiet_libraries, stderr, stdout
 
 if TYPE_CHECKING:
+    from shoulders.skills.ensemble import Ensemble
     from shoulders.skills.skill import Skill
     from shoulders.training.reader_recipe import ReaderRecipe
     from shoulders.training.recipe import Recipe
@@ -44,12 +45,14 @@ def train(
     if dry_run:
         stdout().print(f"{recipe}: valid; {_facts(parsed)}", markup=False)
         return
+    from shoulders.training.ensemble import run_ensemble
     from shoulders.training.processes import Processes
     from shoulders.training.run import run_recipe
     from shoulders.training.textual import run_textual
 
     quiet_libraries()
-    train_it = run_recipe if parsed.cross_fit is None else run_textual
+    train_it: Any = run_recipe if parsed.cross_fit is None else run_textual
+    train_it = run_ensemble if parsed.members > 1 else train_it
     skill = train_it(parsed, folder, resume=resume, console=stderr())
     if not Processes.started().leads:
         return
@@ -75,18 +78,20 @@ def _train_reader(
 
 
 def _facts(recipe: Recipe | ReaderRecipe) -> str:
+    members = getattr(recipe, "members", 1)
     passes = " -> ".join(
         (one.prompt["kind"] if one.prompt else "no prompt")
         + (", link" if one.link else ", proposing" if one.propose else "")
         for one in recipe.skill.passes
     )
     return (
-        f"LM {recipe.lm.name}, {'passes' if len(recipe.skill.passes) > 1 else 'prompt'} {passes}, "
+        f"LM {recipe.lm.name}, {f'{members} members, ' if members > 1 else ''}"
+        f"{'passes' if len(recipe.skill.passes) > 1 else 'prompt'} {passes}, "
         f"{recipe.training.steps} steps of {recipe.training.rows_per_step} rows"
     )
 
 
-def _saved(folder: Path, skill: Skill) -> str:
+def _saved(folder: Path, skill: Skill | Ensemble) -> str:
     return (
         f"saved [bold]{escape(str(folder))}[/]: {skill.trained_parameters:,} trained parameters "
         f"around {skill.lm.parameters:,} frozen ones, which are unchanged (checked by SHA-256)"

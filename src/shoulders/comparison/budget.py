@@ -40,7 +40,7 @@ def with_examples(
         share = 1.0 + plan.search.trials * plan.search.share / len(plan.seeds)
         with quiet_progress(console, "timing a step of each method", len(methods)) as advance:
             for method in methods:
-                often = share * method.share * method.epochs
+                often = share * method.share * method.epochs * method.members
                 if method.family == "frozen":
                     steps_cost += frozen.step_seconds(method) * often
                 else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
 from shoulders.lm.frozen import FrozenLM
-from shoulders.skills.artefact import FILE, load_skill, read_artefact, save_skill
+from shoulders.skills.artefact import ENSEMBLE, FILE, read_artefact, save_skill
+from shoulders.skills.ensemble import Ensemble
+from shoulders.skills.ensemble_artefact import load_answering, save_ensemble
 from shoulders.skills.skill import Skill
+from shoulders.training.ensemble import member_folder, member_seed
 from shoulders.training.fit import fit
 from shoulders.training.recipe import Recipe, make_recipe
 from shoulders.training.run import machine
@@ -52,7 +56,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training has come to: seconds, and the last loss on validation rows (nats)."""
+    """What training has come to: seconds, and the last loss on validation rows (nats).
+
+    Of an ensemble: all members' seconds, their mean loss, and the first one's curve.
+    """
 
     seconds: float
     loss: float
@@ -126,6 +133,8 @@ class Frozen:
     ) -> Trained:
         """Train a method into `folder`, or go on with what a stopped run left there.
 
+        An ensemble's members are trained one after the other, each into a folder inside.
+
         Args:
             method: which.
             folder: holds its skill at the end.
@@ -137,6 +146,8 @@ class Frozen:
         Raises:
             TrainingError: training diverged, or see `fit`.
         """
+        if method.members > 1:
+            return self._ensemble(method, folder, steps, seed, factor)
         recipe = self.recipe(method, steps, seed, factor, start)
         if method.proposes:
             if not (folder / FILE).is_file():
@@ -161,9 +172,26 @@ class Frozen:
             save_skill(skill, folder, self.rows.templates, facts)
         return _found(folder)
 
-    def skill(self, folder: Path) -> Skill:
-        """Return a trained skill."""
-        return load_skill(folder, self.lm, self._encoder)[0]
+    def _ensemble(
+        self, method: Method, folder: Path, steps: int, seed: int, factor: float
+    ) -> Trained:
+        alone, found = replace(method, members=1), []
+        names = [member_folder(number) for number in range(method.members)]
+        for number, name in enumerate(names):
+            own = member_seed(seed, method.members, number)
+            if not (folder / name / FILE).is_file():
+                self._console.print(f"  member {number + 1} of {method.members}")
+                settings: dict[str, Any] = {"steps": steps, "seed": own, "factor": factor}
+                self.train(alone, folder / name, start={}, **settings)
+            found.append(_found(folder / name))
+        if not (folder / ENSEMBLE).is_file():
+            save_ensemble(folder, names, {"machine": machine()})
+        seconds = sum(one.seconds for one in found)
+        return Trained(seconds, fmean(one.loss for one in found), found[0].curve)
+
+    def skill(self, folder: Path) -> Skill | Ensemble:
+        """Return a trained skill, or the ensemble of several."""
+        return load_answering(folder, self.lm, self._encoder)[0]
 
     def step_seconds(self, method: Method) -> float:
         """Return what one step takes here, from a few that are thrown away."""

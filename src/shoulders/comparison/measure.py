@@ -18,6 +18,7 @@ from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
 from shoulders.evaluation.evaluate import dump_predictions, evaluate
 from shoulders.lm.decode import DecodingConfig
+from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.skill import Skill
 from shoulders.training.monitor import quiet_progress
 
@@ -26,7 +27,7 @@ INTERFERENCE_ROWS = 32
 
 
 def measured(
-    skill: Skill,
+    skill: Skill | Ensemble,
     method: Method,
     seed: int,
     ledger: Ledger,
@@ -60,7 +61,9 @@ def measured(
     console.print(f"  {method.name}, seed {seed}: exact match {score:.1f}")
 
 
-def latencies(asked: Sequence[tuple[Skill, Sequence[str]]], console: Console) -> list[float]:
+def latencies(
+    asked: Sequence[tuple[Skill | Ensemble, Sequence[str]]], console: Console
+) -> list[float]:
     """Return median milliseconds to answer one row alone with `LATENCY_TOKENS` new tokens.
 
     All answer in turn, in an order that changes from row to row, so that whatever else the machine

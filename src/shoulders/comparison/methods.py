@@ -41,6 +41,7 @@ class Method:
         share: of the budget's examples that it learns from.
         epochs: how often it reads them.
         format: how rows become its tokens.
+        members: skills that answer together, each trained alone; 1 for no ensemble.
     """
 
     name: str
@@ -52,9 +53,10 @@ class Method:
     share: float = 1.0
     epochs: int = 1
     format: TextFormat = field(default_factory=TextFormat)
+    members: int = 1
 
     def steps(self, plan: Plan) -> int:
-        """Optimizer steps of a whole run; the plan's budget must be in examples."""
+        """Optimizer steps of a whole run, of each member; the plan's budget must be in examples."""
         return plan.steps(self.share, self.epochs)
 
     def data(self, plan: Plan, steps: int) -> MixtureConfig:
@@ -92,7 +94,7 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
         rated = variant.optimizer.model_dump() if variant.optimizer else same.optimizer
         changed = replace(same, name=name, share=variant.share, epochs=variant.epochs)
         form = variant.format or same.format
-        found.append(replace(changed, optimizer=rated, format=form))
+        found.append(replace(changed, optimizer=rated, format=form, members=variant.members))
     return found
 
 

@@ -99,6 +99,8 @@ class Variant(_Part):
         epochs: how often it reads them.
         optimizer: its rates where they are not that method's: a longer training likes lower ones.
         format: how it reads rows, where not as that method does; of frozen and tuned methods.
+        members: so many of a frozen method, from other seeds, that answer together
+            (`shoulders.skills.ensemble`).
     """
 
     of: str
@@ -106,6 +108,7 @@ class Variant(_Part):
     epochs: int = Field(default=1, ge=1)
     optimizer: OptimizerConfig | None = None
     format: TextFormat | None = None
+    members: int = Field(default=1, ge=1)
 
 
 class Plan(_Part):
@@ -119,8 +122,8 @@ class Plan(_Part):
         validation_rows: of every task that selects, likewise.
         methods: by name; see `shoulders.comparison.methods`.
         own: further methods.
-        variants: methods with a share of the examples, that read them several times, or in another
-            format.
+        variants: methods with a share of the examples, that read them several times, in another
+            format, or as an ensemble.
         budget: training examples, or minutes.
         rows_per_step: examples in an optimizer step.
         length: positions of a prompt.
@@ -163,6 +166,11 @@ class Plan(_Part):
                     f"variants.{name}.of: '{variant.of}' does not read the budget's examples in "
                     "order, so it has no variants"
                 )
+            if variant.members > 1 and not self._of_one_pass(variant.of):
+                raise ValueError(
+                    f"variants.{name}.members: an ensemble is of a frozen method of one pass, "
+                    f"which '{variant.of}' is not"
+                )
         known = (*known, *self.variants)
         for name in self.methods:
             if name not in known:
@@ -179,6 +187,10 @@ class Plan(_Part):
         if both := sorted(set(self.test) & {*self.data.train, *self.data.validation}):
             raise ValueError(f"test: '{both[0]}' is trained or selected on as well")
         return self
+
+    def _of_one_pass(self, name: str) -> bool:
+        own = self.own.get(name)
+        return name not in TUNED and (len(own.passes) == 1 if own else name != "neural")
 
     @property
     def files(self) -> list[str]:

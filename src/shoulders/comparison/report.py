@@ -89,6 +89,7 @@ def _figures(line: Line) -> dict[str, Any]:
         "trained_parameters": line.trained_parameters,
         "examples": line.examples,
         "epochs": line.epochs,
+        "members": line.members,
         "training_seconds": line.training_seconds,
         "latency_ms": line.latency_ms,
         "bytes_per_task": line.bytes_per_task,

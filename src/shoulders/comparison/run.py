@@ -28,6 +28,7 @@ from shoulders.errors import DataError, ShouldersError, TrainingError
 from shoulders.files import only_writer
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import load_lm
+from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.skill import Skill
 from shoulders.training.run import load_data, machine, read_all, unseen_rows
 from shoulders.training.validation import choose_rows
@@ -122,7 +123,7 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
     # 5. What an answer takes: by turns, when all is trained. Merged, a tuned LM is as fast as the
     # LM itself in the plan's precision.
     if not all(ledger.find(stage="latency", method=m.name) for m in methods):
-        asked_of: list[tuple[Skill, list[str]]] = []
+        asked_of: list[tuple[Skill | Ensemble, list[str]]] = []
         for method in methods:
             if method.family == "bare":
                 asked_of.append(bare(method, lm, plan, rows))
@@ -218,6 +219,7 @@ def run_facts(method: Method, plan: Plan, factor: float, done: Trained) -> dict[
     return {
         "examples": method.steps(plan) // method.epochs * plan.rows_per_step,
         "epochs": method.epochs,
+        "members": method.members,
         "rate_factor": factor,
         "training_seconds": done.seconds,
         "validation_loss": done.loss,

@@ -27,6 +27,7 @@ class Line:
         trained_parameters: outside the LM, or of it.
         examples: that it learned from, those of what it begins at included.
         epochs: how often it read them.
+        members: skills that answer together, each of which did.
         training_seconds: mean over seeds.
         latency_ms: of one answer, see `latencies`.
         scores: of each test row from 0 to 1, the mean over seeds, by task.
@@ -41,6 +42,7 @@ class Line:
     trained_parameters: int
     examples: int
     epochs: int
+    members: int
     training_seconds: float
     latency_ms: float
     scores: Mapping[str, Sequence[float]]
@@ -54,8 +56,9 @@ class Line:
 
     @property
     def examples_read(self) -> str:
-        """For a table: the examples, and how often they were read if more than once."""
-        return f"{self.examples:,}" + (f" x {self.epochs}" if self.epochs > 1 else "")
+        """For a table: the examples, how often they were read if more than once, and by whom."""
+        read = f"{self.examples:,}" + (f" x {self.epochs}" if self.epochs > 1 else "")
+        return f"{read}, by {self.members} members" if self.members > 1 else read
 
 
 def lines(result: dict[str, Any]) -> list[Line]:
@@ -84,6 +87,7 @@ def lines(result: dict[str, Any]) -> list[Line]:
                 trained_parameters=runs[0]["trained_parameters"],
                 examples=sum(run.get("examples", 0) for run in [runs[0], *before]),
                 epochs=runs[0].get("epochs", 1),
+                members=runs[0].get("members", 1),
                 training_seconds=mean([r.get("training_seconds", 0.0) for r in runs])
                 + sum(r.get("training_seconds", 0.0) for r in before),
                 latency_ms=result["latency_ms"][name],

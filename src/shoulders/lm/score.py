@@ -140,7 +140,7 @@ def score_whole(
 def _judged(lm: FrozenLM, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Return tokens' log-likelihoods, and whether each is the first choice; both `[n]`.
 
-    `hidden` is `[members, n, d]`. Some positions at a time: logits of a whole window take gigabytes.
+    `hidden` is `[members, n, d]`. Some positions at a time: a whole window's logits take gigabytes.
     """
     logprobs, chosen = [], []
     members = len(hidden)

@@ -28,6 +28,7 @@ from shoulders.skills.skill import Skill
 FORMAT_VERSION = 1
 FILE = "skill.json"
 TENSORS = "skill.safetensors"
+ENSEMBLE = "ensemble.json"  # in place of `FILE`: see `shoulders.skills.ensemble_artefact`
 
 
 class Bound(BaseModel):
@@ -115,6 +116,8 @@ def read_artefact(folder: Path) -> Artefact:
     """
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such skill folder")
+    if (folder / ENSEMBLE).is_file() and not (folder / FILE).is_file():
+        raise ArtefactError(f"{folder}: holds an ensemble; one of its members is asked for here")
     try:
         artefact = read_versioned(folder, FILE, Artefact, FORMAT_VERSION, "skill")
     except RecipeError as error:  # a kind of producer that is not installed here

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
@@ -27,6 +27,8 @@ class Recipe(BaseModel):
         start: parts (`passes.0.link`, `passes.1.prompt`) that begin at those of another skill: its
             folder, or a recipe that is trained first.
         cross_fit: for a skill whose first passes propose text.
+        members: more than one trains an ensemble of so many skills, each from other initial values
+            and in another order, that answer together (`shoulders.skills.ensemble`).
         training: how. Without an `optimizer`, a skill of one pass is trained at the rates that its
             producer begins with.
     """
@@ -39,6 +41,7 @@ class Recipe(BaseModel):
     text: RunningTextConfig | None = None
     start: dict[str, str] = {}
     cross_fit: CrossFitConfig | None = None
+    members: int = Field(default=1, ge=1)
     training: TrainingConfig
 
     @model_validator(mode="after")
@@ -58,6 +61,8 @@ class Recipe(BaseModel):
             raise ValueError(
                 "start.passes.0.prompt is missing: the recipe, or the folder, of the first pass"
             )
+        if self.members > 1 and len(self.skill.passes) > 1:
+            raise ValueError("members: an ensemble is of skills of one pass; this has several")
         return self
 
 

@@ -53,6 +53,8 @@ def run_recipe(
     out = Path(out)
     if recipe.cross_fit is not None:
         raise TrainingError("a recipe with cross_fit trains several skills: use run_textual")
+    if recipe.members > 1:
+        raise TrainingError("a recipe with members trains several skills: use run_ensemble")
     if (out / FILE).exists():
         raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
     if (out / FOLDER).exists() and not resume:

@@ -1,0 +1,134 @@
+"""Ensembles on disk: `ensemble.json` beside the folders of its members, each a skill of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from pydantic import BaseModel, ConfigDict, Field
+
+from shoulders import __version__
+from shoulders.data.templates import Templates
+from shoulders.encoders.frozen import FrozenEncoder
+from shoulders.encoders.load import load_encoder
+from shoulders.errors import ArtefactError, ShouldersError
+from shoulders.files import write_json, write_text
+from shoulders.lm.frozen import FrozenLM
+from shoulders.manifest import read_versioned
+from shoulders.skills.artefact import ENSEMBLE, Artefact, load_skill, read_artefact
+from shoulders.skills.ensemble import Ensemble
+from shoulders.skills.skill import Skill
+
+FORMAT_VERSION = 1
+
+_CARD = """\
+---
+library_name: shoulders
+base_model: {{ first.lm.name }}
+tags: [soft-prompt, frozen-lm, ensemble]
+---
+# {{ name }}
+
+{{ members | length }} skills that answer together around one frozen `{{ first.lm.name }}`, whose
+weights are unchanged: {{ "{:,}".format(parameters) }} trained parameters in
+{{ members | join(", ") }}, each of which is a skill of its own.
+
+```bash
+shoulders generate --skill PATH/TO/THIS/FOLDER --text "..."
+shoulders info PATH/TO/THIS/FOLDER
+```
+"""
+
+
+class EnsembleArtefact(BaseModel):
+    """What `ensemble.json` holds; `members` are folders beside it, with their tensors' hashes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int
+    shoulders_version: str
+    members: dict[str, str] = Field(min_length=2)
+    provenance: dict[str, Any]
+
+
+def save_ensemble(
+    folder: Path, members: Sequence[str], provenance: dict[str, Any]
+) -> EnsembleArtefact:
+    """Join skills that lie in `folder` to an ensemble; `members` are the names of their folders.
+
+    Raises:
+        ArtefactError: the folder already holds an ensemble, or a member is damaged.
+        ShouldersError: it cannot be written.
+    """
+    if (folder / ENSEMBLE).exists():
+        raise ArtefactError(f"{folder}: already holds an ensemble; choose another folder")
+    found = {name: read_artefact(folder / name) for name in members}
+    artefact = EnsembleArtefact(
+        format_version=FORMAT_VERSION,
+        shoulders_version=__version__,
+        members={name: own.tensors_sha256 for name, own in found.items()},
+        provenance=provenance,
+    )
+    card = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(_CARD)
+    parameters = sum(own.trained_parameters for own in found.values())
+    facts = {"members": members, "first": found[members[0]], "parameters": parameters}
+    write_text(folder / "README.md", card.render(name=folder.name, **facts) + "\n")
+    write_json(folder / ENSEMBLE, artefact.model_dump(mode="json"))
+    return artefact
+
+
+def read_ensemble(folder: Path) -> tuple[EnsembleArtefact, dict[str, Artefact]]:
+    """Read and check `ensemble.json` and its members by name; loads no model.
+
+    Raises `ArtefactError` naming the file and what is wrong with it.
+    """
+    artefact = read_versioned(folder, ENSEMBLE, EnsembleArtefact, FORMAT_VERSION, "ensemble")
+    found = {}
+    for name, wanted in artefact.members.items():
+        inside = (folder / name).resolve().is_relative_to(folder.resolve())
+        if not inside:
+            raise ArtefactError(f"{folder / ENSEMBLE}: member '{name}' lies outside its folder")
+        found[name] = read_artefact(folder / name)
+        if found[name].tensors_sha256 != wanted:
+            raise ArtefactError(f"{folder / name}: is another skill than {ENSEMBLE} names")
+    return artefact, found
+
+
+def load_ensemble(
+    folder: Path | str, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder] | None = None
+) -> tuple[Ensemble, Templates]:
+    """Load an ensemble onto the LM that its members were trained on, see `load_skill`.
+
+    Returns:
+        The ensemble, and its first member's templates.
+
+    Raises:
+        ArtefactError: it or a member is damaged, or bound to another LM or encoder.
+    """
+    folder, encoder = Path(folder), encoder or functools.cache(load_encoder)
+    artefact, _ = read_ensemble(folder)
+    loaded = [load_skill(folder / name, lm, encoder) for name in artefact.members]
+    try:
+        return Ensemble([skill for skill, _ in loaded]), loaded[0][1]
+    except ArtefactError:
+        raise
+    except ShouldersError as error:
+        raise ArtefactError(f"{folder / ENSEMBLE}: {error}") from error
+
+
+def load_answering(
+    folder: Path, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]
+) -> tuple[Skill | Ensemble, Templates]:
+    """Load whichever a folder holds, a skill or an ensemble; raises as either does."""
+    load = load_ensemble if (folder / ENSEMBLE).is_file() else load_skill
+    return load(folder, lm, encoder)
+
+
+def read_first(folder: Path) -> Artefact:
+    """Return what a folder's skill, or its ensemble's first member, says of the LM it runs on."""
+    if (folder / ENSEMBLE).is_file():
+        return next(iter(read_ensemble(folder)[1].values()))
+    return read_artefact(folder)

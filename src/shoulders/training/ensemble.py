@@ -1,0 +1,78 @@
+"""Training an ensemble: its members one after the other, from other seeds, and then their bond."""
+
+from __future__ import annotations
+
+import functools
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from shoulders.encoders.load import load_encoder
+from shoulders.errors import TrainingError
+from shoulders.files import only_writer, remove_partial
+from shoulders.lm.load import load_lm
+from shoulders.skills.artefact import ENSEMBLE, FILE, read_artefact
+from shoulders.skills.ensemble import Ensemble
+from shoulders.skills.ensemble_artefact import load_ensemble, save_ensemble
+from shoulders.training.processes import Processes
+from shoulders.training.recipe import Recipe
+from shoulders.training.run import data_hashes, machine, run_recipe
+from shoulders.training.start import same_recipe
+
+RECIPE = "members.json"  # what was begun in a folder, so that nothing else goes on with it
+
+
+def member_folder(number: int) -> str:
+    """Return the name of a member's folder inside its ensemble's; they are counted from 0."""
+    return f"member-{number}"
+
+
+def member_seed(seed: int, members: int, number: int) -> int:
+    """Return a member's seed: those of ensembles with different seeds have none in common."""
+    return seed * members + number
+
+
+def run_ensemble(
+    recipe: Recipe, out: Path | str, *, resume: bool = False, console: Console | None = None
+) -> Ensemble:
+    """Train every member that a recipe with `members` describes and save their ensemble in `out`.
+
+    Raises:
+        TrainingError: `out` holds a finished ensemble, an unfinished one without `resume`, or
+            another recipe's; or see `run_recipe`.
+        ShouldersError: another process writes there.
+    """
+    out = Path(out)
+    with only_writer(out):
+        return _run(recipe, out, resume=resume, console=console or Console(quiet=True))
+
+
+def _run(recipe: Recipe, out: Path, *, resume: bool, console: Console) -> Ensemble:
+    if (out / ENSEMBLE).exists() or (out / FILE).exists():
+        raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
+    if Processes.started().count > 1:
+        raise TrainingError("members are trained after one another: start one process")
+    same_recipe(recipe, out / RECIPE, data_hashes(recipe))
+    remove_partial(out)
+    names = [member_folder(number) for number in range(recipe.members)]
+    for number, name in enumerate(names):
+        if (out / name / FILE).is_file():
+            continue
+        console.print(f"member {number + 1} of {recipe.members}")
+        seed = member_seed(recipe.training.seed, recipe.members, number)
+        training = recipe.training.model_copy(update={"seed": seed})
+        own = recipe.model_copy(update={"members": 1, "training": training})
+        run_recipe(own, out / name, resume=True, console=console)
+    members = [read_artefact(out / name).provenance for name in names]
+    provenance = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "training_seconds": sum(float(own["training_seconds"]) for own in members),
+        "recipe": recipe.model_dump(mode="json"),
+        "machine": machine(),
+    }
+    save_ensemble(out, names, provenance)
+    lm = load_lm(**recipe.lm.model_dump())
+    return load_ensemble(out, lm, functools.cache(load_encoder))[0]
