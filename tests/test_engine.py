@@ -34,11 +34,14 @@ from shoulders.serving.guards import status_of
 from shoulders.serving.job import Event, Job
 from shoulders.serving.metrics import Metrics
 from shoulders.serving.pool import Pool
+from shoulders.serving.rows import Entry
 from shoulders.serving.skillset import Served, SkillSet
 from shoulders.serving.watch import Watcher
 from shoulders.skills.artefact import FILE, save_skill
 from shoulders.skills.attended import attended
 from shoulders.skills.config import SkillConfig
+from shoulders.skills.ensemble import Ensemble
+from shoulders.skills.ensemble_artefact import save_ensemble
 from shoulders.skills.reader import Reader, ReadingConfig
 from shoulders.skills.skill import Skill
 from test_reader import PASSAGES, Likes, Listed
@@ -68,7 +71,7 @@ def lm(folder: Path) -> FrozenLM:
 
 
 @pytest.fixture(scope="module")
-def skills(folder: Path, lm: FrozenLM) -> dict[str, Skill]:
+def skills(folder: Path, lm: FrozenLM) -> Iterator[dict[str, Any]]:
     encoder = str(save_tiny_encoder(folder / "encoder"))
     patch = pytest.MonkeyPatch()
     patch.setenv("SHOULDERS_CACHE", str(folder / "cache"))
@@ -96,7 +99,7 @@ def skills(folder: Path, lm: FrozenLM) -> dict[str, Skill]:
         "majority": [{"propose": {**PROPOSE, "chooser": "majority"}}, {}],
     }
     random = torch.Generator().manual_seed(0)
-    found = {}
+    found: dict[str, Any] = {}
     for name, passes in chains.items():
         config = SkillConfig.model_validate({"passes": passes})
         found[name] = skill = Skill.create(lm, config, load_encoder, random)
@@ -105,6 +108,10 @@ def skills(folder: Path, lm: FrozenLM) -> dict[str, Skill]:
             with torch.no_grad():
                 for parameter in network.parameters():
                     parameter += 0.1 * torch.randn(parameter.shape, generator=random)
+    longer = found["static"].config.format.model_copy(update={"separator": "\nIn one word, then:"})
+    spelled = found["static"].config.model_copy(update={"format": longer})
+    others = [found["idpt_kv"], Skill(lm, spelled, found["static"].parts)]
+    found["ensemble"] = Ensemble([found["static_lowrank"], *others])
     yield found
     patch.undo()
 
@@ -143,7 +150,7 @@ class Answers:
         return "".join(e.text for e in mine)
 
 
-def ask(engine: Engine, skill: Skill, text: str, **decoding: Any) -> tuple[Job, Answers]:
+def ask(engine: Engine, skill: Skill | Ensemble, text: str, **decoding: Any) -> tuple[Job, Answers]:
     answers = Answers()
     answers.wanted = decoding.get("n", 1)
     job = Job("s", skill, text, DecodingConfig(**decoding), answers)
@@ -152,7 +159,7 @@ def ask(engine: Engine, skill: Skill, text: str, **decoding: Any) -> tuple[Job, 
 
 
 def test_every_kind_under_load_answers_as_alone(
-    engine: Engine, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, skills: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy, token for token; inputs are read in pieces, rows join and leave at all times."""
     monkeypatch.setattr(worker_module, "PIECE", 16)
@@ -175,8 +182,10 @@ def test_every_kind_under_load_answers_as_alone(
     assert engine.tokens > engine.steps, "no two rows ever shared a step"
 
 
-@pytest.mark.parametrize("name", ["static", "idpt_kv", "neural", "three passes", "textual"])
-def test_samples_share_what_was_read(engine: Engine, skills: dict[str, Skill], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["static", "idpt_kv", "neural", "three passes", "textual", "ensemble"]
+)
+def test_samples_share_what_was_read(engine: Engine, skills: dict[str, Any], name: str) -> None:
     decoding = {"n": 3, "temperature": 1.3, "seed": 5, "max_new_tokens": 8}
     others = [ask(engine, skills["idpt"], text, max_new_tokens=9) for text in TEXTS]
     _, answers = ask(engine, skills[name], TEXTS[0], **decoding)
@@ -189,7 +198,66 @@ def test_samples_share_what_was_read(engine: Engine, skills: dict[str, Skill], n
     assert all(other.over.wait(30) for _, other in others)
 
 
-def test_alternatives_to_every_token(engine: Engine, skills: dict[str, Skill]) -> None:
+def test_an_ensemble_leaves_nothing_behind(
+    lm: FrozenLM, skills: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled, failed, or too large for the memory: its members' rows go with it."""
+    engine = Engine(lm, EngineConfig(workers=1, max_rows=4))
+    (worker,) = engine._workers
+    both = skills["ensemble"]
+    job, answers = ask(engine, both, TEXTS[0], max_new_tokens=90, min_new_tokens=90, n=2)
+    _, other = ask(engine, skills["idpt"], TEXTS[1], max_new_tokens=6)
+    job.cancelled.set()
+    assert answers.over.wait(30)
+    assert other.over.wait(30)
+    assert "cancelled" in str(answers.error)
+    with monkeypatch.context() as patch:
+        entered = worker.passes.enter
+
+        def third_fails(entry: Entry) -> list[int]:
+            if not entry.hops and worker.passes.pools and worker.passes.pools[-1].used == 2:
+                raise ShouldersError("no slot for the third")
+            return entered(entry)
+
+        patch.setattr(worker.passes, "enter", third_fails)
+        _, answers = ask(engine, both, TEXTS[0], max_new_tokens=4)
+        assert answers.over.wait(30)
+        assert "no slot for the third" in str(answers.error)
+    assert worker.passes.pools[-1].used == 0
+    decoding = {"max_new_tokens": 4, "n": 2, "temperature": 1.0}
+    _, answers = ask(engine, both, TEXTS[0], **decoding)
+    answers.wanted = 2
+    assert answers.over.wait(30)
+    (alone,) = both.generate([TEXTS[0]], DecodingConfig(**decoding))
+    assert [c.token_ids for c in answers.completions] == [c.token_ids for c in alone]
+    assert engine.close(30)
+    assert worker.running == worker.passes.pools[-1].used == 0
+
+
+def test_an_ensemble_is_served_by_its_folder(
+    lm: FrozenLM, skills: dict[str, Any], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    for name in ("static", "static_kv"):
+        save_skill(skills[name], root / "both" / name, Templates(), {})
+    save_ensemble(root / "both", ["static", "static_kv"], {"created": "2026-11-29T00:00:00"})
+    served = SkillSet(lm, root=root)
+    watcher = Watcher(served)
+    watcher.look()
+    found = served.get("both")
+    assert found.trained_parameters == sum(
+        skills[name].trained_parameters for name in ("static", "static_kv")
+    )
+    assert found.created > 0
+    decoding = DecodingConfig(max_new_tokens=6)
+    wanted = Ensemble([skills["static"], skills["static_kv"]]).generate(TEXTS, decoding)
+    assert isinstance(found.answers, Ensemble)
+    assert found.answers.generate(TEXTS, decoding) == wanted
+    served.unload("both")
+    assert served.load_inside("again", "both").folder == (root / "both").resolve()
+
+
+def test_alternatives_to_every_token(engine: Engine, skills: dict[str, Any]) -> None:
     _, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=4, top_logprobs=2)
     assert answers.over.wait(30)
     (found,) = answers.completions
@@ -201,7 +269,7 @@ def test_alternatives_to_every_token(engine: Engine, skills: dict[str, Skill]) -
 
 
 def test_details_say_what_was_proposed_shown_and_read(
-    engine: Engine, skills: dict[str, Skill]
+    engine: Engine, skills: dict[str, Any]
 ) -> None:
     job, answers = ask(engine, skills["textual"], TEXTS[0], max_new_tokens=5)
     assert answers.over.wait(30)
@@ -219,7 +287,7 @@ def test_details_say_what_was_proposed_shown_and_read(
     assert plain.details == {}
 
 
-def test_details_show_candidates_without_room(engine: Engine, skills: dict[str, Skill]) -> None:
+def test_details_show_candidates_without_room(engine: Engine, skills: dict[str, Any]) -> None:
     long = "write it as a word or a number " * 8
     job, answers = ask(engine, skills["textual"], long, max_new_tokens=5)
     assert answers.over.wait(30)
@@ -230,7 +298,7 @@ def test_details_show_candidates_without_room(engine: Engine, skills: dict[str, 
 
 
 def test_details_follow_passages_from_index_to_window(
-    engine: Engine, skills: dict[str, Skill]
+    engine: Engine, skills: dict[str, Any]
 ) -> None:
     listed = Listed("cab")
     pack = {"tokens": 20}
@@ -256,7 +324,7 @@ def test_details_follow_passages_from_index_to_window(
 
 
 def test_what_prompts_attended_to_is_found_pass_by_pass(
-    lm: FrozenLM, folder: Path, skills: dict[str, Skill]
+    lm: FrozenLM, folder: Path, skills: dict[str, Any]
 ) -> None:
     texts = [TEXTS[0], TEXTS[0] + " and candidates"]
     assert attended(skills["static"], texts[:1]) == []
@@ -279,7 +347,7 @@ def test_what_prompts_attended_to_is_found_pass_by_pass(
     assert [own.number for own in attended(voted, texts)] == [1, 3]
 
 
-def test_stop_strings_and_lengths_differ_by_row(engine: Engine, skills: dict[str, Skill]) -> None:
+def test_stop_strings_and_lengths_differ_by_row(engine: Engine, skills: dict[str, Any]) -> None:
     skill = skills["static"]
     (whole,) = skill.generate([TEXTS[0]], DecodingConfig(max_new_tokens=12))[0]
     stop = whole.text[3:5]
@@ -295,7 +363,7 @@ def test_stop_strings_and_lengths_differ_by_row(engine: Engine, skills: dict[str
     assert len(both[2][1].completions[0].token_ids) == 12
 
 
-def test_a_cancelled_job_leaves_the_others_alone(engine: Engine, skills: dict[str, Skill]) -> None:
+def test_a_cancelled_job_leaves_the_others_alone(engine: Engine, skills: dict[str, Any]) -> None:
     job, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=90, min_new_tokens=90)
     _, other = ask(engine, skills["static"], TEXTS[1], max_new_tokens=20, min_new_tokens=20)
     job.cancelled.set()
@@ -308,7 +376,7 @@ def test_a_cancelled_job_leaves_the_others_alone(engine: Engine, skills: dict[st
     assert other.completions[0].token_ids == alone.token_ids
 
 
-def test_a_deadline_ends_a_job(engine: Engine, skills: dict[str, Skill]) -> None:
+def test_a_deadline_ends_a_job(engine: Engine, skills: dict[str, Any]) -> None:
     answers = Answers()
     job = Job("s", skills["base"], TEXTS[0], DecodingConfig(), answers, time.monotonic() - 1)
     engine.submit(job)
@@ -317,7 +385,7 @@ def test_a_deadline_ends_a_job(engine: Engine, skills: dict[str, Skill]) -> None
     assert engine.close(10)
 
 
-def test_a_full_queue_refuses(lm: FrozenLM, skills: dict[str, Skill]) -> None:
+def test_a_full_queue_refuses(lm: FrozenLM, skills: dict[str, Any]) -> None:
     engine = Engine(lm, EngineConfig(workers=1, max_queue=2))
     first = [ask(engine, skills["base"], text, max_new_tokens=30) for text in TEXTS[:2]]
     with pytest.raises(QueueFullError, match="2 requests"):
@@ -332,7 +400,7 @@ def test_a_full_queue_refuses(lm: FrozenLM, skills: dict[str, Skill]) -> None:
 
 
 def test_what_cannot_be_read_is_said_and_harms_nobody(
-    engine: Engine, skills: dict[str, Skill]
+    engine: Engine, skills: dict[str, Any]
 ) -> None:
     _, good = ask(engine, skills["static"], TEXTS[0], max_new_tokens=5)
     _, bad = ask(engine, skills["static"], "word " * 500, max_new_tokens=5)
@@ -344,7 +412,7 @@ def test_what_cannot_be_read_is_said_and_harms_nobody(
 
 @pytest.mark.parametrize("wanted", [12, 150])
 def test_inputs_that_are_cut_leave_room_for_the_answer(
-    wanted: int, engine: Engine, skills: dict[str, Skill]
+    wanted: int, engine: Engine, skills: dict[str, Any]
 ) -> None:
     """All of it, or half of what the window holds for both; whoever answers cuts alike."""
     skill = skills["static"].keeping("end")
@@ -367,7 +435,7 @@ def test_inputs_that_are_cut_leave_room_for_the_answer(
         skills["static"].generate([text], DecodingConfig(**exact))
 
 
-def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Skill]) -> None:
+def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Any]) -> None:
     """With room for two rows or so, the others wait; one that never fits is refused."""
     engine = Engine(lm, EngineConfig(workers=1, cache_bytes=1 << 20))
     (worker,) = engine._workers
@@ -388,7 +456,7 @@ def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Skill]) -> None:
 
 @pytest.mark.parametrize(("place", "name"), [(worker_module, "choose"), (Pool, "enter")])
 def test_a_defect_is_told_to_whoever_waits(
-    engine: Engine, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch, place: Any, name: str
+    engine: Engine, skills: dict[str, Any], monkeypatch: pytest.MonkeyPatch, place: Any, name: str
 ) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of luck")
@@ -403,7 +471,7 @@ def test_a_defect_is_told_to_whoever_waits(
     assert after.error is None
 
 
-def test_a_skill_that_makes_nan_harms_nobody(lm: FrozenLM, skills: dict[str, Skill]) -> None:
+def test_a_skill_that_makes_nan_harms_nobody(lm: FrozenLM, skills: dict[str, Any]) -> None:
     config = SkillConfig.model_validate({"passes": [{"prompt": {"kind": "static", "length": 2}}]})
     bad = Skill.create(lm, config, load_encoder, torch.Generator().manual_seed(0))
     for network in bad.networks():
@@ -421,7 +489,7 @@ def test_a_skill_that_makes_nan_harms_nobody(lm: FrozenLM, skills: dict[str, Ski
     assert engine.close(10)
 
 
-def test_what_links_remember_is_let_go(engine: Engine, skills: dict[str, Skill]) -> None:
+def test_what_links_remember_is_let_go(engine: Engine, skills: dict[str, Any]) -> None:
     """A neural skill that is no longer served must not stay in memory."""
     _, answers = ask(engine, skills["neural"], TEXTS[0], max_new_tokens=5)
     assert answers.over.wait(30)
@@ -440,7 +508,7 @@ def test_other_lms_are_refused(folder: Path, lm: FrozenLM) -> None:
 
 
 def test_a_skill_that_is_gone_leaves_nothing(
-    engine: Engine, lm: FrozenLM, skills: dict[str, Skill]
+    engine: Engine, lm: FrozenLM, skills: dict[str, Any]
 ) -> None:
     """Its prefixes, and what its links have seen, go with its last job."""
     chain = [{"propose": PROPOSE, "prompt": {"kind": "static", "length": 2}}, {"link": LINK}]
@@ -463,7 +531,7 @@ def test_a_skill_that_is_gone_leaves_nothing(
 
 
 def test_an_entry_that_finds_no_place_is_told(
-    lm: FrozenLM, skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+    lm: FrozenLM, skills: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that runs out for one request is that request's alone."""
     engine = Engine(lm, EngineConfig(workers=1))
@@ -488,7 +556,7 @@ def test_an_entry_that_finds_no_place_is_told(
 
 
 def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
-    skills: dict[str, Skill], monkeypatch: pytest.MonkeyPatch
+    skills: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pieces that come faster than anybody looks."""
     monkeypatch.setattr(answers_module, "POLL", 0.3)
@@ -518,7 +586,7 @@ def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
 
 
 def test_several_answers_of_a_skill_that_has_one_are_refused(
-    engine: Engine, skills: dict[str, Skill]
+    engine: Engine, skills: dict[str, Any]
 ) -> None:
     """Its one answer would be followed by none, and whoever asks would wait for ever."""
 
@@ -544,7 +612,7 @@ def test_several_answers_of_a_skill_that_has_one_are_refused(
 
 
 def test_a_watcher_leaves_what_others_load_and_unload(
-    lm: FrozenLM, skills: dict[str, Skill], tmp_path: Path
+    lm: FrozenLM, skills: dict[str, Any], tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
         save_skill(skills["static"], tmp_path / "root" / name, Templates(), {})
@@ -579,7 +647,7 @@ def test_a_watcher_leaves_what_others_load_and_unload(
 
 
 def test_a_watcher_tries_a_damaged_skill_once(
-    lm: FrozenLM, skills: dict[str, Skill], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    lm: FrozenLM, skills: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_skill(skills["static"], tmp_path / "root" / "bad", Templates(), {})
     file = tmp_path / "root" / "bad" / FILE
@@ -685,7 +753,7 @@ def test_what_the_playground_refuses_is_counted(served: Server) -> None:
         assert served.metrics.requests.labels(skill, status)._value.get() == 1
 
 
-def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Skill]) -> None:
+def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Any]) -> None:
     """Also where the client goes while an event is being sent, and its generator lives on."""
 
     class Idle:

@@ -90,14 +90,14 @@ def serve(
     from shoulders.serving.metrics import Metrics
     from shoulders.serving.skillset import SkillSet
     from shoulders.serving.watch import Watcher
-    from shoulders.skills.artefact import read_artefact
+    from shoulders.skills.ensemble_artefact import read_first
 
     sockets = bound(host, port)  # before the LM is read, which takes its time
     port = sockets[0].getsockname()[1]
     quiet_libraries()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     folders = _named(skills or [])
-    first = read_artefact(next(iter(folders.values()))) if folders else None
+    first = read_first(next(iter(folders.values()))) if folders else None
     trained_in = first.lm_dtype if first else "auto"
     if engine is Kind.VLLM and trained_in == "int8":
         trained_in = "auto"

@@ -20,16 +20,17 @@ NEAR = 1e-3  # of logits: hundreds of times what the order of sums changes
 
 
 @torch.no_grad()
-def steady_logits(lm: FrozenLM, hidden: Tensor) -> Tensor:
+def steady_logits(lm: FrozenLM, hidden: Tensor, *, every: bool = False) -> Tensor:
     """Return float32 logits `[n, vocabulary]` of hidden states `[n, d]`, to choose tokens by.
 
     Their greedy choice is that of any larger batch. In lower precisions, and on other devices, they
-    are `lm.logits`: there the states differ with the batch already.
+    are `lm.logits`: there the states differ with the batch already. With `every` all of them are
+    the same to the last bit: an ensemble chooses from a mean, where others are level than here.
     """
     n = len(hidden)
     if n >= MANY or hidden.dtype != torch.float32 or hidden.device.type != "cpu":
         return lm.logits(hidden)
-    if n >= FEW:
+    if n >= FEW or every:
         return _beside_zeros(lm, hidden)
     logits = lm.logits(hidden)
     first, second = logits.topk(2, -1).values.unbind(-1)

@@ -289,7 +289,7 @@ def _model(server: Server, served: Served) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "shoulders",
         "root": server.skills.names()[0],
-        "trained_parameters": served.skill.trained_parameters,
+        "trained_parameters": served.trained_parameters,
     }
 
 

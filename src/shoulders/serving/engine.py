@@ -239,7 +239,7 @@ class Engine:
             ids = ask.ids or skill.asking_ids([ask.text], ask.decoding)[0]
             check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
             prompt = None
-            here = self._remote is None or bool(skill.parts.earlier)
+            here = self._remote is None or bool(skill.parts.earlier or ask.others)
             if self._remote is not None and not here:
                 prompt = self._prompt(skill, -1, ask.text, read=False)
                 here = not self._remote.takes(prompt)
@@ -257,8 +257,18 @@ class Engine:
             if ask.shown:
                 job.prompt_tokens += len(ids)
             told = functools.partial(done, number)
-            entries.append(Entry(job, ask, ids, prompt, hops, told, here))
+            fellows = tuple(self._fellow(job, ask, other) for other in ask.others)
+            entries.append(Entry(job, ask, ids, prompt, hops, told, here, fellows))
         return entries
+
+    def _fellow(self, job: Job, ask: Ask, skill: Skill) -> Entry:
+        """Prepare what another member of an ensemble reads; its first member's entry answers."""
+        ids = skill.asking_ids([ask.text], ask.decoding)[0]
+        check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
+        if ask.shown:
+            job.prompt_tokens += len(ids)
+        prompt = self._prompt(skill, -1, ask.text, read=True)
+        return Entry(job, ask, ids, prompt, [], lambda _: None)
 
     def _prompt(self, skill: Skill, number: int, text: str, *, read: bool) -> Prompt:
         """Return a pass's prompt for a text; one that never changes is written once.

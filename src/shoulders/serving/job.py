@@ -11,6 +11,7 @@ from typing import Any
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.reader.questions import Question
 from shoulders.recursion.candidates import chosen
+from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.framing import Unprefixed
 from shoulders.skills.proposals import Gathering, Proposed, Wanted
 from shoulders.skills.reader import Reader
@@ -26,6 +27,7 @@ class Ask:
 
     Attributes:
         skill: without proposals of its own.
+        others: of an ensemble, its other members, which choose each token with the skill.
         text: its input.
         decoding: how to answer.
         shown: whether its pieces of text are the job's answer.
@@ -37,6 +39,7 @@ class Ask:
     decoding: DecodingConfig
     shown: bool
     ids: list[int] | None = None
+    others: tuple[Skill, ...] = ()
     unprefixed: Unprefixed = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +66,7 @@ class Job:
     """
 
     name: str
-    served: Skill | Reader
+    served: Skill | Reader | Ensemble
     text: str
     decoding: DecodingConfig
     on_event: Callable[[Event], None]
@@ -87,6 +90,10 @@ Plan = Generator[list[Ask], list[list[Completion]], None]
 def plan(job: Job) -> Plan:
     """Return the stages of a job: proposals before answers, passages before questions."""
     skill, text = job.served, job.text
+    if isinstance(skill, Ensemble):
+        first, *others = skill.members
+        yield [Ask(first, text, job.decoding, True, others=tuple(others))]
+        return
     if isinstance(skill, Reader):
         text = _passages_before(job, skill)
         skill = skill.skill

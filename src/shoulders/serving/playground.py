@@ -20,6 +20,7 @@ from shoulders.serving.schema import MAX_TOKENS, ChatRequest
 from shoulders.serving.skillset import Served
 from shoulders.serving.views import STYLE, details_html, heat_html
 from shoulders.skills.attended import attended
+from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.reader import Reader
 
 PATIENCE = 300.0  # seconds for an answer; whoever has closed the page waits no longer
@@ -153,10 +154,12 @@ def about(server: Server, name: str) -> str:
     named = [one.prompt["kind"] if one.prompt else "no prompt" for one in passes]
     kinds = [KINDS.get(kind, kind) for kind in named]
     what = ["reader"] if isinstance(served.answers, Reader) else []
+    if isinstance(served.answers, Ensemble):
+        what.append(f"ensemble of {len(served.answers.members)}")
     if len(passes) > 1:
         textual = any(one.propose is not None for one in passes)
         what.append(f"{'textual' if textual else 'neural'} recursion, {len(passes)} passes")
-    trained = f"{served.skill.trained_parameters:,} trained parameters"
+    trained = f"{served.trained_parameters:,} trained parameters"
     return " · ".join([*what, " → ".join(kinds), trained])
 
 

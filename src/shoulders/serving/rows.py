@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from shoulders.lm.decode import Completion, Delta, Running
 from shoulders.lm.prompt import Prompt
 from shoulders.recursion.chain import Hop
@@ -24,6 +26,7 @@ class Entry:
         hops: earlier passes.
         done: told of all completions, or of why there are none.
         here: whether this process answers it, or a remote engine.
+        fellows: of an ensemble, what its other members read; the entry is the first one's.
     """
 
     job: Job
@@ -33,12 +36,18 @@ class Entry:
     hops: list[Hop]
     done: Done
     here: bool = True
+    fellows: tuple[Entry, ...] = ()
     completions: dict[int, Completion] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
-        """Slots that it comes to need."""
+        """Samples that it comes to; each takes a slot, and one for every fellow."""
         return self.ask.decoding.n
+
+    @property
+    def every(self) -> tuple[Entry, ...]:
+        """The entry and its fellows."""
+        return self, *self.fellows
 
     def take(self, delta: Delta) -> bool:
         """Pass a piece of text on; tell whether its sample has ended."""
@@ -56,9 +65,13 @@ class Entry:
 
     def positions(self, window: int) -> int:
         """Positions that each of them comes to need."""
-        lengths = [self.prompt, *(hop.prompt for hop in self.hops)]
-        longest = max(int(p.lengths().max()) for p in lengths)
-        return min(window, longest + len(self.ids) + self.ask.decoding.max_new_tokens)
+        return min(window, self.taken + len(self.ids) + self.ask.decoding.max_new_tokens)
+
+    @property
+    def taken(self) -> int:
+        """Positions that its longest prompt takes."""
+        prompts = [self.prompt, *(hop.prompt for hop in self.hops)]
+        return max(int(p.lengths().max()) for p in prompts)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +79,9 @@ class Row:
     """One sample of an entry; before its input is read, all of them.
 
     Attributes:
+        fellows: of an ensemble, the other members' rows of the same sample.
+        leads: whether it is no fellow of another row.
+        state: the LM's last state `[d]`, from when all is read until a token is chosen.
         slots: one for each pass.
         pending: tokens to read.
         tokens: how many it has read.
@@ -77,3 +93,11 @@ class Row:
     pending: list[int]
     tokens: int = 0
     running: Running | None = None
+    fellows: tuple[Row, ...] = ()
+    leads: bool = True
+    state: Tensor | None = None
+
+    @property
+    def every(self) -> tuple[Row, ...]:
+        """The row and its fellows."""
+        return self, *self.fellows

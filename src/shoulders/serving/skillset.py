@@ -13,8 +13,10 @@ from shoulders.errors import ArtefactError, ShouldersError
 from shoulders.lm.frozen import FrozenLM
 from shoulders.reader.contexts import Contexts
 from shoulders.reader.engines.opening import open_passages
-from shoulders.skills.artefact import FILE, load_skill, read_artefact
+from shoulders.skills.artefact import ENSEMBLE, FILE, saved_in
 from shoulders.skills.config import SkillConfig, TextFormat
+from shoulders.skills.ensemble import Ensemble
+from shoulders.skills.ensemble_artefact import load_answering, provenance_of
 from shoulders.skills.reader import Reader
 from shoulders.skills.reader_artefact import FILE as READER_FILE
 from shoulders.skills.reader_artefact import open_reranker, read_reader
@@ -27,14 +29,22 @@ class Served(NamedTuple):
     """A skill by its name; `folder` is None for the LM itself."""
 
     name: str
-    answers: Skill | Reader
+    answers: Skill | Reader | Ensemble
     folder: Path | None
     created: int
 
     @property
     def skill(self) -> Skill:
-        """The skill, of a reader too."""
+        """The skill, of a reader too; of an ensemble the first member."""
+        if isinstance(self.answers, Ensemble):
+            return self.answers.members[0]
         return self.answers.skill if isinstance(self.answers, Reader) else self.answers
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of trained parameters, of all members."""
+        whole = self.answers if isinstance(self.answers, Ensemble) else self.skill
+        return whole.trained_parameters
 
 
 class UnknownSkillError(ShouldersError):
@@ -92,12 +102,11 @@ class SkillSet:
         with self._lock:
             if name in self._served:
                 raise ShouldersError(f"a skill named '{name}' is served already")
-            artefact = read_artefact(folder)
-            skill, _ = load_skill(folder, self.lm, self._encoder)
-            answers: Skill | Reader = skill
-            if (folder / READER_FILE).is_file():
-                answers = self._reader(folder, skill)
-            made = str(artefact.provenance.get("created", ""))
+            answers: Skill | Reader | Ensemble
+            answers, _ = load_answering(folder, self.lm, self._encoder)
+            if (folder / READER_FILE).is_file() and isinstance(answers, Skill):
+                answers = self._reader(folder, answers)
+            made = str(provenance_of(folder).get("created", ""))
             served = Served(name, answers, folder, _timestamp(made))
             self._served = {**self._served, name: served}
         return served
@@ -108,7 +117,7 @@ class SkillSet:
             raise ShouldersError("loading skills by request is off: start with --skill-root")
         try:
             folder = (self.root / path).resolve()
-            inside = folder.is_relative_to(self.root.resolve()) and (folder / FILE).is_file()
+            inside = folder.is_relative_to(self.root.resolve()) and saved_in(folder).is_file()
         except (ValueError, OSError):  # what no file system takes: a NUL, a name of kilobytes
             inside = False
         if not inside:
@@ -135,8 +144,9 @@ class SkillSet:
 
 
 def skill_folders(folder: Path) -> dict[str, Path]:
-    """Return the skills in a folder of skill folders, by name."""
-    return {f.parent.name: f.parent for f in sorted(folder.glob(f"*/{FILE}"))}
+    """Return the skills and ensembles in a folder of their folders, by name."""
+    found = {f.parent for file in (FILE, ENSEMBLE) for f in folder.glob(f"*/{file}")}
+    return {one.name: one for one in sorted(found)}
 
 
 def _timestamp(created: str) -> int:

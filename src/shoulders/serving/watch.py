@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shoulders.errors import ShouldersError
 from shoulders.serving.skillset import Served, SkillSet, UnknownSkillError, skill_folders
-from shoulders.skills.artefact import FILE
+from shoulders.skills.artefact import saved_in
 
 LOG = logging.getLogger("shoulders.serving")
 SECONDS = 1.0  # between two looks
@@ -20,9 +20,10 @@ Stamp = tuple[int, int] | None
 class Watcher(threading.Thread):
     """Looks at the skill set's root again and again, until it is closed.
 
-    A skill's folder is complete when its `skill.json` is there, which is written last. Each is
-    tried once: one that was refused, or is unloaded by request, comes when its file is another
-    one, or was gone. Skills that others have loaded are theirs to unload.
+    A skill's folder is complete when its `skill.json` (an ensemble's, when its `ensemble.json`) is
+    there, which is written last. Each is tried once: one that was refused, or is unloaded by
+    request, comes when its file is another one, or was gone. Skills that others have loaded are
+    theirs to unload.
     """
 
     def __init__(self, skills: SkillSet) -> None:
@@ -73,7 +74,7 @@ class Watcher(threading.Thread):
 def _stamp(folder: Path) -> Stamp:
     """Return what tells a skill's file from the one that stood there before."""
     try:
-        found = (folder / FILE).stat()
+        found = saved_in(folder).stat()
     except OSError:  # gone since
         return None
     return found.st_ino, found.st_mtime_ns

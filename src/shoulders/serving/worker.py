@@ -20,6 +20,7 @@ from shoulders.lm.decode import Running, advance, choose
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.sampling import sample_stream
 from shoulders.lm.steady import steady_logits
+from shoulders.lm.together import mixed
 from shoulders.serving.passes import Passes
 from shoulders.serving.rows import Entry, Row
 
@@ -53,7 +54,7 @@ class Worker(threading.Thread):
     @property
     def load(self) -> int:
         """Rows that run or wait."""
-        return len(self._rows) + sum(entry.rows for entry in self._inbox)
+        return len(self._rows) + sum(entry.rows * len(entry.every) for entry in self._inbox)
 
     @property
     def running(self) -> int:
@@ -103,28 +104,43 @@ class Worker(threading.Thread):
                     raise ShouldersError("cancelled")
                 if not fits:
                     raise ShouldersError("the request needs more memory than the server has")
-                self._rows.append(Row(entry, self.passes.enter(entry), list(entry.ids)))
+                self._enter(entry)
             except Exception as error:  # it waits no more, and is no row yet: nobody else would say
                 entry.done(error)
 
+    def _enter(self, entry: Entry) -> None:
+        """Make an entry a row, or no row at all; an ensemble's fellows are rows beside it."""
+        rows: list[Row] = []
+        try:
+            for own in entry.every:
+                rows.append(Row(own, self.passes.enter(own), list(own.ids), leads=own is entry))
+        except Exception:
+            for row in rows:
+                self.passes.leave(row, [*self._rows, *rows])
+            raise
+        rows[0].fellows = tuple(rows[1:])
+        self._rows += rows
+
     def _fits(self, entry: Entry) -> bool:
-        rows = sum(1 if row.running else row.entry.rows for row in self._rows) + entry.rows
+        rows = sum(1 if row.running else row.entry.rows for row in self._rows)
+        rows += entry.rows * len(entry.every)
         if self._rows and rows > self._max_rows:
             return False
-        room = entry.positions(self._lm.max_positions)
+        room = max(own.positions(self._lm.max_positions) for own in entry.every)
         passes = 1 + max([len(entry.hops), *(len(row.entry.hops) for row in self._rows)])
         return rows * self.passes.size(room) * passes <= self._bytes
 
     def _drop_cancelled(self) -> None:
-        over = [row for row in self._rows if row.entry.job.over]
+        over = [row for row in self._rows if row.entry.job.over and row.leads]
         for row in over:
             self._leave(row)
         for entry in {id(row.entry): row.entry for row in over}.values():
             entry.done(ShouldersError("cancelled"))
 
     def _leave(self, row: Row) -> None:
-        self._rows.remove(row)
-        self.passes.leave(row, self._rows)
+        for one in row.every:
+            self._rows.remove(one)
+            self.passes.leave(one, self._rows)
 
     def _fail(self, error: Exception) -> None:
         entries = {id(row.entry): row.entry for row in self._rows}
@@ -141,6 +157,8 @@ class Worker(threading.Thread):
         rows, pieces, left = [], [], PIECE
         for row in self._rows:
             count = len(row.pending)
+            if count == 0:
+                continue  # a member of an ensemble that waits for the others
             if row.running is None:
                 if left <= 0:
                     continue
@@ -152,17 +170,34 @@ class Worker(threading.Thread):
             rows.append(row)
             pieces.append(row.pending[:count])
         states = self.passes.read(rows, pieces)
-        through, last = [], []
         for row, piece, state in zip(rows, pieces, states, strict=True):
             row.pending = row.pending[len(piece) :]
             row.tokens += len(piece)
-            if not row.pending:
-                through.append(row)
-                last.append(state[-1])
+            row.state = None if row.pending else state[-1]
+        through = [
+            row
+            for row in self._rows
+            if row.leads and all(one.state is not None for one in row.every)
+        ]
         if through:
-            greedy = any(row.entry.ask.decoding.temperature == 0 for row in through)
-            logits = steady_logits if greedy else FrozenLM.logits
-            self._choose(through, logits(self._lm, torch.stack(last)))
+            self._choose(through, self._logits(through))
+
+    def _logits(self, through: Sequence[Row]) -> Tensor:
+        """Return the logits of each row's next token, which an ensemble's rows choose together."""
+        states = [one.state for row in through for one in row.every if one.state is not None]
+        for row in through:
+            for one in row.every:
+                one.state = None
+        together = len(states) > len(through)
+        greedy = any(row.entry.ask.decoding.temperature == 0 for row in through)
+        if not greedy:
+            logits = self._lm.logits(torch.stack(states))
+        else:
+            logits = steady_logits(self._lm, torch.stack(states), every=together)
+        if not together:
+            return logits
+        several = logits.split([len(row.every) for row in through])
+        return torch.cat([mixed(own, len(own)) for own in several])
 
     def _choose(self, through: Sequence[Row], logits: Tensor) -> None:
         """Choose tokens; rows that have just read their input become as many as are wanted."""
@@ -176,20 +211,28 @@ class Worker(threading.Thread):
         chosen = choose(self._lm, logits[torch.tensor(index)], running).tolist()
         self.tokens, self.steps = self.tokens + len(rows), self.steps + 1
         for row, state, token in zip(rows, running, chosen, strict=True):
-            row.pending = [token]
+            for one in row.every:
+                one.pending = [token]
             if row.entry.take(advance(self._lm, state)):
                 self._leave(row)
 
     def _samples(self, row: Row) -> list[Row]:
         """Return the samples of a row that has read its input: they share what was read."""
         entry, config = row.entry, row.entry.ask.decoding
-        taken = max(int(p.lengths().max()) for p in (entry.prompt, *(h.prompt for h in entry.hops)))
-        room = self._lm.max_positions - taken - len(entry.ids) + 1
+        room = self._lm.max_positions + 1 - max(own.taken + len(own.ids) for own in entry.every)
         found = [row]
-        for slots in self.passes.copy(row, config.n - 1):
-            found.append(Row(entry, slots, [], row.tokens))
-        for sample, one in enumerate(found):
+        copies = [self.passes.copy(one, config.n - 1) for one in row.every]
+        for slots in zip(*copies, strict=True):
+            own = [
+                Row(one.entry, mine, [], one.tokens, leads=one.leads)
+                for one, mine in zip(row.every, slots, strict=True)
+            ]
+            own[0].fellows = tuple(own[1:])
+            found.append(own[0])
+            self._rows += own
+        for sample, leader in enumerate(found):
             random = sample_stream(config.seed, entry.ids, sample)
-            one.running = Running(0, sample, config, random, min(config.max_new_tokens, room))
-        self._rows += found[1:]
+            most = min(config.max_new_tokens, room)
+            for one in leader.every:
+                one.running = Running(0, sample, config, random, most)
         return found

@@ -109,6 +109,12 @@ def save_skill(
     return artefact
 
 
+def saved_in(folder: Path) -> Path:
+    """Return the file that comes last in a folder of a skill or of an ensemble, there or not."""
+    joined = folder / ENSEMBLE
+    return joined if joined.is_file() else folder / FILE
+
+
 def read_artefact(folder: Path) -> Artefact:
     """Read and check `skill.json` and the hash of the tensors; loads no model.
 

@@ -127,6 +127,13 @@ def load_answering(
     return load(folder, lm, encoder)
 
 
+def provenance_of(folder: Path) -> dict[str, Any]:
+    """Return how a skill or an ensemble came to be."""
+    if (folder / ENSEMBLE).is_file():
+        return read_ensemble(folder)[0].provenance
+    return read_artefact(folder).provenance
+
+
 def read_first(folder: Path) -> Artefact:
     """Return what a folder's skill, or its ensemble's first member, says of the LM it runs on."""
     if (folder / ENSEMBLE).is_file():
