@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from shoulders.lm.load import load_lm as load_lm
     from shoulders.skills.artefact import load_skill as load_skill
     from shoulders.skills.artefact import save_skill as save_skill
+    from shoulders.skills.ensemble import Ensemble as Ensemble
+    from shoulders.skills.ensemble_artefact import load_ensemble as load_ensemble
     from shoulders.skills.skill import Skill as Skill
+    from shoulders.training.ensemble import run_ensemble as run_ensemble
     from shoulders.training.recipe import read_recipe as read_recipe
     from shoulders.training.run import run_recipe as run_recipe
 
@@ -34,16 +37,19 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DecodingConfig": "lm.decode",
+    "Ensemble": "skills.ensemble",
     "ShouldersError": "errors",
     "Skill": "skills.skill",
     "Templates": "data.templates",
     "evaluate": "evaluation.evaluate",
+    "load_ensemble": "skills.ensemble_artefact",
     "load_lm": "lm.load",
     "load_skill": "skills.artefact",
     "read_plan": "comparison.plan",
     "read_recipe": "training.recipe",
     "read_rows": "data.rows",
     "run_comparison": "comparison.run",
+    "run_ensemble": "training.ensemble",
     "run_recipe": "training.run",
     "save_skill": "skills.artefact",
 }
