@@ -35,7 +35,9 @@ _OF_ROWS = ("templates", "normalizer", "max_new_tokens", "keep", "recurse_below"
 
 def evaluate(
     context: typer.Context,
-    skill: Annotated[str, typer.Argument(help="A skill folder, or 'base' for the bare LM.")],
+    skill: Annotated[
+        str, typer.Argument(help="A skill's or ensemble's folder, or 'base': the bare LM.")
+    ],
     data: Annotated[
         Path,
         typer.Option(

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 def generate(
     context: typer.Context,
-    skill: Annotated[str, typer.Option(help="A skill folder, or 'base' for the bare LM.")] = BASE,
+    skill: Annotated[
+        str, typer.Option(help="A skill's or ensemble's folder, or 'base': the bare LM.")
+    ] = BASE,
     text: Annotated[str | None, typer.Option(help="One input; the answer is streamed.")] = None,
     input: Annotated[
         Path | None, typer.Option(help='JSONL with "input" and, to use a template, "task".')

@@ -15,7 +15,8 @@ from shoulders.cli.index import index_facts, show_index
 
 def info(
     skill: Annotated[
-        Path | None, typer.Argument(help="A folder of a skill or an index. Default: the LM.")
+        Path | None,
+        typer.Argument(help="A folder of a skill, an ensemble or an index. Default: the LM."),
     ] = None,
     lm: Annotated[str, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = "embedded",
     json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
