@@ -175,7 +175,8 @@ class Frozen:
     def _ensemble(
         self, method: Method, folder: Path, steps: int, seed: int, factor: float
     ) -> Trained:
-        alone, found = replace(method, members=1), []
+        # Its members read the same examples, in other orders: those of the seed's other methods.
+        alone, found = replace(method, members=1, drawn=seed), []
         names = [member_folder(number) for number in range(method.members)]
         for number, name in enumerate(names):
             own = member_seed(seed, method.members, number)

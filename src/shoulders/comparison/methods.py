@@ -42,6 +42,7 @@ class Method:
         epochs: how often it reads them.
         format: how rows become its tokens.
         members: skills that answer together, each trained alone; 1 for no ensemble.
+        drawn: the seed whose examples it reads, where that is not its own: of a member.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Method:
     epochs: int = 1
     format: TextFormat = field(default_factory=TextFormat)
     members: int = 1
+    drawn: int | None = None
 
     def steps(self, plan: Plan) -> int:
         """Optimizer steps of a whole run, of each member; the plan's budget must be in examples."""
@@ -61,10 +63,10 @@ class Method:
 
     def data(self, plan: Plan, steps: int) -> MixtureConfig:
         """Return the rows that a run of so many steps reads, once or as often as it should."""
-        if self.epochs == 1:
+        if self.epochs == 1 and self.drawn is None:
             return plan.data
         examples = max(1, steps // self.epochs) * plan.rows_per_step
-        return plan.data.model_copy(update={"examples": examples})
+        return plan.data.model_copy(update={"examples": examples, "seed": self.drawn})
 
     @property
     def trained(self) -> bool:

@@ -42,12 +42,17 @@ class MixtureConfig(BaseModel):
     examples: int | None = Field(default=None, ge=1)
     """Draw only so many examples (all files together), then the same ones again in another order;
     without it, go on to further rows."""
+    seed: int | None = Field(default=None, ge=0)
+    """Draw the examples that a run of this seed draws, whatever the run's own, which then orders
+    them only: so that several runs read the same ones. Needs `examples`; None is the run's own."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> MixtureConfig:
         both = sorted(set(self.tasks or ()) & set(self.exclude))
         if both:
             raise ValueError(f"'{both[0]}' is in both tasks and exclude; remove it from one")
+        if self.seed is not None and self.examples is None:
+            raise ValueError("seed says which examples are drawn: say how many (examples)")
         return self
 
 
@@ -146,7 +151,9 @@ class Mixture:
     template and moves on by one each epoch, so that it meets all of them.
 
     *Few examples, several times.* With `config.examples` n, position i >= n is example number
-    i mod n of a shuffle of the first n, with one for each i div n, under its next template.
+    i mod n of a shuffle of the first n, with one for each i div n, under its next template. With
+    another `config.seed` than the run's they are drawn by it, and shuffled by the run's, the first
+    time too.
 
     All randomness is raw PCG64 output, which NumPy promises not to change (unlike the methods
     of its generators), seeded by hashes of (seed, purpose, ...). Orders depend on the task
@@ -157,7 +164,9 @@ class Mixture:
         self, rows: Sequence[Row], templates: Templates, config: MixtureConfig, seed: int
     ) -> None:
         """Select and group `rows`; raises `DataError` if a task's templates fail on its rows."""
-        self._seed = int(seed)  # NumPy integers have another repr, which `_random` hashes
+        # NumPy integers have another repr, which `_random` hashes.
+        self._order = int(seed)
+        self._seed = self._order if config.seed is None else config.seed
         self._templates = templates
         groups: dict[str, list[Row]] = {}
         for row in select_rows(rows, config, named=templates.named_tasks()):
@@ -194,7 +203,7 @@ class Mixture:
         if i < 0:
             raise ValueError(f"position {i} is negative")
         again, i = divmod(int(i), self._examples) if self._examples else (0, int(i))
-        if again:
+        if again or self._order != self._seed:
             i = int(self._repeated(again)[i])
         block, offset = divmod(i, BLOCK)
         tasks, draws = self._block_draws(block)
@@ -230,10 +239,11 @@ class Mixture:
         return cached[1]
 
     def _repeated(self, again: int) -> NDArray[np.int64]:
-        """Return the order in which the first examples are read for the `again`-th time more."""
+        """Return the order of the first examples when they are read the `again`-th time more."""
         assert self._examples is not None
         if self._again is None or self._again[0] != again:
-            self._again = (again, self._shuffle(self._examples, "again", again))
+            purpose = "again" if self._order == self._seed else f"ordered by {self._order}"
+            self._again = (again, self._shuffle(self._examples, purpose, again))
         return self._again[1]
 
     def _shuffle(self, size: int, *purpose: Any) -> NDArray[np.int64]:

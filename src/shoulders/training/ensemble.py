@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -31,6 +32,19 @@ def member_folder(number: int) -> str:
 def member_seed(seed: int, members: int, number: int) -> int:
     """Return a member's seed: those of ensembles with different seeds have none in common."""
     return seed * members + number
+
+
+def member_recipe(recipe: Recipe, number: int) -> Recipe:
+    """Return what a member is trained by; of `data.examples`, all members read the same ones."""
+    seed = member_seed(recipe.training.seed, recipe.members, number)
+    updates: dict[str, Any] = {
+        "members": 1,
+        "training": recipe.training.model_copy(update={"seed": seed}),
+    }
+    if recipe.data is not None and recipe.data.examples is not None:
+        drawn = recipe.training.seed if recipe.data.seed is None else recipe.data.seed
+        updates["data"] = recipe.data.model_copy(update={"seed": drawn})
+    return recipe.model_copy(update=updates)
 
 
 def run_ensemble(
@@ -62,10 +76,7 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, console: Console) -> Ensemb
         if (out / name / FILE).is_file():
             continue
         console.print(f"member {number + 1} of {recipe.members}")
-        seed = member_seed(recipe.training.seed, recipe.members, number)
-        training = recipe.training.model_copy(update={"seed": seed})
-        own = recipe.model_copy(update={"members": 1, "training": training})
-        run_recipe(own, out / name, resume=True, console=console)
+        run_recipe(member_recipe(recipe, number), out / name, resume=True, console=console)
     members = [read_artefact(out / name).provenance for name in names]
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
