@@ -11,6 +11,7 @@ from torch import Tensor
 from shoulders.errors import ShouldersError
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.frozen import FrozenLM
+from shoulders.skills import ensemble as ensemble_module
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.skill import Skill
@@ -99,6 +100,30 @@ def test_scores_are_those_of_the_mean(lm: FrozenLM) -> None:
             assert score.logprob == pytest.approx(float(wanted.sum()), abs=2e-4)
             assert score.tokens == len(ids)
             assert score.greedy == (logprobs.argmax(-1).tolist() == ids)
+
+
+def test_all_members_rows_count_as_read_together(
+    tiny_lm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch holds whole rows of every member, and of every candidate where they are scored."""
+    ensemble = three(tiny_lm("llama"))
+    options = [["yes", "no"]] * len(TEXTS)
+    wanted = ensemble.score(TEXTS, options)
+    read: list[int] = []
+    embed = FrozenLM.embed_rows
+
+    def counted(lm: FrozenLM, rows: Any) -> Tensor:
+        read.append(sum(map(len, rows)))
+        return embed(lm, rows)
+
+    monkeypatch.setattr(FrozenLM, "embed_rows", counted)
+    monkeypatch.setattr(ensemble_module, "BATCH_TOKENS", 200)
+    told: list[int] = []
+    found = ensemble.score(TEXTS, options, on_rows=told.append)
+    for mine, own in zip(found, wanted, strict=True):
+        assert [s.logprob for s in mine] == pytest.approx([s.logprob for s in own], abs=1e-4)
+    assert max(read) <= 200 < sum(read)
+    assert sum(told) == len(TEXTS)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from shoulders.cli.app import main
+from shoulders.data.mixture import Mixture
 from shoulders.errors import ArtefactError, RecipeError, TrainingError
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import load_lm
-from shoulders.skills.artefact import load_skill, read_artefact
+from shoulders.skills.artefact import load_skill, read_artefact, save_skill
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import load_ensemble, read_ensemble, save_ensemble
-from shoulders.training.ensemble import member_seed, run_ensemble
+from shoulders.training.ensemble import member_recipe, member_seed, run_ensemble
 from shoulders.training.recipe import make_recipe, read_recipe
-from shoulders.training.run import run_recipe
+from shoulders.training.run import load_data, run_recipe
 from tiny_models import STATIC, recipe_values, rows, save_tiny_lm, write_jsonl, write_recipe
 
 TEXTS = ["north question 51 and so on", "south question 50"]
@@ -99,7 +100,7 @@ def test_a_stopped_one_goes_on(folder: Path, copied: Path) -> None:
 
 def test_damage_is_named(copied: Path, folder: Path, tmp_path: Path) -> None:
     lm = load_lm(str(folder / "lm"), dtype="float32")
-    with pytest.raises(ArtefactError, match="already holds an ensemble"):
+    with pytest.raises(ArtefactError, match="already holds a skill or an ensemble"):
         save_ensemble(copied, ["member-0", "member-1"], {})
     with pytest.raises(ArtefactError, match="holds an ensemble; one of its members is asked for"):
         load_skill(copied, lm)
@@ -117,12 +118,86 @@ def test_damage_is_named(copied: Path, folder: Path, tmp_path: Path) -> None:
         read_ensemble(copied)
     shutil.copytree(copied / "member-0", tmp_path / "outside")
     changed(members={"member-0": first, "../outside": first})
-    with pytest.raises(ArtefactError, match="outside' lies outside"):
+    with pytest.raises(ArtefactError, match=r"'\.\./outside' is no folder inside"):
+        read_ensemble(copied)
+    changed(members={"member-0": first, "a\0b": first})
+    with pytest.raises(ArtefactError, match="is no folder inside"):
         read_ensemble(copied)
     changed()
     (copied / "member-1/skill.safetensors").write_bytes(b"")
     with pytest.raises(ArtefactError, match=r"member-1/skill\.safetensors: damaged or edited"):
         load_ensemble(copied, lm)
+
+
+def test_members_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Before anything is written: what is on disk can be loaded."""
+    for number, changed in enumerate(
+        ({}, {"lm": {"fingerprint": "another"}}, {"skill": {"format": {"answer_prefix": "="}}})
+    ):
+        one = shutil.copytree(folder / "out/member-0", tmp_path / f"{number}")
+        noted = json.loads((one / "skill.json").read_text())
+        for key, values in changed.items():
+            for name, value in values.items():
+                noted[key][name] = {**noted[key][name], **value} if name == "format" else value
+        (one / "skill.json").write_text(json.dumps(noted))
+    for members, why in (
+        (["0", "1"], "1: was trained on the LM"),
+        (["0", "2"], "2: begins answers with '=', 0 with ' '"),
+        (["0"], "two different members or more"),
+        (["0", "0"], "two different members or more"),
+        (["0", "../x"], "'../x' is no folder inside"),
+    ):
+        with pytest.raises(ArtefactError, match=why):
+            save_ensemble(tmp_path, members, {})
+    assert not (tmp_path / "ensemble.json").exists()
+
+
+def test_single_skills_and_ensembles_keep_out_of_each_other(copied: Path, folder: Path) -> None:
+    one = read_recipe(folder / "recipe.yaml", ["members=1"])
+    with pytest.raises(TrainingError, match="already holds a finished skill"):
+        run_recipe(one, copied)
+    lm = load_lm(str(folder / "lm"), dtype="float32")
+    skill, templates = load_skill(copied / "member-0", lm)
+    with pytest.raises(ArtefactError, match="already holds a skill"):
+        save_skill(skill, copied, templates, {})
+    (copied / "ensemble.json").unlink()
+    with pytest.raises(TrainingError, match="holds an ensemble that was begun"):
+        run_recipe(one, copied, resume=True)
+    (copied / "members.json").unlink()
+    (copied / "checkpoints").mkdir()
+    with pytest.raises(TrainingError, match="holds a single skill's unfinished run"):
+        run_ensemble(read_recipe(folder / "recipe.yaml"), copied, resume=True)
+
+
+def test_examples_that_are_counted_are_the_same_for_all_members(tmp_path: Path) -> None:
+    values = {**recipe_values(tmp_path / "lm", tmp_path / "data", seed=4), "members": 2}
+    free = make_recipe(values)
+    assert [member_recipe(free, n).data for n in range(2)] == [free.data] * 2
+    values["data"] = {**values["data"], "examples": 6}
+    recipe = make_recipe(values)
+    rows, _, templates = load_data(recipe.data)
+    orders = []
+    for number in range(2):
+        own = member_recipe(recipe, number)
+        mixture = Mixture(rows, templates, own.data, own.training.seed)
+        orders.append([text for _, text in mixture.window(0, 6)])
+        assert sorted(text for _, text in mixture.window(6, 6)) == sorted(orders[-1])
+    plain = Mixture(rows, templates, recipe.data, 4)
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(t for _, t in plain.window(0, 6))
+    assert orders[0] != orders[1]
+
+
+def test_what_members_start_from_is_trained_once(folder: Path, tmp_path: Path) -> None:
+    first = write_recipe(tmp_path / "first.yaml", recipe_values(folder / "lm", tmp_path / "data"))
+    values = {**recipe_values(folder / "lm", tmp_path / "data"), "members": 2}
+    values["start"] = {"passes.0.prompt": str(first)}
+    run_ensemble(make_recipe(values), tmp_path / "out")
+    assert (tmp_path / "out/parts/first/skill.json").is_file()
+    assert not (tmp_path / "out/member-1/parts").exists()
+    several = {**recipe_values(folder / "lm", tmp_path / "data"), "members": 2}
+    values["start"] = {"passes.0.prompt": str(write_recipe(tmp_path / "two.yaml", several))}
+    with pytest.raises(RecipeError, match=r"start\.passes\.0\.prompt: .*two\.yaml trains an ens"):
+        run_ensemble(make_recipe(values), tmp_path / "other")
 
 
 def test_recipes_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -156,6 +231,8 @@ def test_commands_take_it(folder: Path, tmp_path: Path, run: Callable[..., Any])
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["trained_parameters"] == ensemble.trained_parameters
     assert list(facts["members"]) == ["member-0", "member-1"]
+    assert facts["members"]["member-1"]["prompt"]["kind"] == "static"
+    assert facts["frozen_parameters"] == lm.parameters
     (tmp_path / "text.txt").write_text("the capital of france is paris. " * 9)
     for arguments, why in (
         (("--data", tmp_path / "text.txt"), "is an ensemble, which answers rows"),

@@ -47,6 +47,7 @@ from shoulders.training.objective import Example, answer_losses
 from shoulders.training.optimizer import make_optimizer, rate_factor
 from shoulders.training.recipe import Recipe, make_recipe
 from shoulders.training.run import load_data, run_recipe
+from shoulders.training.start import same_recipe
 from tiny_models import (
     environment,
     prompt_spec,
@@ -668,6 +669,29 @@ def test_resuming_with_another_recipe_names_the_key(
     values = recipe_values(Path(lm.name), tmp_path / "data", {"kind": "static", "length": 5})
     with pytest.raises(TrainingError, match=r"recipe\.skill\.passes was .*4.* is .*5"):
         run_recipe(make_recipe(values), tmp_path / "out", resume=True)
+
+
+def test_runs_of_earlier_versions_resume(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that a recipe did not have when the run began stand at their defaults."""
+    recipe = _recipe(lm, tmp_path)
+    _stopped(recipe, tmp_path / "out", 3, monkeypatch)
+    (file,) = (tmp_path / "out/checkpoints").glob("*/state.json")
+    noted = json.loads(file.read_text())
+    del noted["recipe"]["recipe"]["members"], noted["recipe"]["recipe"]["data"]["seed"]
+    file.write_text(json.dumps(noted))
+    assert recipe.data is not None
+    eight = recipe.data.model_copy(update={"examples": 8})
+    other = recipe.model_copy(update={"data": eight})
+    with pytest.raises(TrainingError, match=r"recipe\.data\.examples was None, is 8"):
+        run_recipe(other, tmp_path / "out", resume=True)
+    run_recipe(recipe, tmp_path / "out", resume=True)
+    same_recipe(recipe, tmp_path / "recipe.json", {})
+    noted = json.loads((tmp_path / "recipe.json").read_text())
+    del noted["members"]
+    (tmp_path / "recipe.json").write_text(json.dumps(noted))
+    same_recipe(recipe, tmp_path / "recipe.json", {})
 
 
 def test_a_row_that_will_not_fit_is_named_before_the_first_step(

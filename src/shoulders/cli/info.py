@@ -82,12 +82,17 @@ def _ensemble_facts(folder: Path) -> dict[str, Any]:
     from shoulders.skills.ensemble_artefact import read_ensemble
 
     artefact, members = read_ensemble(folder)
+    facts = {name: _skill_facts(folder / name) for name in members}
+    first = next(iter(facts.values()))
+    encoders = {e["fingerprint"]: e for own in facts.values() for e in own["encoders"]}
+    own = ("prompt", "encoders", "trained_parameters", "tasks")
     return {
         "ensemble": str(folder),
-        "members": {name: own.trained_parameters for name, own in members.items()},
-        **_skill_facts(folder / next(iter(members))),
-        "skill": str(folder),
-        "trained_parameters": sum(own.trained_parameters for own in members.values()),
+        "members": {name: {key: of[key] for key in own} for name, of in facts.items()},
+        **{key: first[key] for key in ("lm", "lm_fingerprint", "dtype", "quantize")},
+        "trained_parameters": sum(of["trained_parameters"] for of in facts.values()),
+        "frozen_parameters": next(iter(members.values())).lm.parameters
+        + sum(e["parameters"] for e in encoders.values()),
         "provenance": dict(artefact.provenance),
     }
 

@@ -49,7 +49,8 @@ def with_examples(
                     besides += fixed
                 advance(1)
         bare_runs = ledger.every(stage="run")
-        asking = max((r["answer_seconds"] for r in bare_runs), default=0.0) * len(methods)
+        asking = max((r["answer_seconds"] for r in bare_runs), default=0.0)
+        asking *= sum(method.members for method in methods)
         spent = time.monotonic() - started
         left = (minutes * 60 * (1 - RESERVE) - spent) / len(plan.seeds) - besides - asking
         steps = int(left / steps_cost)

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,10 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
 
     # 4. The same tuning effort for each, on validation rows; then its runs, measured on test.
     for method in trained:
+        # An ensemble's rates are searched with one member: no more effort than for others.
+        one = replace(method, members=1)
 
-        def attempt(number: int, factor: float, m: Method = method) -> float:
+        def attempt(number: int, factor: float, m: Method = one) -> float:
             folder = ledger.folder(m.name, number, "trials")
             steps = max(1, round(m.steps(plan) * plan.search.share))
             settings: dict[str, Any] = {"steps": steps, "seed": 0, "factor": factor}

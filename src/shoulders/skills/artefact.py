@@ -77,7 +77,7 @@ def save_skill(
     """
     if not skill.networks():
         raise ArtefactError("the bare LM has nothing to save")
-    if (folder / FILE).exists():
+    if saved_in(folder).exists():
         raise ArtefactError(f"{folder}: already holds a skill; choose another folder")
     tensors = {
         name: value.detach().contiguous().cpu()

@@ -105,8 +105,8 @@ class Ensemble:
             return completed(deltas, len(rows), decoding.n)
 
         longest = [max(map(len, own)) for own in zip(*ids, strict=True)]
-        most = max(1, BATCH_ROWS // len(self.members))
-        answers = batched(self.lm, longest, decoding, one, on_rows, most)
+        limits = (max(1, limit // len(self.members)) for limit in (BATCH_ROWS, BATCH_TOKENS))
+        answers = batched(self.lm, longest, decoding, one, on_rows, *limits)
         return [[self.members[0].stripped(c) for c in several] for several in answers]
 
     def stream(self, text: str, decoding: DecodingConfig) -> Iterator[Delta]:
@@ -131,11 +131,12 @@ class Ensemble:
             return []
         candidates = [self.members[0].answer_ids(several) for several in answers]
         longest = max((len(c) for own in candidates for c in own), default=1)
-        width = max(1, *(len(own) for own in candidates)) * len(self.members)
+        width = max([1, *map(len, candidates)]) * len(self.members)  # whole rows for each of them
         ids = [one.input_ids(texts, longest) for one in self.members]
         lengths = [max(map(len, own)) + longest for own in zip(*ids, strict=True)]
         results: list[list[Score]] = [[] for _ in texts]
-        for rows in length_grouped(lengths, BATCH_TOKENS, max(1, BATCH_ROWS // width)):
+        limits = max(1, BATCH_TOKENS // width), max(1, BATCH_ROWS // width)
+        for rows in length_grouped(lengths, *limits):
             owner = [row for row in rows for _ in candidates[row]]
             asked = [own[row] for own in ids for row in owner]
             wanted = [c for row in rows for c in candidates[row]] * len(self.members)

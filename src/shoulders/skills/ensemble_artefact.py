@@ -14,11 +14,11 @@ from shoulders import __version__
 from shoulders.data.templates import Templates
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import ArtefactError, ShouldersError
+from shoulders.errors import ArtefactError
 from shoulders.files import write_json, write_text
 from shoulders.lm.frozen import FrozenLM
 from shoulders.manifest import read_versioned
-from shoulders.skills.artefact import ENSEMBLE, Artefact, load_skill, read_artefact
+from shoulders.skills.artefact import ENSEMBLE, Artefact, load_skill, read_artefact, saved_in
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.skill import Skill
 
@@ -60,12 +60,18 @@ def save_ensemble(
     """Join skills that lie in `folder` to an ensemble; `members` are the names of their folders.
 
     Raises:
-        ArtefactError: the folder already holds an ensemble, or a member is damaged.
+        ArtefactError: the folder already holds a skill or an ensemble, a member is damaged, or
+            they do not go together.
         ShouldersError: it cannot be written.
     """
-    if (folder / ENSEMBLE).exists():
-        raise ArtefactError(f"{folder}: already holds an ensemble; choose another folder")
+    if saved_in(folder).exists():
+        raise ArtefactError(f"{folder}: already holds a skill or an ensemble")
+    for name in members:
+        _check_name(folder, name)
+    if len(set(members)) < max(2, len(members)):
+        raise ArtefactError(f"{folder}: an ensemble has two different members or more")
     found = {name: read_artefact(folder / name) for name in members}
+    _check_alike(folder, found)
     artefact = EnsembleArtefact(
         format_version=FORMAT_VERSION,
         shoulders_version=__version__,
@@ -88,12 +94,11 @@ def read_ensemble(folder: Path) -> tuple[EnsembleArtefact, dict[str, Artefact]]:
     artefact = read_versioned(folder, ENSEMBLE, EnsembleArtefact, FORMAT_VERSION, "ensemble")
     found = {}
     for name, wanted in artefact.members.items():
-        inside = (folder / name).resolve().is_relative_to(folder.resolve())
-        if not inside:
-            raise ArtefactError(f"{folder / ENSEMBLE}: member '{name}' lies outside its folder")
+        _check_name(folder, name)
         found[name] = read_artefact(folder / name)
         if found[name].tensors_sha256 != wanted:
             raise ArtefactError(f"{folder / name}: is another skill than {ENSEMBLE} names")
+    _check_alike(folder, found)
     return artefact, found
 
 
@@ -111,12 +116,7 @@ def load_ensemble(
     folder, encoder = Path(folder), encoder or functools.cache(load_encoder)
     artefact, _ = read_ensemble(folder)
     loaded = [load_skill(folder / name, lm, encoder) for name in artefact.members]
-    try:
-        return Ensemble([skill for skill, _ in loaded]), loaded[0][1]
-    except ArtefactError:
-        raise
-    except ShouldersError as error:
-        raise ArtefactError(f"{folder / ENSEMBLE}: {error}") from error
+    return Ensemble([skill for skill, _ in loaded]), loaded[0][1]
 
 
 def load_answering(
@@ -139,3 +139,28 @@ def read_first(folder: Path) -> Artefact:
     if (folder / ENSEMBLE).is_file():
         return next(iter(read_ensemble(folder)[1].values()))
     return read_artefact(folder)
+
+
+def _check_name(folder: Path, name: str) -> None:
+    """Raise for what is no name of a folder inside `folder`."""
+    if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise ArtefactError(f"{folder / ENSEMBLE}: {name!r} is no folder inside its own")
+
+
+def _check_alike(folder: Path, members: dict[str, Artefact]) -> None:
+    """Raise for members that cannot answer together, without loading them; see `Ensemble`."""
+    first_name, first = next(iter(members.items()))
+    for name, one in members.items():
+        if one.lm.fingerprint != first.lm.fingerprint:
+            raise ArtefactError(
+                f"{folder / name}: was trained on the LM '{one.lm.name}' (fingerprint "
+                f"{one.lm.fingerprint}), {first_name} on {first.lm.fingerprint}"
+            )
+        if len(one.skill.passes) > 1:
+            raise ArtefactError(f"{folder / name}: has several passes: members have one each")
+        prefixes = [m.skill.format.answer_prefix for m in (one, first)]
+        if prefixes[0] != prefixes[1]:
+            raise ArtefactError(
+                f"{folder / name}: begins answers with {prefixes[0]!r}, {first_name} with "
+                f"{prefixes[1]!r}: members begin them alike"
+            )

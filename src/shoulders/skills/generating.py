@@ -55,13 +55,14 @@ def batched(
     one: Callable[[list[int]], list[list[Completion]]],
     on_rows: Callable[[int], None] | None = None,
     most: int = BATCH_ROWS,
+    tokens: int = BATCH_TOKENS,
 ) -> list[list[Completion]]:
     """Answer rows of such `lengths` in batches of similar ones; `one` answers the rows it is given.
 
-    See `generated` for the others.
+    `tokens` are read together at most; see `generated` for the others.
     """
     results: list[list[Completion]] = [[] for _ in lengths]
-    limits = lengths, BATCH_TOKENS, max(1, most // decoding.n)
+    limits = lengths, tokens, max(1, most // decoding.n)
     batches = length_grouped(*limits)
     if len(batches) > 1 and lm.blocks is not None:
         batches = evenly_grouped(*limits, streams_for(lm), decoding.max_new_tokens)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from shoulders.errors import ArtefactError, ShouldersError, TrainingError
 from shoulders.files import atomic_directory, sha256_of_file
+from shoulders.training.recipe import Recipe, as_now
 
 FOLDER = "checkpoints"
 
@@ -93,6 +94,7 @@ def load_checkpoint(
             raise ArtefactError(f"{folder}: state.safetensors is damaged (its hash differs)")
         tensors = load_file(folder / "state.safetensors")
         started, values = state["recipe"], state["progress"]
+        started = {**started, "recipe": as_now(started["recipe"], Recipe)}
         values["best"] = float("inf") if values["best"] is None else values["best"]
         progress = Progress(**values)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -13,15 +13,15 @@ from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
 from shoulders.files import only_writer, remove_partial
 from shoulders.lm.load import load_lm
-from shoulders.skills.artefact import ENSEMBLE, FILE, read_artefact
+from shoulders.skills.artefact import FILE, read_artefact, saved_in
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import load_ensemble, save_ensemble
+from shoulders.skills.skill import Skill
+from shoulders.training.checkpoint import FOLDER
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.run import data_hashes, machine, run_recipe
-from shoulders.training.start import same_recipe
-
-RECIPE = "members.json"  # what was begun in a folder, so that nothing else goes on with it
+from shoulders.training.start import MEMBERS, same_recipe, trained_parts
 
 
 def member_folder(number: int) -> str:
@@ -58,25 +58,33 @@ def run_ensemble(
         ShouldersError: another process writes there.
     """
     out = Path(out)
+    if Processes.started().count > 1:
+        raise TrainingError("members are trained after one another: start one process")
     with only_writer(out):
         return _run(recipe, out, resume=resume, console=console or Console(quiet=True))
 
 
 def _run(recipe: Recipe, out: Path, *, resume: bool, console: Console) -> Ensemble:
-    if (out / ENSEMBLE).exists() or (out / FILE).exists():
+    if saved_in(out).exists():
         raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
     if out.exists() and any(out.iterdir()) and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
-    if Processes.started().count > 1:
-        raise TrainingError("members are trained after one another: start one process")
-    same_recipe(recipe, out / RECIPE, data_hashes(recipe))
+    if (out / FOLDER).exists():
+        raise TrainingError(f"{out}: holds a single skill's unfinished run; choose another --out")
+    same_recipe(recipe, out / MEMBERS, data_hashes(recipe))
     remove_partial(out)
+
+    def run(other: Recipe, folder: Path) -> Skill:
+        return run_recipe(other, folder, resume=True, console=console)
+
+    parts = trained_parts(recipe.start, out, run, console)  # once, for all members
+    begun = recipe.model_copy(update={"start": {part: str(at) for part, at in parts.items()}})
     names = [member_folder(number) for number in range(recipe.members)]
     for number, name in enumerate(names):
         if (out / name / FILE).is_file():
             continue
         console.print(f"member {number + 1} of {recipe.members}")
-        run_recipe(member_recipe(recipe, number), out / name, resume=True, console=console)
+        run(member_recipe(begun, number), out / name)
     members = [read_artefact(out / name).provenance for name in names]
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -27,8 +27,10 @@ class Recipe(BaseModel):
         start: parts (`passes.0.link`, `passes.1.prompt`) that begin at those of another skill: its
             folder, or a recipe that is trained first.
         cross_fit: for a skill whose first passes propose text.
-        members: more than one trains an ensemble of so many skills, each from other initial values
-            and in another order, that answer together (`shoulders.skills.ensemble`).
+        members: more than one trains an ensemble of so many skills that answer together
+            (`shoulders.skills.ensemble`). Each has a seed of its own, for its random initial values
+            and the order of what it reads: `data.examples` are the same ones for all members,
+            without it each draws its own.
         training: how. Without an `optimizer`, a skill of one pass is trained at the rates that its
             producer begins with.
     """
@@ -113,6 +115,18 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: {explain(error, Recipe, values)}") from error
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
+
+
+def as_now(noted: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Return what a run has noted of its recipe as this version notes it.
+
+    What an earlier version did not have yet stands at its default; other keys stay.
+    """
+    own = {key: value for key, value in noted.items() if key in model.model_fields}
+    try:
+        return {**noted, **model.model_validate(own).model_dump(mode="json")}
+    except ValidationError:  # something else has been noted: it will be found to differ
+        return noted
 
 
 def with_rates(values: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from shoulders.files import only_writer, sha256_of_path
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 from shoulders.recursion.first_pass import FirstPass
-from shoulders.skills.artefact import FILE, save_skill
+from shoulders.skills.artefact import save_skill, saved_in
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER
 from shoulders.training.fit import fit
@@ -33,7 +33,7 @@ from shoulders.training.gate import gate_of
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.running_text import RunningText
-from shoulders.training.start import begin_at, trained_parts
+from shoulders.training.start import MEMBERS, begin_at, trained_parts
 from shoulders.training.validation import choose_rows
 
 
@@ -55,8 +55,10 @@ def run_recipe(
         raise TrainingError("a recipe with cross_fit trains several skills: use run_textual")
     if recipe.members > 1:
         raise TrainingError("a recipe with members trains several skills: use run_ensemble")
-    if (out / FILE).exists():
+    if saved_in(out).exists():
         raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
+    if (out / MEMBERS).exists():
+        raise TrainingError(f"{out}: holds an ensemble that was begun; choose another --out")
     if (out / FOLDER).exists() and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
     processes = Processes.started()

@@ -18,9 +18,11 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import FILE, TENSORS, read_artefact
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import difference
-from shoulders.training.recipe import Recipe, read_recipe
+from shoulders.training.recipe import Recipe, as_now, read_recipe
 
 FOLDER = "parts"  # of an output folder: what its own recipes train
+MEMBERS = "members.json"  # there: the recipe of an ensemble that was begun
+YAML = (".yaml", ".yml")
 Run = Callable[[Recipe, Path], object]
 
 
@@ -36,18 +38,25 @@ def trained_parts(
         out: the run's folder.
         run: trains a recipe into a folder, or goes on with it.
         console: says what is trained.
+
+    Raises:
+        RecipeError: one of the recipes is of an ensemble, or see `read_recipe`.
     """
+    named = {part: Path(name) for part, name in start.items()}
+    recipes = {source: read_recipe(source) for source in named.values() if source.suffix in YAML}
+    for part, source in named.items():
+        if source in recipes and recipes[source].members > 1:
+            raise RecipeError(f"start.{part}: {source} trains an ensemble; a part is of one skill")
     folders: dict[str, Path] = {}
-    for part, name in start.items():
-        source = Path(name)
-        if source.suffix not in (".yaml", ".yml"):
+    for part, source in named.items():
+        if source not in recipes:
             folders[part] = source
             continue
         folder = out / FOLDER / source.stem
         if not (folder / FILE).is_file():
             if console is not None:
                 console.print(f"{part} starts from {source.name}: training it first")
-            run(read_recipe(source), folder)
+            run(recipes[source], folder)
         folders[part] = folder
     return folders
 
@@ -61,7 +70,7 @@ def same_recipe(recipe: BaseModel, file: Path, data: Mapping[str, str]) -> None:
     if not file.is_file():
         write_json(file, values)
         return
-    begun = json.loads(file.read_text(encoding="utf-8"))
+    begun = as_now(json.loads(file.read_text(encoding="utf-8")), type(recipe))
     hashes = begun.setdefault("data_sha256", values["data_sha256"])  # not noted before 2026-11-29
     changed = [name for name, value in data.items() if hashes.get(name, value) != value]
     if changed or difference(begun, values):
