@@ -129,8 +129,12 @@ def test_all_members_rows_count_as_read_together(
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_row_does_not_depend_on_its_batch(tiny_lm: Any, temperature: float) -> None:
     ensemble = three(tiny_lm("qwen2"))
-    decoding = DecodingConfig(max_new_tokens=6, n=2, temperature=temperature)
+    decoding = DecodingConfig(max_new_tokens=8, n=2, temperature=temperature)
+    # Rows leave at different times: each at what it says third.
+    said = [own[0].text[2] for own in ensemble.generate(TEXTS[1:3], decoding)]
+    decoding = decoding.model_copy(update={"stop": tuple(said)})
     both = ensemble.generate(TEXTS, decoding)
+    assert len({len(c.token_ids) for own in both for c in own}) > 1
     for text, own in zip(TEXTS, both, strict=True):
         (alone,) = ensemble.generate([text], decoding)
         assert [c.token_ids for c in alone] == [c.token_ids for c in own]
