@@ -774,6 +774,11 @@ def test_a_variant_may_be_an_ensemble(tmp_path: Path, lm_folder: Path) -> None:
     seconds = [m.provenance["training_seconds"] for m in (first, second)]
     assert both["training_seconds"] == pytest.approx(sum(seconds))
     assert [line.examples_read for line in lines(result)] == ["16", "16, by 2 members"]
+    write_report(result, out)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "same order (an ensemble's members each in another one)" in page
+    recipes = [m.provenance["recipe"] for m in (first, second)]
+    assert [r["data"]["seed"] for r in recipes] == [0, 0], "both read what the method alone reads"
     # Stopped before the second member had ended: the first is left as it is.
     ledger = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     kept = [row for row in ledger if row["method"] != "static_of2"]
