@@ -25,14 +25,8 @@ from shoulders.comparison.forgetting import examined
 from shoulders.comparison.join import joined
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method, methods_of, parameters
-from shoulders.comparison.plan import (
-    Plan,
-    SearchConfig,
-    make_plan,
-    plan_of_rows,
-    read_plan,
-    untested,
-)
+from shoulders.comparison.own_rows import plan_of_rows, untested
+from shoulders.comparison.plan import Plan, SearchConfig, make_plan, read_plan
 from shoulders.comparison.report import write_report
 from shoulders.comparison.run import rows_of, run_comparison
 from shoulders.comparison.search import best_factor
@@ -50,10 +44,12 @@ from shoulders.errors import (
     TrainingError,
 )
 from shoulders.evaluation.metrics import paired_interval
+from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
-from shoulders.skills.artefact import read_artefact
+from shoulders.skills.artefact import load_skill, read_artefact
 from shoulders.skills.config import SkillConfig
+from shoulders.skills.ensemble_artefact import load_ensemble
 from shoulders.skills.skill import Skill
 from shoulders.skills.spelling import most_tokens
 from shoulders.training.examples import example_at, example_of
@@ -755,6 +751,48 @@ def test_variants_read_their_share_as_often_as_they_should(tmp_path: Path, lm_fo
     recipe = read_artefact(out / "runs/static_half_x3-seed0").provenance["recipe"]
     assert recipe["data"]["examples"] == 8
     assert [line.examples_read for line in lines(result)] == ["16", "8 x 3"]
+
+
+def test_finished_methods_may_answer_together(tmp_path: Path, lm_folder: Path) -> None:
+    variants = {"static_of2": {"of": "static", "members": 2, "epochs": 2}}
+    ensembles = {"all_three": ["static_kv", "static_of2"]}
+    settings: dict[str, Any] = {"variants": variants, "ensembles": ensembles, "seeds": [0, 1]}
+    names = ["static_kv", "static_of2", "all_three"]
+    plan = plan_for(tmp_path, lm_folder, methods=names, search={"trials": 1}, **settings)
+    out = tmp_path / "out"
+    result = run_comparison(plan, out)
+    assert len(result["trials"]) == 2, "nothing is searched for what is not trained"
+    for seed in (0, 1):
+        runs = {r["method"]: r for r in result["runs"] if r["seed"] == seed}
+        one, two, all_three = (runs[name] for name in names)
+        assert all_three["training_seconds"] == pytest.approx(
+            one["training_seconds"] + two["training_seconds"]
+        )
+        lm = load_lm(str(lm_folder), dtype="float32")
+        joined_skill, _ = load_ensemble(out / f"runs/all_three-seed{seed}", lm)
+        assert len(joined_skill.members) == all_three["members"] == 3
+        assert joined_skill.trained_parameters == all_three["trained_parameters"]
+        alone, _ = load_skill(out / f"runs/static_kv-seed{seed}", lm)
+        short = DecodingConfig(max_new_tokens=3)
+        text = ["question 1 of task 0"]
+        assert joined_skill.members[0].generate(text, short) == alone.generate(text, short)
+    assert [line.examples_read for line in lines(result)] == [
+        "16", "16 x 2, by 2 members", "16 x 2, by 3 members",
+    ]  # fmt: skip
+    write_report(result, out)
+    early = plan.model_copy(update={"methods": ("all_three", "static_kv", "static_of2")})
+    with pytest.raises(ShouldersError, match="all_three takes up static_kv: list static_kv before"):
+        run_comparison(early, tmp_path / "other")
+    for ensembles, why in (
+        ({"x": ["static_kv"]}, "ensembles.x"),
+        ({"x": ["static_kv", "static_kv"]}, "each method may stand there once"),
+        ({"x": ["static_kv", "lora_r4"]}, "'lora_r4' is none"),
+        ({"x": ["static_kv", "neural"]}, "'neural' is none"),
+        ({"x": ["static_kv", "statik"]}, "no method 'statik'"),
+        ({"static": ["static_kv", "idpt"]}, "ensembles.static: that is the name of a method"),
+    ):
+        with pytest.raises(RecipeError, match=why):
+            plan_for(tmp_path, lm_folder, ensembles=ensembles)
 
 
 def test_a_variant_may_be_an_ensemble(tmp_path: Path, lm_folder: Path) -> None:

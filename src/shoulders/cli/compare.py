@@ -47,7 +47,8 @@ def compare(
     (report.html, report.md, compare.json) with a verdict in words. Safe to stop: --resume.
     """
     from shoulders.comparison.join import joined
-    from shoulders.comparison.plan import Plan, plan_of_rows, read_plan, untested
+    from shoulders.comparison.own_rows import plan_of_rows, untested
+    from shoulders.comparison.plan import Plan, read_plan
     from shoulders.comparison.run import run_comparison
     from shoulders.training.recipe import override
 

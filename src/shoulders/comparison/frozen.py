@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
+from shoulders.files import atomic_directory
 from shoulders.lm.frozen import FrozenLM
-from shoulders.skills.artefact import ENSEMBLE, FILE, read_artefact, save_skill
+from shoulders.skills.artefact import ENSEMBLE, FILE, TENSORS, read_artefact, save_skill
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import load_answering, save_ensemble
 from shoulders.skills.skill import Skill
@@ -189,6 +191,27 @@ class Frozen:
             save_ensemble(folder, names, {"machine": machine()})
         seconds = sum(one.seconds for one in found)
         return Trained(seconds, fmean(one.loss for one in found), found[0].curve)
+
+    def join(self, folder: Path, sources: Mapping[str, Path]) -> Trained:
+        """Make the ensemble of finished skills, and of the members of ensembles, in `folder`.
+
+        They are copied, so that the folder can be taken elsewhere.
+        """
+        found: dict[str, Trained] = {}
+        for name, source in sources.items():
+            inside = sorted(f.parent for f in source.glob(f"*/{FILE}"))
+            whole = (source / ENSEMBLE).is_file()
+            for one in inside if whole else [source]:
+                own = f"{name}-{one.name}" if whole else name
+                if not (folder / own).is_dir():
+                    with atomic_directory(folder / own) as partial:
+                        for file in (FILE, TENSORS, "README.md"):
+                            shutil.copy2(one / file, partial / file)
+                found[own] = _found(folder / own)
+        if not (folder / ENSEMBLE).is_file():
+            save_ensemble(folder, list(found), {"machine": machine()})
+        seconds, losses = zip(*((one.seconds, one.loss) for one in found.values()), strict=True)
+        return Trained(sum(seconds), fmean(losses), [])
 
     def skill(self, folder: Path) -> Skill | Ensemble:
         """Return a trained skill, or the ensemble of several."""

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shoulders.comparison.ledger import GROWING
+from shoulders.comparison.ledger import GROWING, NAMED
 from shoulders.comparison.plan import make_plan
 from shoulders.comparison.run import rows_of, tasks_of
 from shoulders.errors import DataError
 
-NAMED = ("own", "variants")
 FILES = ("data", "test", "forgetting")  # of a plan: they may lie elsewhere on another machine
 
 

@@ -11,7 +11,8 @@ from shoulders.errors import DataError, RecipeError, ShouldersError, TrainingErr
 from shoulders.files import remove_partial, sha256_of_path, write_json, write_text
 
 PLAN, RUNS, SHA256 = "plan.json", "runs.jsonl", "sha256"
-GROWING = ("methods", "seeds", "own", "variants")  # what a resumed plan may name more of
+NAMED = ("own", "variants", "ensembles")
+GROWING = ("methods", "seeds", *NAMED)  # what a resumed plan may name more of
 
 
 class Ledger:
@@ -127,7 +128,7 @@ def extends(noted: dict[str, Any], begun: dict[str, Any]) -> bool:
         return False
     alike = all(plan[key] == earlier[key] for key in plan if key not in GROWING)
     more = all(value in plan[key] for key in ("methods", "seeds") for value in earlier[key])
-    named = all(earlier[key].items() <= plan[key].items() for key in ("own", "variants"))
+    named = all(earlier[key].items() <= plan[key].items() for key in NAMED)
     return alike and more and named
 
 

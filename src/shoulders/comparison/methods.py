@@ -42,6 +42,7 @@ class Method:
         epochs: how often it reads them.
         format: how rows become its tokens.
         members: skills that answer together, each trained alone; 1 for no ensemble.
+        joins: methods whose skills it is the ensemble of; nothing is trained for it.
         drawn: the seed whose examples it reads, where that is not its own: of a member.
     """
 
@@ -55,6 +56,7 @@ class Method:
     epochs: int = 1
     format: TextFormat = field(default_factory=TextFormat)
     members: int = 1
+    joins: tuple[str, ...] = ()
     drawn: int | None = None
 
     def steps(self, plan: Plan) -> int:
@@ -88,6 +90,9 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
     encoder = functools.cache(load_encoder)
     found = []
     for name in plan.methods:
+        if name in plan.ensembles:
+            found.append(_joined(name, plan))
+            continue
         variant = plan.variants.get(name)
         if variant is None:
             found.append(_method(name, plan, lm, encoder))
@@ -98,6 +103,21 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
         form = variant.format or same.format
         found.append(replace(changed, optimizer=rated, format=form, members=variant.members))
     return found
+
+
+def _joined(name: str, plan: Plan) -> Method:
+    """Return the ensemble of other methods; its examples are those of the one that reads most."""
+    joins = plan.ensembles[name]
+    own = [plan.variants[one] for one in joins if one in plan.variants]
+    plain = len(joins) - len(own)
+    return Method(
+        name,
+        "frozen",
+        share=1.0 if plain else max(one.share for one in own),
+        epochs=max([1, *(one.epochs for one in own)]),
+        members=plain + sum(one.members for one in own),
+        joins=joins,
+    )
 
 
 def _method(name: str, plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> Method:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoulders.data.mixture import MixtureConfig
-from shoulders.data.rows import Row, as_line, read_rows
-from shoulders.errors import DataError, RecipeError, nearest
-from shoulders.files import write_text
+from shoulders.errors import RecipeError, nearest
 from shoulders.skills.config import TextFormat
 from shoulders.training.configs import LMConfig, OptimizerConfig
 from shoulders.training.recipe import explain, located, read_values
 
-LEAST_ROWS = 10  # distinct rows: fewer cannot be split into three
-SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 BARE = ("zero_shot", "few_shot")
 FROZEN = ("static", "static_kv", "static_lowrank", "static_lora", "idpt", "idspam", "idpt_kv",
           "idpt_lowrank", "static_kv_matched", "static_lowrank_matched",
@@ -124,6 +118,8 @@ class Plan(_Part):
         own: further methods.
         variants: methods with a share of the examples, that read them several times, in another
             format, or as an ensemble.
+        ensembles: methods whose finished skills of the same seed answer together; none of them is
+            trained again. They must stand before it in `methods`.
         budget: training examples, or minutes.
         rows_per_step: examples in an optimizer step.
         length: positions of a prompt.
@@ -143,6 +139,7 @@ class Plan(_Part):
     methods: tuple[str, ...] = Field(default=DEFAULT, min_length=1)
     own: dict[str, OwnMethod] = {}
     variants: dict[str, Variant] = {}
+    ensembles: dict[str, Annotated[tuple[str, ...], Field(min_length=2)]] = {}
     budget: BudgetConfig
     rows_per_step: int = Field(default=8, ge=1)
     length: int = Field(default=10, ge=1)
@@ -172,6 +169,21 @@ class Plan(_Part):
                     f"which '{variant.of}' is not"
                 )
         known = (*known, *self.variants)
+        for name, members in self.ensembles.items():
+            for other in members:
+                if other not in known:
+                    raise ValueError(
+                        f"ensembles.{name}: no method '{other}'{nearest(other, known)}"
+                    )
+                of = self.variants[other].of if other in self.variants else other
+                if not self._of_one_pass(of):
+                    raise ValueError(
+                        f"ensembles.{name}: members are frozen methods of one pass; "
+                        f"'{other}' is none"
+                    )
+            if len(set(members)) < len(members):
+                raise ValueError(f"ensembles.{name}: each method may stand there once")
+        known = (*known, *self.ensembles)
         for name in self.methods:
             if name not in known:
                 raise ValueError(f"methods: no method '{name}'{nearest(name, known)}")
@@ -180,6 +192,8 @@ class Plan(_Part):
         built_in = (*BARE, *FROZEN, *TUNED)
         taken = [f"own.{name}" for name in self.own if name in built_in]
         taken += [f"variants.{n}" for n in self.variants if n in built_in or n in self.own]
+        others = (*built_in, *self.own, *self.variants)
+        taken += [f"ensembles.{n}" for n in self.ensembles if n in others]
         if taken:
             raise ValueError(f"{taken[0]}: that is the name of a method that is there already")
         if not self.data.validation:
@@ -190,7 +204,8 @@ class Plan(_Part):
 
     def _of_one_pass(self, name: str) -> bool:
         own = self.own.get(name)
-        return name not in TUNED and (len(own.passes) == 1 if own else name != "neural")
+        several = (*BARE, *TUNED, "neural", "textual")
+        return len(own.passes) == 1 if own else name not in several
 
     @property
     def files(self) -> list[str]:
@@ -245,64 +260,3 @@ def make_plan(values: dict[str, Any], where: str = "plan") -> Plan:
         return Plan.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: {explain(error, Plan, values)}") from error
-
-
-def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
-    """Return a plan for a file of rows, split by input into `out/data`.
-
-    Rows with the same task and input stay together, so that nothing of the test is trained on.
-    Every task is split alike, by a hash of its inputs: the same file gives the same split.
-
-    Raises:
-        DataError: the file, too few different rows, or `out` holds those of another file.
-    """
-    groups: dict[str, dict[str, list[Row]]] = {}
-    for row in read_rows(file):
-        groups.setdefault(row.task, {}).setdefault(row.input, []).append(row)
-    inputs = sum(len(own) for own in groups.values())
-    if inputs < LEAST_ROWS:
-        raise DataError(f"{file}: {inputs} different inputs; a comparison needs {LEAST_ROWS}")
-    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
-    for task in sorted(groups):
-        order = sorted(groups[task], key=functools.partial(_hash, task))
-        # Of three inputs or more one at least is tested, whatever rounding says.
-        n = len(order)
-        first = max(1, min(round(n * SPLITS["train"]), n - 2))
-        second = first + max(1, min(round(n * SPLITS["validation"]), n - first - 1))
-        parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
-        for name, texts in parts.items():
-            splits[name] += [row for text in texts for row in groups[task][text]]
-    if not splits["test"]:
-        raise DataError(f"{file}: its tasks have too few rows to test on; three each at least")
-    written = {out / "data" / f"{name}.jsonl": "".join(map(as_line, own))
-             for name, own in splits.items()}  # fmt: skip
-    if (out / "plan.json").is_file() and all(part.is_file() for part in written):
-        # One that was begun keeps its split: earlier versions split small tasks otherwise.
-        there = "".join(part.read_text(encoding="utf-8") for part in written)
-        if sorted(there.split("\n")) != sorted("".join(written.values()).split("\n")):
-            raise DataError(f"{out}: holds a comparison of other rows; choose another --out")
-    else:
-        for part, text in written.items():
-            write_text(part, text)
-    return make_plan(
-        {
-            "data": {
-                "train": [str(out / "data/train.jsonl")],
-                "validation": [str(out / "data/validation.jsonl")],
-                "temperature": 3,
-            },
-            "test": [str(out / "data/test.jsonl")],
-            **settings,
-        }
-    )
-
-
-def untested(plan: Plan) -> list[str]:
-    """Return the tasks of a plan's training rows that none of its test rows is of."""
-    train, test = ({r.task for name in f for r in read_rows(Path(name))}
-                   for f in (plan.data.train, plan.test))  # fmt: skip
-    return sorted(train - test)
-
-
-def _hash(task: str, text: str) -> str:
-    return hashlib.sha256(f"{task}\n{text}".encode()).hexdigest()

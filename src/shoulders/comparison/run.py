@@ -83,7 +83,8 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
     # 3. How many examples: as given, or what the minutes allow on this machine.
     trained = [m for m in methods if m.trained]
     if trained:
-        plan = with_examples(plan, trained, frozen, tuned, ledger, started, console)
+        timed = [m for m in trained if not m.joins]
+        plan = with_examples(plan, timed, frozen, tuned, ledger, started, console)
 
     # 4. The same tuning effort for each, on validation rows; then its runs, measured on test.
     for method in trained:
@@ -99,17 +100,21 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
                 return tuned.train(m, folder, keep=False, **settings).loss
             return frozen.train(m, folder, start=begun, **settings).loss
 
-        factor = best_factor(method, plan.search, ledger, attempt)
+        factor = 1.0 if method.joins else best_factor(method, plan.search, ledger, attempt)
         for seed in plan.seeds:
             if ledger.find(stage="run", method=method.name, seed=seed):
                 continue
             steps = method.steps(plan)
-            console.print(f"[bold]{method.name}[/], seed {seed}: {steps} steps")
+            steps_said = f"of {', '.join(method.joins)}" if method.joins else f"{steps} steps"
+            console.print(f"[bold]{method.name}[/], seed {seed}: {steps_said}")
             folder = ledger.folder(method.name, seed)
             settings: dict[str, Any] = {"steps": steps, "seed": seed, "factor": factor}
             if method.family == "frozen":
                 begun = starts(method, ledger, seed)
-                done = frozen.train(method, folder, start=begun, **settings)
+                if method.joins:
+                    done = frozen.join(folder, begun)
+                else:
+                    done = frozen.train(method, folder, start=begun, **settings)
                 skill = frozen.skill(folder)
                 sizes = {"trained_parameters": skill.trained_parameters}
                 measured(skill, method, seed, ledger, texts, rows, decoding, console,
@@ -208,11 +213,14 @@ def digest_of(rows: Sequence[Row]) -> str:
 
 
 def starts(method: Method, ledger: Ledger, seed: int) -> dict[str, Path]:
-    """Return the skills that a method's parts begin at; raises where they are not trained."""
+    """Return the skills that a method's parts begin at, or that it joins.
+
+    Raises `ShouldersError` where they are not trained.
+    """
     found = {}
-    for part, name in method.start.items():
+    for part, name in (method.start | {name: name for name in method.joins}).items():
         if not ledger.find(stage="run", method=name, seed=seed):
-            raise ShouldersError(f"{method.name} begins at {name}: list {name} before it")
+            raise ShouldersError(f"{method.name} takes up {name}: list {name} before it")
         found[part] = ledger.folder(name, seed)
     return found
 
@@ -231,4 +239,5 @@ def run_facts(method: Method, plan: Plan, factor: float, done: Trained) -> dict[
 
 
 def _shape(method: Method) -> dict[str, Any]:
-    return {"passes": list(method.passes), "begins_at": dict(method.start)}
+    shape = {"passes": list(method.passes), "begins_at": dict(method.start)}
+    return {**shape, "joins": list(method.joins)} if method.joins else shape
