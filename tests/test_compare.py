@@ -780,9 +780,10 @@ def test_finished_methods_may_answer_together(tmp_path: Path, lm_folder: Path) -
         "16", "16 x 2, by 2 members", "16 x 2, by 3 members",
     ]  # fmt: skip
     write_report(result, out)
-    early = plan.model_copy(update={"methods": ("all_three", "static_kv", "static_of2")})
-    with pytest.raises(ShouldersError, match="all_three takes up static_kv: list static_kv before"):
+    early = plan.model_copy(update={"methods": ("static_kv", "all_three", "static_of2")})
+    with pytest.raises(ShouldersError, match="all_three takes up static_of2: list static_of2 bef"):
         run_comparison(early, tmp_path / "other")
+    assert not (tmp_path / "other/runs").exists(), "it is said before anything is trained"
     for ensembles, why in (
         ({"x": ["static_kv"]}, "ensembles.x"),
         ({"x": ["static_kv", "static_kv"]}, "each method may stand there once"),
@@ -790,9 +791,32 @@ def test_finished_methods_may_answer_together(tmp_path: Path, lm_folder: Path) -
         ({"x": ["static_kv", "neural"]}, "'neural' is none"),
         ({"x": ["static_kv", "statik"]}, "no method 'statik'"),
         ({"static": ["static_kv", "idpt"]}, "ensembles.static: that is the name of a method"),
+        ({"x": ["static_kv", "plain"]}, "members begin answers alike"),
+        ({"a/b": ["static_kv", "static"]}, "a method's name is a folder's"),
     ):
         with pytest.raises(RecipeError, match=why):
-            plan_for(tmp_path, lm_folder, ensembles=ensembles)
+            plan_for(
+                tmp_path,
+                lm_folder,
+                ensembles=ensembles,
+                variants={"plain": {"of": "static", "format": {"answer_prefix": ""}}},
+            )
+
+
+def test_an_ensemble_has_read_what_its_longest_member_has(tmp_path: Path, lm_folder: Path) -> None:
+    variants = {"half_x4": {"of": "static_kv", "share": 0.5, "epochs": 4}}
+    plan = plan_for(tmp_path, lm_folder, variants=variants, methods=["static_kv", "half_x4", "e"],
+                    ensembles={"e": ["static_kv", "half_x4"]})  # fmt: skip
+    lm = load_lm(str(lm_folder), dtype="float32")
+    *_, joined_method = methods_of(plan, lm)
+    assert (joined_method.share, joined_method.epochs, joined_method.members) == (0.5, 4, 2)
+    # A plan's own examples and seed hold for members too.
+    data = plan.data.model_copy(update={"examples": 8, "seed": 7})
+    member = replace(methods_of(plan, lm)[0], drawn=2)
+    assert member.data(plan, 4).examples == 16
+    assert member.data(plan, 4).seed == 2
+    own = member.data(plan.model_copy(update={"data": data}), 4)
+    assert (own.examples, own.seed) == (8, 7)
 
 
 def test_a_variant_may_be_an_ensemble(tmp_path: Path, lm_folder: Path) -> None:
@@ -814,7 +838,7 @@ def test_a_variant_may_be_an_ensemble(tmp_path: Path, lm_folder: Path) -> None:
     assert [line.examples_read for line in lines(result)] == ["16", "16, by 2 members"]
     write_report(result, out)
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "same order (an ensemble's members each in another one)" in page
+    assert "same order (the members of one method each in another one)" in page
     recipes = [m.provenance["recipe"] for m in (first, second)]
     assert [r["data"]["seed"] for r in recipes] == [0, 0], "both read what the method alone reads"
     # Stopped before the second member had ended: the first is left as it is.

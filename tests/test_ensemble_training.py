@@ -22,6 +22,7 @@ from shoulders.skills.ensemble_artefact import load_ensemble, read_ensemble, sav
 from shoulders.training.ensemble import member_recipe, member_seed, run_ensemble
 from shoulders.training.recipe import make_recipe, read_recipe
 from shoulders.training.run import load_data, run_recipe
+from shoulders.training.textual import run_textual
 from tiny_models import STATIC, recipe_values, rows, save_tiny_lm, write_jsonl, write_recipe
 
 TEXTS = ["north question 51 and so on", "south question 50"]
@@ -163,6 +164,11 @@ def test_single_skills_and_ensembles_keep_out_of_each_other(copied: Path, folder
     (copied / "ensemble.json").unlink()
     with pytest.raises(TrainingError, match="holds an ensemble that was begun"):
         run_recipe(one, copied, resume=True)
+    texts = recipe_values(folder / "lm", copied.parent / "texts")
+    texts["skill"] = {"passes": [{"prompt": STATIC, "propose": {"n": 2}}, {"prompt": STATIC}]}
+    texts |= {"start": {"passes.0.prompt": str(copied / "member-0")}, "cross_fit": {}}
+    with pytest.raises(TrainingError, match="holds an ensemble that was begun"):
+        run_textual(make_recipe(texts), copied, resume=True)
     (copied / "members.json").unlink()
     (copied / "checkpoints").mkdir()
     with pytest.raises(TrainingError, match="holds a single skill's unfinished run"):

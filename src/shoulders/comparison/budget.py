@@ -37,11 +37,14 @@ def with_examples(
     row = ledger.find(stage="budget", method="all")
     if row is None:
         steps_cost, besides = 0.0, 0.0
-        share = 1.0 + plan.search.trials * plan.search.share / len(plan.seeds)
+        # A search is made once for all seeds, with one member of an ensemble.
+        tried = plan.search.trials * plan.search.share / len(plan.seeds)
         with quiet_progress(console, "timing a step of each method", len(methods)) as advance:
             for method in methods:
-                often = share * method.share * method.epochs * method.members
-                if method.family == "frozen":
+                often = (tried + method.members) * method.share * method.epochs
+                if method.joins:
+                    pass  # its members are others' already
+                elif method.family == "frozen":
                     steps_cost += frozen.step_seconds(method) * often
                 else:
                     seconds, fixed = tuned.step_seconds(method)

@@ -22,11 +22,11 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
-from shoulders.files import atomic_directory
+from shoulders.files import atomic_directory, remove_partial
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import ENSEMBLE, FILE, TENSORS, read_artefact, save_skill
 from shoulders.skills.ensemble import Ensemble
-from shoulders.skills.ensemble_artefact import load_answering, save_ensemble
+from shoulders.skills.ensemble_artefact import load_answering, read_ensemble, save_ensemble
 from shoulders.skills.skill import Skill
 from shoulders.training.ensemble import member_folder, member_seed
 from shoulders.training.fit import fit
@@ -197,11 +197,12 @@ class Frozen:
 
         They are copied, so that the folder can be taken elsewhere.
         """
+        remove_partial(folder)
         found: dict[str, Trained] = {}
         for name, source in sources.items():
-            inside = sorted(f.parent for f in source.glob(f"*/{FILE}"))
             whole = (source / ENSEMBLE).is_file()
-            for one in inside if whole else [source]:
+            inside = read_ensemble(source)[0].members if whole else [""]
+            for one in (source / member for member in inside):
                 own = f"{name}-{one.name}" if whole else name
                 if not (folder / own).is_dir():
                     with atomic_directory(folder / own) as partial:

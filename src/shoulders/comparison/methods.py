@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shoulders.comparison.plan import BARE, TUNED, Plan
+from shoulders.comparison.plan import BARE, TUNED, Plan, Variant
 from shoulders.data.mixture import MixtureConfig
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
@@ -68,7 +68,9 @@ class Method:
         if self.epochs == 1 and self.drawn is None:
             return plan.data
         examples = max(1, steps // self.epochs) * plan.rows_per_step
-        return plan.data.model_copy(update={"examples": examples, "seed": self.drawn})
+        examples = min(plan.data.examples or examples, examples)
+        seed = self.drawn if plan.data.seed is None else plan.data.seed
+        return plan.data.model_copy(update={"examples": examples, "seed": seed})
 
     @property
     def trained(self) -> bool:
@@ -108,15 +110,11 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
 def _joined(name: str, plan: Plan) -> Method:
     """Return the ensemble of other methods; its examples are those of the one that reads most."""
     joins = plan.ensembles[name]
-    own = [plan.variants[one] for one in joins if one in plan.variants]
-    plain = len(joins) - len(own)
+    own = [plan.variants.get(one) or Variant(of=one) for one in joins]
+    most = max(own, key=lambda one: one.share * one.epochs)
+    members = sum(one.members for one in own)
     return Method(
-        name,
-        "frozen",
-        share=1.0 if plain else max(one.share for one in own),
-        epochs=max([1, *(one.epochs for one in own)]),
-        members=plain + sum(one.members for one in own),
-        joins=joins,
+        name, "frozen", share=most.share, epochs=most.epochs, members=members, joins=joins
     )
 
 

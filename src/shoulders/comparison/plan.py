@@ -183,6 +183,13 @@ class Plan(_Part):
                     )
             if len(set(members)) < len(members):
                 raise ValueError(f"ensembles.{name}: each method may stand there once")
+            if len({self._format(other).answer_prefix for other in members}) > 1:
+                raise ValueError(
+                    f"ensembles.{name}: members begin answers alike (format.answer_prefix)"
+                )
+        for name in (*self.own, *self.variants, *self.ensembles):
+            if set(name) & {"/", "\\"}:
+                raise ValueError(f"'{name}': a method's name is a folder's; leave out / and \\")
         known = (*known, *self.ensembles)
         for name in self.methods:
             if name not in known:
@@ -201,6 +208,13 @@ class Plan(_Part):
         if both := sorted(set(self.test) & {*self.data.train, *self.data.validation}):
             raise ValueError(f"test: '{both[0]}' is trained or selected on as well")
         return self
+
+    def _format(self, name: str) -> TextFormat:
+        variant = self.variants.get(name)
+        if variant is not None and variant.format is not None:
+            return variant.format
+        own = self.own.get(variant.of if variant is not None else name)
+        return own.format if own is not None else TextFormat()
 
     def _of_one_pass(self, name: str) -> bool:
         own = self.own.get(name)

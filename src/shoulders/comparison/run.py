@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,6 +62,7 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
     before = lm.digest()
     rows = rows_of(plan)
     methods = methods_of(plan, lm)
+    in_order(methods, ledger, plan.seeds)
     frozen, tuned = Frozen(lm, plan, rows, console), Tuned(lm, plan, rows, console)
     decoding = DecodingConfig(max_new_tokens=plan.max_new_tokens)
     texts = [rows.templates.render(row, 0) for row in rows.test]
@@ -83,8 +84,7 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
     # 3. How many examples: as given, or what the minutes allow on this machine.
     trained = [m for m in methods if m.trained]
     if trained:
-        timed = [m for m in trained if not m.joins]
-        plan = with_examples(plan, timed, frozen, tuned, ledger, started, console)
+        plan = with_examples(plan, trained, frozen, tuned, ledger, started, console)
 
     # 4. The same tuning effort for each, on validation rows; then its runs, measured on test.
     for method in trained:
@@ -212,14 +212,25 @@ def digest_of(rows: Sequence[Row]) -> str:
     return hashlib.sha256("".join(map(as_line, rows)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def starts(method: Method, ledger: Ledger, seed: int) -> dict[str, Path]:
+def in_order(methods: Sequence[Method], ledger: Ledger, seeds: Sequence[int]) -> None:
+    """Raise `ShouldersError` for a method that takes up one that will not be there by then."""
+    for place, method in enumerate(methods):
+        before = {other.name for other in methods[:place]}
+        for seed in seeds:
+            if not ledger.find(stage="run", method=method.name, seed=seed):
+                starts(method, ledger, seed, before)
+
+
+def starts(
+    method: Method, ledger: Ledger, seed: int, promised: Collection[str] = ()
+) -> dict[str, Path]:
     """Return the skills that a method's parts begin at, or that it joins.
 
-    Raises `ShouldersError` where they are not trained.
+    Raises `ShouldersError` where they are not trained, nor `promised`.
     """
     found = {}
     for part, name in (method.start | {name: name for name in method.joins}).items():
-        if not ledger.find(stage="run", method=name, seed=seed):
+        if name not in promised and not ledger.find(stage="run", method=name, seed=seed):
             raise ShouldersError(f"{method.name} takes up {name}: list {name} before it")
         found[part] = ledger.folder(name, seed)
     return found

@@ -43,8 +43,8 @@ class MixtureConfig(BaseModel):
     """Draw only so many examples (all files together), then the same ones again in another order;
     without it, go on to further rows."""
     seed: int | None = Field(default=None, ge=0)
-    """Draw the examples that a run of this seed draws, whatever the run's own, which then orders
-    them only: so that several runs read the same ones. Needs `examples`; None is the run's own."""
+    """Draw the examples that a run of this seed draws, whatever the run's own, which then only says
+    in which order: so that several runs read the same ones. Needs `examples`; None: the run's."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> MixtureConfig:

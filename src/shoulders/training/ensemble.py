@@ -21,7 +21,7 @@ from shoulders.training.checkpoint import FOLDER
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.run import data_hashes, machine, run_recipe
-from shoulders.training.start import MEMBERS, same_recipe, trained_parts
+from shoulders.training.start import MEMBERS, TEXTUAL, same_recipe, trained_parts
 
 
 def member_folder(number: int) -> str:
@@ -69,7 +69,7 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, console: Console) -> Ensemb
         raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
     if out.exists() and any(out.iterdir()) and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
-    if (out / FOLDER).exists():
+    if (out / FOLDER).exists() or (out / TEXTUAL).exists():
         raise TrainingError(f"{out}: holds a single skill's unfinished run; choose another --out")
     same_recipe(recipe, out / MEMBERS, data_hashes(recipe))
     remove_partial(out)
@@ -78,13 +78,13 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, console: Console) -> Ensemb
         return run_recipe(other, folder, resume=True, console=console)
 
     parts = trained_parts(recipe.start, out, run, console)  # once, for all members
-    begun = recipe.model_copy(update={"start": {part: str(at) for part, at in parts.items()}})
     names = [member_folder(number) for number in range(recipe.members)]
     for number, name in enumerate(names):
         if (out / name / FILE).is_file():
             continue
         console.print(f"member {number + 1} of {recipe.members}")
-        run(member_recipe(begun, number), out / name)
+        own = member_recipe(recipe, number)
+        run_recipe(own, out / name, resume=True, console=console, parts=parts)
     members = [read_artefact(out / name).provenance for name in names]
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

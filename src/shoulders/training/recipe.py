@@ -125,7 +125,7 @@ def as_now(noted: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
     own = {key: value for key, value in noted.items() if key in model.model_fields}
     try:
         return {**noted, **model.model_validate(own).model_dump(mode="json")}
-    except ValidationError:  # something else has been noted: it will be found to differ
+    except (ValidationError, RecipeError):  # it cannot be one now: it will be found to differ
         return noted
 
 

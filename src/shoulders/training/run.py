@@ -6,7 +6,7 @@ import contextlib
 import functools
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,16 @@ from shoulders.training.validation import choose_rows
 
 
 def run_recipe(
-    recipe: Recipe, out: Path | str, *, resume: bool = False, console: Console | None = None
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    parts: Mapping[str, Path] | None = None,
 ) -> Skill:
     """Train what a recipe describes and save the skill in `out`.
+
+    `parts` are the folders of what it starts from, where they are trained already.
 
     >>> recipe = read_recipe(Path("recipe.yaml"), ["training.steps=20"])  # doctest: +SKIP
     >>> skill = run_recipe(recipe, Path("runs/skill"))  # doctest: +SKIP
@@ -65,7 +72,8 @@ def run_recipe(
     processes.wait()  # before the first writes anything that the others would stumble over
     if not processes.leads:
         console = None
-    folders = trained_parts(recipe.start, out, functools.partial(_part, console=console), console)
+    train_part = functools.partial(_part, console=console)
+    folders = parts or trained_parts(recipe.start, out, train_part, console)
     given = None if recipe.data is None else _task_data(recipe, recipe.data, console)
     processes.agree(
         "the recipe's skill or training",

@@ -21,7 +21,8 @@ from shoulders.training.checkpoint import difference
 from shoulders.training.recipe import Recipe, as_now, read_recipe
 
 FOLDER = "parts"  # of an output folder: what its own recipes train
-MEMBERS = "members.json"  # there: the recipe of an ensemble that was begun
+# There: the recipe of an ensemble, or of textual recursion, that was begun.
+MEMBERS, TEXTUAL = "members.json", "textual.json"
 YAML = (".yaml", ".yml")
 Run = Callable[[Recipe, Path], object]
 
@@ -43,21 +44,26 @@ def trained_parts(
         RecipeError: one of the recipes is of an ensemble, or see `read_recipe`.
     """
     named = {part: Path(name) for part, name in start.items()}
-    recipes = {source: read_recipe(source) for source in named.values() if source.suffix in YAML}
-    for part, source in named.items():
-        if source in recipes and recipes[source].members > 1:
-            raise RecipeError(f"start.{part}: {source} trains an ensemble; a part is of one skill")
-    folders: dict[str, Path] = {}
-    for part, source in named.items():
-        if source not in recipes:
-            folders[part] = source
-            continue
-        folder = out / FOLDER / source.stem
-        if not (folder / FILE).is_file():
-            if console is not None:
-                console.print(f"{part} starts from {source.name}: training it first")
-            run(recipes[source], folder)
-        folders[part] = folder
+    folders = {
+        part: out / FOLDER / source.stem if source.suffix in YAML else source
+        for part, source in named.items()
+    }
+    missing = {
+        part: read_recipe(source)
+        for part, source in named.items()
+        if source.suffix in YAML and not (folders[part] / FILE).is_file()
+    }
+    for part, recipe in missing.items():
+        if recipe.members > 1:
+            raise RecipeError(
+                f"start.{part}: {named[part]} trains an ensemble; a part is of one skill"
+            )
+    for part, recipe in missing.items():
+        if (folders[part] / FILE).is_file():
+            continue  # another part comes from the same recipe
+        if console is not None:
+            console.print(f"{part} starts from {named[part].name}: training it first")
+        run(recipe, folders[part])
     return folders
 
 

@@ -27,7 +27,7 @@ from shoulders.errors import RecipeError, TrainingError
 from shoulders.files import atomic_path, only_writer, remove_partial, write_json
 from shoulders.lm.load import load_lm
 from shoulders.recursion.candidates import Candidate, merged, shown, stream_of
-from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill
+from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill, saved_in
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import CrossFitConfig
@@ -36,11 +36,11 @@ from shoulders.training.monitor import quiet_progress
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.run import data_hashes, load_data, machine, run_recipe, unseen_rows
-from shoulders.training.start import same_recipe, trained_parts
+from shoulders.training.start import MEMBERS, TEXTUAL, same_recipe, trained_parts
 from shoulders.training.validation import choose_rows
 
 FIRST = "passes.0.prompt"
-RECIPE, FOLDS, CANDIDATES, SECOND = "textual.json", "folds", "candidates", "second"
+FOLDS, CANDIDATES, SECOND = "folds", "candidates", "second"
 PART = 256  # rows whose candidates are kept at once
 
 
@@ -62,14 +62,16 @@ def run_textual(
 def _run_textual(recipe: Recipe, out: Path, *, resume: bool, console: Console | None) -> Skill:
     assert recipe.cross_fit is not None
     assert recipe.data is not None  # the recipe's validator
-    if (out / FILE).exists():
+    if saved_in(out).exists():
         raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
+    if (out / MEMBERS).exists():
+        raise TrainingError(f"{out}: holds an ensemble that was begun; choose another --out")
     if out.exists() and any(out.iterdir()) and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
     if Processes.started().count > 1:
         raise TrainingError("cross_fit trains several skills after one another: start one process")
     console = console or Console(quiet=True)
-    same_recipe(recipe, out / RECIPE, data_hashes(recipe))
+    same_recipe(recipe, out / TEXTUAL, data_hashes(recipe))
     _clean(out)
 
     def run(other: Recipe, folder: Path) -> Skill:
