@@ -28,6 +28,7 @@ def test_operations_are_those_that_torch_counts(
     ids = torch.arange(2, 19)[None]
     x = lm.embed(ids).detach().requires_grad_()
     positions = torch.arange(17)[None]
+    assert lm.blocks is not None  # they are tried before their first use: no part of a step
     counter = FlopCounterMode(display=False)
     with counter:
         hidden = lm.hidden(x, torch.ones_like(ids), positions)
