@@ -694,6 +694,25 @@ def test_runs_of_earlier_versions_resume(
     same_recipe(recipe, tmp_path / "recipe.json", {})
 
 
+def test_a_run_resumes_where_its_data_has_moved(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a project, or a comparison's plan, was moved: the rows' hashes are what counts."""
+    recipe = _recipe(lm, tmp_path)
+    run_recipe(recipe, tmp_path / "whole")
+    _stopped(recipe, tmp_path / "out", 3, monkeypatch)
+    same_recipe(recipe, tmp_path / "recipe.json", {})
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert recipe.data is not None
+    places = recipe.data.model_dump()
+    for key in ("train", "validation"):
+        places[key] = [str(tmp_path / "elsewhere" / Path(name).name) for name in places[key]]
+    moved = recipe.model_copy(update={"data": recipe.data.model_copy(update=places)})
+    same_recipe(moved, tmp_path / "recipe.json", {})
+    run_recipe(moved, tmp_path / "out", resume=True)
+    assert _tensors(tmp_path / "out") == _tensors(tmp_path / "whole")
+
+
 def test_a_row_that_will_not_fit_is_named_before_the_first_step(
     lm: FrozenLM, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from shoulders.errors import ArtefactError, ShouldersError, TrainingError
 from shoulders.files import atomic_directory, sha256_of_file
-from shoulders.training.recipe import Recipe, as_now
+from shoulders.training.recipe import Recipe, as_now, by_name
 
 FOLDER = "checkpoints"
 
@@ -77,6 +77,8 @@ def load_checkpoint(
 ) -> tuple[Progress, Tensors, Tensors] | None:
     """Read the newest checkpoint below `out` into `optimizer`; None where there is none.
 
+    Data files may have moved since it was written: what is in them is for the caller to note.
+
     Returns:
         Progress, current weights, weights of the best validation.
 
@@ -94,12 +96,12 @@ def load_checkpoint(
             raise ArtefactError(f"{folder}: state.safetensors is damaged (its hash differs)")
         tensors = load_file(folder / "state.safetensors")
         started, values = state["recipe"], state["progress"]
-        started = {**started, "recipe": as_now(started["recipe"], Recipe)}
+        started = {**started, "recipe": by_name(as_now(started["recipe"], Recipe))}
         values["best"] = float("inf") if values["best"] is None else values["best"]
         progress = Progress(**values)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtefactError(f"{folder}: cannot be read: {error!r}") from error
-    if found := difference(started, recipe):
+    if found := difference(started, {**recipe, "recipe": by_name(recipe["recipe"])}):
         raise TrainingError(
             f"{out}: was started with another recipe ({found}); resume with the same "
             "one, or train into a new folder"

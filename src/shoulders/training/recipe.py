@@ -15,6 +15,8 @@ from shoulders.prompts.build import config_of, kind_of, rates_of
 from shoulders.skills.config import SkillConfig
 from shoulders.training.configs import CrossFitConfig, LMConfig, RunningTextConfig, TrainingConfig
 
+FILES = ("train", "validation", "templates")  # what `data` and `text` name files by
+
 
 class Recipe(BaseModel):
     """A whole training run.
@@ -127,6 +129,26 @@ def as_now(noted: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
         return {**noted, **model.model_validate(own).model_dump(mode="json")}
     except (ValidationError, RecipeError):  # it cannot be one now: it will be found to differ
         return noted
+
+
+def by_name(noted: dict[str, Any]) -> dict[str, Any]:
+    """Return a noted recipe with the names of its data files in place of their paths.
+
+    For runs that note the hashes of those files as well: a folder may move, its rows not change.
+    """
+    changed = dict(noted)
+    for part in ("data", "text"):
+        own = noted.get(part)
+        if isinstance(own, dict):
+            files = {key: _names(own[key]) for key in FILES if key in own}
+            changed[part] = {**own, **files}
+    return changed
+
+
+def _names(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_names(one) for one in value]
+    return Path(value).name if isinstance(value, str) else value
 
 
 def with_rates(values: dict[str, Any]) -> dict[str, Any]:

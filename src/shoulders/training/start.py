@@ -18,7 +18,7 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import FILE, TENSORS, read_artefact
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import difference
-from shoulders.training.recipe import Recipe, as_now, read_recipe
+from shoulders.training.recipe import Recipe, as_now, by_name, read_recipe
 
 FOLDER = "parts"  # of an output folder: what its own recipes train
 # There: the recipe of an ensemble, or of textual recursion, that was begun.
@@ -79,7 +79,7 @@ def same_recipe(recipe: BaseModel, file: Path, data: Mapping[str, str]) -> None:
     begun = as_now(json.loads(file.read_text(encoding="utf-8")), type(recipe))
     hashes = begun.setdefault("data_sha256", values["data_sha256"])  # not noted before 2026-11-29
     changed = [name for name, value in data.items() if hashes.get(name, value) != value]
-    if changed or difference(begun, values):
+    if changed or difference(by_name(begun), by_name(values)):
         what = f"{changed[0]} as it was before" if changed else "another recipe"
         raise TrainingError(f"{file.parent}: was begun with {what}; choose another --out")
 
