@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/engine.py
 
 Builds the index, moves it into LanceDB, and searches both by BM25; with `--encoder embedded` also
-by vectors (some minutes of encoding). Needs `pip install 'shoulders[engine]'`.
+by vectors (some minutes of encoding). Needs `pip install -e '.[engine]'`.
 """
 
 from __future__ import annotations

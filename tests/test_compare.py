@@ -129,7 +129,9 @@ def test_another_file_does_not_replace_the_rows_of_a_comparison(tmp_path: Path) 
     plan = plan_of_rows(rows_file(tmp_path), out, budget={"examples": 8})
     before = Path(plan.test[0]).read_bytes()
     assert plan_of_rows(rows_file(tmp_path), out, budget={"examples": 8}) == plan
-    Ledger(out).begin(plan, resume=False)
+    ledger = Ledger(out)
+    ledger.begin(plan, resume=False)
+    ledger.note()
     with pytest.raises(DataError, match="holds a comparison of other rows"):
         plan_of_rows(rows_file(tmp_path, 3), out, budget={"examples": 8})
     assert Path(plan.test[0]).read_bytes() == before
@@ -375,7 +377,13 @@ def test_a_resumed_plan_may_have_moved_but_its_rows_not_changed(tmp_path: Path) 
     values = {"budget": {"examples": 8}, "methods": ["static"], "seeds": [0]}
     out = tmp_path / "out"
     plan = plan_of_rows(rows_file(tmp_path), out, **values)
-    Ledger(out).begin(plan, resume=False)
+
+    def begin(plan: Plan, *, resume: bool = True) -> None:
+        ledger = Ledger(out)
+        ledger.begin(plan, resume=resume)
+        ledger.note()
+
+    begin(plan, resume=False)
 
     shutil.copytree(out / "data", tmp_path / "elsewhere")
     place = str(tmp_path / "elsewhere")
@@ -384,20 +392,23 @@ def test_a_resumed_plan_may_have_moved_but_its_rows_not_changed(tmp_path: Path) 
     moved = {**plan.model_dump(), "data": data, "test": [f"{place}/test.jsonl"]}
     twice = {"twice": {"of": "static", "epochs": 2}}
     more = {**moved, "variants": twice, "methods": ["static", "twice"]}
-    Ledger(out).begin(make_plan(moved), resume=True)
-    Ledger(out).begin(make_plan(more), resume=True)
+    begin(make_plan(moved))
+    begin(make_plan(more))
+    named = []
     for less in ({**more, "variants": {"twice": {"of": "static", "epochs": 3}}},
                  {**more, "methods": ["static"]}, {**more, "length": 4}):  # fmt: skip
-        with pytest.raises(TrainingError, match="another plan or other rows"):
-            Ledger(out).begin(make_plan(less), resume=True)
+        with pytest.raises(TrainingError, match="another plan or other rows") as refused:
+            begin(make_plan(less))
+        named.append(str(refused.value).partition("rows (")[2].partition(";")[0])
+    assert named == ["variants.twice", "methods.twice", "length"]
 
     with (tmp_path / "elsewhere/test.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"task": "t0", "input": "new", "targets": ["one"]}) + "\n")
     with pytest.raises(TrainingError, match="another plan or other rows"):
-        Ledger(out).begin(make_plan(more), resume=True)
+        begin(make_plan(more))
     (tmp_path / "elsewhere/test.jsonl").unlink()
     with pytest.raises(DataError, match=r"test.jsonl: no such file"):
-        Ledger(out).begin(make_plan(more), resume=True)
+        begin(make_plan(more))
 
 
 def test_a_damaged_ledger_names_its_line(tmp_path: Path) -> None:
@@ -580,6 +591,20 @@ def test_comparisons_that_differ_are_not_joined(
         other["plan"] = {**one["plan"], **change["plan"]}
     with pytest.raises(DataError, match=said):
         joined_of(tmp_path, one, other)
+
+
+def test_one_name_stands_for_one_method_in_all_that_is_joined(tmp_path: Path) -> None:
+    """Also where the first comparison does not know it."""
+    parts = [result_of({("static", 0): "1100"}) for _ in range(3)]
+    twice = {"of": "static", "epochs": 2}
+    for other in (
+        {"variants": {"x": {**twice, "epochs": 3}}},
+        {"ensembles": {"x": ["idpt", "static"]}},
+    ):
+        for part, named in zip(parts[1:], ({"variants": {"x": twice}}, other), strict=True):
+            part["plan"] = {**parts[0]["plan"], **named}
+        with pytest.raises(DataError, match=r"2\.json: \w+\.x is not what it is in .*1\.json"):
+            joined_of(tmp_path, *parts)
 
 
 @pytest.mark.slow
@@ -783,6 +808,7 @@ def test_finished_methods_may_answer_together(tmp_path: Path, lm_folder: Path) -
     early = plan.model_copy(update={"methods": ("static_kv", "all_three", "static_of2")})
     with pytest.raises(ShouldersError, match="all_three takes up static_of2: list static_of2 bef"):
         run_comparison(early, tmp_path / "other")
+    assert not (tmp_path / "other/plan.json").exists(), "a plan put right runs in the same folder"
     assert not (tmp_path / "other/runs").exists(), "it is said before anything is trained"
     for ensembles, why in (
         ({"x": ["static_kv"]}, "ensembles.x"),
@@ -793,6 +819,7 @@ def test_finished_methods_may_answer_together(tmp_path: Path, lm_folder: Path) -
         ({"static": ["static_kv", "idpt"]}, "ensembles.static: that is the name of a method"),
         ({"x": ["static_kv", "plain"]}, "members begin answers alike"),
         ({"a/b": ["static_kv", "static"]}, "a method's name is a folder's"),
+        ({"..": ["static_kv", "static"]}, "a method's name is a folder's"),
     ):
         with pytest.raises(RecipeError, match=why):
             plan_for(

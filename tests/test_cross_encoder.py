@@ -253,7 +253,7 @@ def test_a_missing_library_is_named_with_the_command(
     encoder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ShouldersError, match=r"pip install 'shoulders\[reader\]'"):
+    with pytest.raises(ShouldersError, match=r"pip install -e '\.\[reader\]'"):
         train_cross_encoder(toy(2), config(encoder), device="cpu")
 
 

@@ -121,7 +121,7 @@ def test_number_digits_asks_in_words(tasks: dict[str, demo.Task]) -> None:
 
 def test_a_missing_package_is_named_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycountry", None)
-    with pytest.raises(ShouldersError, match=r"pycountry: pip install 'shoulders\[demo\]'"):
+    with pytest.raises(ShouldersError, match=r"pycountry: pip install -e '\.\[demo\]'"):
         demo.demo_rows(0)
 
 

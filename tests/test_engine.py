@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -376,6 +377,77 @@ def test_a_cancelled_job_leaves_the_others_alone(engine: Engine, skills: dict[st
     assert other.completions[0].token_ids == alone.token_ids
 
 
+def test_whoever_cannot_be_told_harms_nobody(lm: FrozenLM, skills: dict[str, Any]) -> None:
+    """As where a client's event loop is closed: its own answer ends, others go on."""
+    engine = Engine(lm, EngineConfig(workers=1, max_rows=8))
+    told: list[Event] = []
+
+    def gone(event: Event) -> None:
+        told.append(event)
+        raise RuntimeError("Event loop is closed")
+
+    decoding = DecodingConfig(max_new_tokens=40, min_new_tokens=40, n=2)
+    for name in ("static", "ensemble"):
+        told.clear()
+        _, other = ask(engine, skills["idpt"], TEXTS[1], max_new_tokens=40, min_new_tokens=40)
+        engine.submit(Job(name, skills[name], TEXTS[0], decoding, gone))
+        assert other.over.wait(30)
+        wanted = DecodingConfig(max_new_tokens=40, min_new_tokens=40)
+        (alone,) = skills["idpt"].generate([TEXTS[1]], wanted)[0]
+        assert other.completions[0].token_ids == alone.token_ids
+        deadline = time.monotonic() + 30
+        while engine.jobs and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert engine.jobs == 0
+        assert isinstance(told[-1], RuntimeError)
+    _, other = ask(engine, skills["static"], TEXTS[1], max_new_tokens=4)
+    assert other.over.wait(30)
+    assert other.error is None
+    assert engine.close(30)
+
+
+def test_the_inbox_is_read_by_one_thread_at_a_time(lm: FrozenLM, skills: dict[str, Any]) -> None:
+    """How much a worker has to do is asked by a thread that is not its own."""
+
+    class Guarded(deque[Entry]):
+        def __iter__(self) -> Iterator[Entry]:
+            assert engine._workers[0]._wake._is_owned()  # type: ignore[attr-defined]
+            return super().__iter__()
+
+        def popleft(self) -> Entry:
+            assert engine._workers[0]._wake._is_owned()  # type: ignore[attr-defined]
+            return super().popleft()
+
+    engine = Engine(lm, EngineConfig(workers=1))
+    engine._workers[0]._inbox = Guarded()
+    _, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=4)
+    assert answers.over.wait(30)
+    assert answers.error is None
+    assert engine._workers[0].load == 0
+    assert engine.close(30)
+
+
+def test_what_a_closed_engine_had_no_time_for_is_told(lm: FrozenLM, skills: dict[str, Any]) -> None:
+    engine = Engine(lm, EngineConfig(workers=1))
+    asks = [ask(engine, skills["textual"], text, max_new_tokens=60) for text in TEXTS[:2]]
+    while not engine.running:
+        time.sleep(0.001)
+    assert not engine.close(0)
+    for _, answers in asks:
+        assert answers.over.wait(30)
+        if answers.error is not None:
+            assert "stopped before all was answered" in str(answers.error)
+    assert any(answers.error is not None for _, answers in asks)
+    assert engine.jobs == 0
+
+
+def test_more_alternatives_than_there_are_tokens(engine: Engine, skills: dict[str, Any]) -> None:
+    _, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=2, top_logprobs=10**6)
+    assert answers.over.wait(30)
+    (completion,) = answers.completions
+    assert len(completion.top[0]) == engine.lm.vocab_size
+
+
 def test_a_deadline_ends_a_job(engine: Engine, skills: dict[str, Any]) -> None:
     answers = Answers()
     job = Job("s", skills["base"], TEXTS[0], DecodingConfig(), answers, time.monotonic() - 1)
@@ -661,6 +733,26 @@ def test_a_watcher_tries_a_damaged_skill_once(
     file.write_bytes(whole)
     watcher.look()
     assert watched.names()[1:] == ["bad"]
+
+
+def test_a_watcher_takes_a_copy_in_any_order(
+    lm: FrozenLM, skills: dict[str, Any], tmp_path: Path
+) -> None:
+    """What is copied file by file is refused while it is not whole, and served when it is."""
+    from_, to = tmp_path / "from", tmp_path / "root/both"
+    for name in ("static", "static_kv"):
+        save_skill(skills[name], from_ / name, Templates(), {})
+    save_ensemble(from_, ["static", "static_kv"], {})
+    files = sorted((f for f in from_.rglob("*") if f.is_file()), key=lambda f: len(f.parts))
+    watched = SkillSet(lm, root=tmp_path / "root")
+    watcher = Watcher(watched)
+    for file in files:  # ensemble.json is among the first
+        assert watched.names()[1:] == []
+        copy = to / file.relative_to(from_)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+        watcher.look()
+    assert watched.names()[1:] == ["both"]
 
 
 @pytest.fixture

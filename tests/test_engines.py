@@ -28,7 +28,7 @@ from shoulders.reader.watch import Silent
 from tiny_models import save_tiny_encoder, save_tiny_lm
 
 # Its wheel takes 190 MB on the disk, so that it is no part of `dev`.
-pytest.importorskip("lancedb", reason="pip install 'shoulders[engine]'")
+pytest.importorskip("lancedb", reason="pip install -e '.[engine]'")
 
 WORDS = [f"{stem}{end}" for stem in ("run", "walk", "café", "x1") for end in ("", "s", "ning")]
 QUESTIONS = [
@@ -232,7 +232,7 @@ def test_an_unfinished_table_is_refused(
     with pytest.raises(ArtefactError, match="not loaded to the end"):
         open_passages(where)
     monkeypatch.setitem(sys.modules, "lancedb", None)
-    with pytest.raises(ShouldersError, match=r"pip install 'shoulders\[engine\]'"):
+    with pytest.raises(ShouldersError, match=r"pip install -e '\.\[engine\]'"):
         open_passages(where)
 
 

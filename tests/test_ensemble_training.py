@@ -13,7 +13,7 @@ import pytest
 
 from shoulders.cli.app import main
 from shoulders.data.mixture import Mixture
-from shoulders.errors import ArtefactError, RecipeError, TrainingError
+from shoulders.errors import ArtefactError, RecipeError, ShouldersError, TrainingError
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import load_lm
 from shoulders.skills.artefact import load_skill, read_artefact, save_skill
@@ -99,6 +99,41 @@ def test_a_stopped_one_goes_on(folder: Path, copied: Path) -> None:
         run_ensemble(recipe, copied, resume=True)
 
 
+def test_only_its_own_members_are_taken_up(folder: Path, copied: Path, tmp_path: Path) -> None:
+    """What stands in the folder of a member was trained by its recipe, on its data."""
+    recipe = read_recipe(folder / "recipe.yaml")
+    (copied / "ensemble.json").unlink()
+    for key, changed in (("recipe", {"training": {"seed": 5}}), ("data_sha256", {"a": "b"})):
+        file = copied / "member-1/skill.json"
+        whole = file.read_text(encoding="utf-8")
+        noted = json.loads(whole)
+        noted["provenance"][key] = {**noted["provenance"][key], **changed}
+        file.write_text(json.dumps(noted), encoding="utf-8")
+        with pytest.raises(TrainingError, match="member-1: is no member of this ensemble"):
+            run_ensemble(recipe, copied, resume=True)
+        file.write_text(whole, encoding="utf-8")
+    (copied / "members.json").unlink()
+    run_ensemble(recipe, copied, resume=True)
+    # A part that it begins at is the same one for all of them.
+    values = {**recipe_values(folder / "lm", tmp_path / "data"), "members": 2}
+    values["start"] = {"passes.0.prompt": str(copied / "member-0")}
+    run_ensemble(make_recipe(values), tmp_path / "out")
+    (tmp_path / "out/ensemble.json").unlink()
+    shutil.rmtree(tmp_path / "out/member-1")
+    shutil.rmtree(copied / "member-0")
+    shutil.copytree(copied / "member-1", copied / "member-0")
+    with pytest.raises(TrainingError, match=r"was begun with start\.passes\.0\.prompt as it was"):
+        run_ensemble(make_recipe(values), tmp_path / "out", resume=True)
+
+
+def test_a_recipe_that_trained_nothing_yet_can_be_put_right(folder: Path, tmp_path: Path) -> None:
+    values = {**recipe_values(folder / "lm", tmp_path / "data"), "members": 2}
+    wrong = {**values, "data": {**values["data"], "tasks": ["nowhere"]}}
+    with pytest.raises(ShouldersError, match="nowhere"):
+        run_ensemble(make_recipe(wrong), tmp_path / "out")
+    run_ensemble(make_recipe(values), tmp_path / "out", resume=True)
+
+
 def test_damage_is_named(copied: Path, folder: Path, tmp_path: Path) -> None:
     lm = load_lm(str(folder / "lm"), dtype="float32")
     with pytest.raises(ArtefactError, match="already holds a skill or an ensemble"):
@@ -133,7 +168,12 @@ def test_damage_is_named(copied: Path, folder: Path, tmp_path: Path) -> None:
 def test_members_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path) -> None:
     """Before anything is written: what is on disk can be loaded."""
     for number, changed in enumerate(
-        ({}, {"lm": {"fingerprint": "another"}}, {"skill": {"format": {"answer_prefix": "="}}})
+        (
+            {},
+            {"lm": {"fingerprint": "another"}},
+            {"skill": {"format": {"answer_prefix": "="}}},
+            {"templates": {"north": ["{{ input }} it is"]}},
+        )
     ):
         one = shutil.copytree(folder / "out/member-0", tmp_path / f"{number}")
         noted = json.loads((one / "skill.json").read_text())
@@ -141,9 +181,12 @@ def test_members_that_do_not_go_together_are_refused(folder: Path, tmp_path: Pat
             for name, value in values.items():
                 noted[key][name] = {**noted[key][name], **value} if name == "format" else value
         (one / "skill.json").write_text(json.dumps(noted))
+    shutil.copytree(tmp_path / "0", tmp_path / "same")
     for members, why in (
         (["0", "1"], "1: was trained on the LM"),
         (["0", "2"], "2: begins answers with '=', 0 with ' '"),
+        (["0", "3"], "3: puts rows into other words than 0"),
+        (["0", "same"], "same: is the same skill as 0"),
         (["0"], "two different members or more"),
         (["0", "0"], "two different members or more"),
         (["0", "../x"], "'../x' is no folder inside"),

@@ -566,5 +566,5 @@ def test_another_encoder_is_refused(tmp_path: Path, dense: Choices, encoder: Pat
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tantivy", None)
     store.analyzer.cache_clear()
-    with pytest.raises(ShouldersError, match=r"tantivy is not installed; run: pip install 'shou"):
+    with pytest.raises(ShouldersError, match=r"tantivy is not installed; run: pip install -e"):
         build(table(tmp_path / "a.tsv", texts(0, 8)), tmp_path / "index", Silent())

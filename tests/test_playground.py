@@ -142,7 +142,7 @@ def test_without_gradio_the_page_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mount.importlib.util, "find_spec", lambda _: None)
     found = served().get("/")
     assert found.status_code == 200
-    assert "pip install 'shoulders[playground]'" in found.text
+    assert "pip install -e '.[playground]'" in found.text
     assert served().get("/playground/").status_code == 404
 
 

@@ -286,7 +286,7 @@ def test_without_pyarrow_the_message_says_what_to_install(
     for name in [name for name in sys.modules if name.split(".")[0] == "pyarrow"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", fake)
-    with pytest.raises(DataError, match=r"pip install 'shoulders\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[data\]'"):
         read_rows(file)
 
 

@@ -46,6 +46,11 @@ class InterruptedTraining(TrainingError):  # noqa: N818 - it is one, and not a f
     """Training was stopped by the user; its checkpoint is on disk."""
 
 
+def install(extra: str) -> str:
+    """Return the command that brings what an extra holds; no package index has this project yet."""
+    return f"pip install -e '.[{extra}]' in a clone of shoulders"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the choice most like `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

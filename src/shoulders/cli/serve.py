@@ -14,7 +14,7 @@ import typer
 
 from shoulders.cli.common import precision, quiet_libraries, stderr
 from shoulders.cli.remote import connected, key_of
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, install
 
 if TYPE_CHECKING:
     from shoulders.serving.skillset import SkillSet
@@ -83,7 +83,7 @@ def serve(
         from shoulders.serving.api import Server, create_app
         from shoulders.serving.mount import add_playground
     except ImportError as error:
-        raise ShouldersError(f"{error.name} is missing: pip install 'shoulders[serve]'") from None
+        raise ShouldersError(f"{error.name} is missing: {install('serve')}") from None
     from shoulders.lm.load import load_lm
     from shoulders.serving.engine import Engine, EngineConfig
     from shoulders.serving.listening import bound, listen

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shoulders.comparison.summary import Line
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, install
 
 COLOURS = {"bare": "#777777", "frozen": "#1f6fb4", "tuned": "#d1661f"}
 SAYS = {"bare": "LM alone", "frozen": "frozen LM", "tuned": "tuned LM"}
@@ -81,7 +81,7 @@ def _axes() -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ShouldersError("reports need matplotlib; pip install 'shoulders[compare]'") from None
+        raise ShouldersError(f"reports need matplotlib; {install('compare')}") from None
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.25)

@@ -204,6 +204,8 @@ class Frozen:
             inside = read_ensemble(source)[0].members if whole else [""]
             for one in (source / member for member in inside):
                 own = f"{name}-{one.name}" if whole else name
+                if own in found:
+                    raise TrainingError(f"{folder}: two members are called {own}; rename a method")
                 if not (folder / own).is_dir():
                     with atomic_directory(folder / own) as partial:
                         for file in (FILE, TENSORS, "README.md"):

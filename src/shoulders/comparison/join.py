@@ -39,10 +39,13 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
         for what, own in shared.items():
             if theirs[what] != own:
                 raise DataError(f"{path}: {what} differs from that of {paths[0]}: not comparable")
+    defined: dict[str, tuple[str, Any, Path]] = {}
+    for path, result in zip(paths, results, strict=True):
         for key in NAMED:
-            for name, own in other["plan"][key].items():
-                if first["plan"][key].get(name, own) != own:
-                    raise DataError(f"{path}: {key}.{name} is not what it is in {paths[0]}")
+            for name, own in result["plan"][key].items():
+                earlier = defined.setdefault(name, (key, own, path))
+                if earlier[:2] != (key, own):
+                    raise DataError(f"{path}: {key}.{name} is not what it is in {earlier[2]}")
     plan = {**first["plan"]}
     for key in GROWING:
         values = [result["plan"][key] for result in results]

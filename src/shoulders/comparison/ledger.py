@@ -28,6 +28,7 @@ class Ledger:
     def __init__(self, out: Path) -> None:
         self.out = out
         self._file = out / RUNS
+        self._noted: dict[str, Any] = {}
         if out.is_dir():
             remove_partial(out)
         self._rows: list[dict[str, Any]] = []
@@ -41,9 +42,9 @@ class Ledger:
                     ) from None
 
     def begin(self, plan: Plan, *, resume: bool) -> None:
-        """Note the plan; with `resume` it may name more methods and seeds than the one begun.
+        """Look whether a plan may run here; with `resume` it may name more than the one begun.
 
-        Its files are noted by content: they may have moved, but not changed.
+        Its files are told by content: they may have moved, but not changed.
 
         Raises:
             TrainingError: another plan was begun here, or this one, and `resume` is off.
@@ -56,16 +57,20 @@ class Ledger:
         noted = {**plan.model_dump(mode="json"), SHA256: hashes_of(plan)}
         if file.is_file():
             begun = json.loads(file.read_text(encoding="utf-8"))
-            if not extends(noted, begun):
+            if changed := differing(noted, begun):
                 raise TrainingError(
-                    f"{self.out}: was begun with another plan or other rows (only methods and "
-                    "seeds may be added); choose another --out"
+                    f"{self.out}: was begun with another plan or other rows ({changed}; "
+                    f"{', '.join(GROWING)} may be added to); choose another --out"
                 )
             if not resume:
                 raise TrainingError(
                     f"{self.out}: holds a comparison; add --resume, or another --out"
                 )
-        write_json(file, noted)
+        self._noted = noted
+
+    def note(self) -> None:
+        """Write down the plan that was begun with: from now on it may only grow."""
+        write_json(self.out / PLAN, self._noted)
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """Return the finished run with these facts, if there is one."""
@@ -120,16 +125,22 @@ def hashes_of(plan: Plan) -> dict[str, str]:
     return {name: sha256_of_path(Path(name)) for name in plan.files}
 
 
-def extends(noted: dict[str, Any], begun: dict[str, Any]) -> bool:
-    """Return whether every run of the plan `begun` is a run of the plan `noted` as well."""
+def differing(noted: dict[str, Any], begun: dict[str, Any]) -> str:
+    """Return what keeps a run of the plan `begun` from being one of `noted`: a key, or nothing."""
     try:
         plan, earlier = by_content(noted), by_content(begun)
-    except (RecipeError, KeyError):
-        return False
-    alike = all(plan[key] == earlier[key] for key in plan if key not in GROWING)
-    more = all(value in plan[key] for key in ("methods", "seeds") for value in earlier[key])
-    named = all(earlier[key].items() <= plan[key].items() for key in NAMED)
-    return alike and more and named
+    except (RecipeError, KeyError) as error:
+        return str(error)
+    for key in plan:
+        if key in ("methods", "seeds"):
+            changed = [str(value) for value in earlier[key] if value not in plan[key]]
+        elif key in NAMED:
+            changed = [n for n, own in earlier[key].items() if plan[key].get(n) != own]
+        else:
+            changed = [""] if plan[key] != earlier[key] else []
+        if changed:
+            return f"{key}.{changed[0]}".rstrip(".")
+    return ""
 
 
 def by_content(noted: dict[str, Any]) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class Plan(_Part):
                     f"ensembles.{name}: members begin answers alike (format.answer_prefix)"
                 )
         for name in (*self.own, *self.variants, *self.ensembles):
-            if set(name) & {"/", "\\"}:
+            if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
                 raise ValueError(f"'{name}': a method's name is a folder's; leave out / and \\")
         known = (*known, *self.ensembles)
         for name in self.methods:

@@ -63,6 +63,7 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
     rows = rows_of(plan)
     methods = methods_of(plan, lm)
     in_order(methods, ledger, plan.seeds)
+    ledger.note()
     frozen, tuned = Frozen(lm, plan, rows, console), Tuned(lm, plan, rows, console)
     decoding = DecodingConfig(max_new_tokens=plan.max_new_tokens)
     texts = [rows.templates.render(row, 0) for row in rows.test]

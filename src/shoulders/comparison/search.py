@@ -8,7 +8,7 @@ from collections.abc import Callable
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method
 from shoulders.comparison.plan import SearchConfig
-from shoulders.errors import DivergedError, ShouldersError
+from shoulders.errors import DivergedError, ShouldersError, install
 
 
 def best_factor(
@@ -34,9 +34,7 @@ def best_factor(
     try:
         import optuna
     except ImportError:
-        raise ShouldersError(
-            "search.trials needs optuna; pip install 'shoulders[compare]'"
-        ) from None
+        raise ShouldersError(f"search.trials needs optuna; {install('compare')}") from None
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoulders.errors import DataError, nearest
+from shoulders.errors import DataError, install, nearest
 
 _FIELDS = ("task", "input", "target", "targets", "options")
 _P3_INPUT, _P3_TARGET, _P3_OPTIONS = (
@@ -205,9 +205,7 @@ def _table_rows(path: Path, default_task: str) -> Iterator[Row]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise DataError(
-            f"{path}: reading tables needs pyarrow; run: pip install 'shoulders[data]'"
-        ) from None
+        raise DataError(f"{path}: reading tables needs pyarrow; run: {install('data')}") from None
     for file in _table_files(path):
         try:
             if file.suffix == ".parquet":

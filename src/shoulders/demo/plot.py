@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, install
 from shoulders.evaluation.evaluate import Evaluation
 from shoulders.files import atomic_path
 
@@ -15,7 +15,7 @@ def plot_tasks(path: Path, results: dict[str, Evaluation]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ShouldersError("plots need matplotlib; pip install 'shoulders[demo]'") from None
+        raise ShouldersError(f"plots need matplotlib; {install('demo')}") from None
     tasks = list(next(iter(results.values())).tasks)
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

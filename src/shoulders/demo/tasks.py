@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from shoulders.data.rows import Row
 from shoulders.demo.words import NOUNS, VERBS
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, install
 
 T = TypeVar("T")
 
@@ -222,5 +222,5 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ShouldersError(
-            f"the demo needs the package {name.split('.')[0]}: pip install 'shoulders[demo]'"
+            f"the demo needs the package {name.split('.')[0]}: {install('demo')}"
         ) from error

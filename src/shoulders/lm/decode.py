@@ -99,7 +99,7 @@ class Running:
 
 
 class Decoding(Protocol):
-    """Rows that are being generated: a `Decoder`, or several of them that choose together."""
+    """Rows that are being generated: a `Decoder`, or one whose rows choose `Together`."""
 
     @property
     def logits(self) -> Tensor:
@@ -227,7 +227,8 @@ def choose(lm: FrozenLM, logits: Tensor, running: Sequence[Running]) -> Tensor:
         state.ids.append(token)
         state.logprob += logprobs[i]
         if state.config.top_logprobs:
-            values, ids = (logits[i] - whole[i]).topk(state.config.top_logprobs)
+            most = min(state.config.top_logprobs, logits.shape[1])
+            values, ids = (logits[i] - whole[i]).topk(most)
             state.logprobs.append(logprobs[i])
             state.top.append(tuple(zip(ids.tolist(), values.tolist(), strict=True)))
     return chosen

@@ -78,7 +78,10 @@ class FrozenLM:
         Not when it is loaded: to try them packs the weights, which takes memory.
         """
         laid = self._laid
-        return laid if laid is not None and fused_as_its_own(self, laid) else None
+        if laid is None or fused_as_its_own(self, laid):
+            return laid
+        self._laid = None  # and with it what was packed to try them
+        return None
 
     # -- facts ---------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from shoulders.errors import LMError
+from shoulders.errors import LMError, install
 
 Quantization = Literal["int8", "nf4"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -33,11 +33,10 @@ def check_options(
     missing = [p for p in _NEEDS.get(quantize or "", ()) if find_spec(p) is None]
     if missing:
         raise LMError(
-            f"quantize '{quantize}' needs {' and '.join(missing)}; run: pip install "
-            "'shoulders[quantize]'"
+            f"quantize '{quantize}' needs {' and '.join(missing)}; run: {install('quantize')}"
         )
     if device_map is not None and find_spec("accelerate") is None:
-        raise LMError("device_map needs accelerate; run: pip install 'shoulders[quantize]'")
+        raise LMError(f"device_map needs accelerate; run: {install('quantize')}")
 
 
 def quantization_config(quantize: Quantization, precision: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from shoulders.errors import ShouldersError, TrainingError
+from shoulders.errors import ShouldersError, TrainingError, install
 from shoulders.reader.passage import Passage
 from shoulders.reader.reranker import OnPairs, Reranker, Scores
 
@@ -154,7 +154,7 @@ def plot_reliability(curves: Mapping[str, Reliability], path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ShouldersError("plots need matplotlib; pip install 'shoulders[train]'") from None
+        raise ShouldersError(f"plots need matplotlib; {install('train')}") from None
     figure: Any = Figure(figsize=(5, 6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

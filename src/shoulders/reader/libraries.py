@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, install
 
 
 def needed(module: str, extra: str = "reader") -> Any:
@@ -15,7 +15,5 @@ def needed(module: str, extra: str = "reader") -> Any:
     except ImportError as error:
         if error.name and module.split(".")[0] == error.name.split(".")[0]:
             library = module.split(".")[0]
-            raise ShouldersError(
-                f"{library} is not installed; run: pip install 'shoulders[{extra}]'"
-            ) from None
+            raise ShouldersError(f"{library} is not installed; run: {install(extra)}") from None
         raise

@@ -195,19 +195,16 @@ class Engine:
             if job.over:
                 raise ShouldersError("cancelled")
             asks = stages.send(answers)  # type: ignore[arg-type]
-            entries = self._entries(job, asks, stages)
+            for entry in self._entries(job, asks, stages):
+                if self._remote is not None and not entry.here:
+                    self._remote.give(entry)
+                else:
+                    min(self._workers, key=lambda worker: worker.load).give(entry)
         except StopIteration:
             self._end()
-            return
         except Exception as error:  # whoever waits for the job must hear of it
             self._end()
             job.on_event(error)
-            return
-        for entry in entries:
-            if self._remote is not None and not entry.here:
-                self._remote.give(entry)
-            else:
-                min(self._workers, key=lambda worker: worker.load).give(entry)
 
     def _entries(self, job: Job, asks: Sequence[Ask], stages: Plan) -> list[Entry]:
         """Prepare asks; when the last of them is answered the job goes on."""
@@ -231,7 +228,11 @@ class Engine:
                 job.on_event(result)
                 return
             every = [answers[i] for i in range(len(asks))]
-            self._preparing.submit(self._continue, job, stages, every)
+            try:
+                self._preparing.submit(self._continue, job, stages, every)
+            except RuntimeError:  # closed, and its time was over; what was shown has been told
+                self._end()
+                job.on_event(ShouldersError("the server was stopped before all was answered"))
 
         entries = []
         for number, ask in enumerate(asks):

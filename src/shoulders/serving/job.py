@@ -59,7 +59,7 @@ class Job:
         deadline: `time.monotonic()` after which it is dropped, or None.
         ids: the text's tokens where they are not what the skill makes of it (a conversation in
             the LM's own template).
-        prompt_tokens: of its inputs, for usage counts.
+        prompt_tokens: of its inputs, every member's of an ensemble, for usage counts.
         details: what was found or proposed on the way, for those who look inside: `found`,
             `passages`, `candidates`, `chooser`, and the texts that came to be `read` instead of
             the input, one for each stage, in order.

@@ -16,10 +16,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse, RedirectResponse
 from starlette.routing import Mount
 
+from shoulders.errors import install
 from shoulders.serving.api import Server
 
 PATH = "/playground"
-MISSING = "The playground needs gradio: pip install 'shoulders[playground]', then start again.\n"
+MISSING = f"The playground needs gradio: {install('playground')}, then start again.\n"
 LOOK = 0.2  # seconds between two looks whether the server is told to stop
 
 # The browser itself holds the page to this server: no font, script or figure goes to another host.

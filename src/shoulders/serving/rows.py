@@ -85,7 +85,7 @@ class Row:
         slots: one for each pass.
         pending: tokens to read.
         tokens: how many it has read.
-        running: None until the input is read.
+        running: None until the input, and that of its fellows, is read.
     """
 
     entry: Entry

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, install
 
 if TYPE_CHECKING:
     import httpx2
@@ -97,7 +97,7 @@ class Upstream:
         try:
             import httpx2
         except ImportError as error:
-            missing = f"{error.name} is missing: pip install 'shoulders[vllm]'"
+            missing = f"{error.name} is missing: {install('vllm')}"
             raise ShouldersError(missing) from None
         self.config = config
         key = config.api_key  # in bytes: the client takes no other letters than ASCII's

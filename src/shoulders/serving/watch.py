@@ -10,11 +10,10 @@ from pathlib import Path
 
 from shoulders.errors import ShouldersError
 from shoulders.serving.skillset import Served, SkillSet, UnknownSkillError, skill_folders
-from shoulders.skills.artefact import saved_in
 
 LOG = logging.getLogger("shoulders.serving")
 SECONDS = 1.0  # between two looks
-Stamp = tuple[int, int] | None
+Stamp = frozenset[tuple[Path, int, int, int]]
 
 
 class Watcher(threading.Thread):
@@ -22,8 +21,8 @@ class Watcher(threading.Thread):
 
     A skill's folder is complete when its `skill.json` (an ensemble's, when its `ensemble.json`) is
     there, which is written last. Each is tried once: one that was refused, or is unloaded by
-    request, comes when its file is another one, or was gone. Skills that others have loaded are
-    theirs to unload.
+    request, comes when one of its files has changed (a copy may write them in any order), or it was
+    gone. Skills that others have loaded are theirs to unload.
     """
 
     def __init__(self, skills: SkillSet) -> None:
@@ -72,9 +71,10 @@ class Watcher(threading.Thread):
 
 
 def _stamp(folder: Path) -> Stamp:
-    """Return what tells a skill's file from the one that stood there before."""
-    try:
-        found = saved_in(folder).stat()
-    except OSError:  # gone since
-        return None
-    return found.st_ino, found.st_mtime_ns
+    """Return what tells a skill's files, and its members' ones, from those that stood there."""
+    found = set()
+    for file in (*folder.glob("*"), *folder.glob("*/*")):
+        with contextlib.suppress(OSError):  # gone since
+            facts = file.stat()
+            found.add((file, facts.st_ino, facts.st_size, facts.st_mtime_ns))
+    return frozenset(found)

@@ -8,6 +8,7 @@ does not depend on what else is being served (promise 3).
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from shoulders.lm.together import mixed
 from shoulders.serving.passes import Passes
 from shoulders.serving.rows import Entry, Row
 
+LOG = logging.getLogger("shoulders.serving")
 PIECE = 256  # tokens of new inputs that one step reads: running rows wait no longer than that
 
 
@@ -54,7 +56,8 @@ class Worker(threading.Thread):
     @property
     def load(self) -> int:
         """Rows that run or wait."""
-        return len(self._rows) + sum(entry.rows * len(entry.every) for entry in self._inbox)
+        with self._wake:
+            return len(self._rows) + sum(entry.rows * len(entry.every) for entry in self._inbox)
 
     @property
     def running(self) -> int:
@@ -94,19 +97,22 @@ class Worker(threading.Thread):
     def _admit(self) -> None:
         self._drop_cancelled()
         while self._inbox:
-            entry = self._inbox[0]
-            over, fits = entry.job.over, self._fits(entry)
-            if not over and not fits and self._rows:
-                return  # others leave first
-            self._inbox.popleft()
+            entry, refused = self._inbox[0], None
             try:
+                over, fits = entry.job.over, self._fits(entry)
+                if not over and not fits and self._rows:
+                    return  # others leave first
                 if over:
                     raise ShouldersError("cancelled")
                 if not fits:
                     raise ShouldersError("the request needs more memory than the server has")
                 self._enter(entry)
             except Exception as error:  # it waits no more, and is no row yet: nobody else would say
-                entry.done(error)
+                refused = error
+            with self._wake:
+                self._inbox.popleft()
+            if refused is not None:
+                _tell(entry, refused)
 
     def _enter(self, entry: Entry) -> None:
         """Make an entry a row, or no row at all; an ensemble's fellows are rows beside it."""
@@ -131,11 +137,15 @@ class Worker(threading.Thread):
         return rows * self.passes.size(room) * passes <= self._bytes
 
     def _drop_cancelled(self) -> None:
-        over = [row for row in self._rows if row.entry.job.over and row.leads]
-        for row in over:
+        over = [row.entry for row in self._rows if row.entry.job.over and row.leads]
+        for entry in {id(entry): entry for entry in over}.values():
+            self._break(entry, ShouldersError("cancelled"))
+
+    def _break(self, entry: Entry, error: Exception) -> None:
+        """Let all rows of an entry go and say why; others go on."""
+        for row in [row for row in self._rows if row.entry is entry and row.leads]:
             self._leave(row)
-        for entry in {id(row.entry): row.entry for row in over}.values():
-            entry.done(ShouldersError("cancelled"))
+        _tell(entry, error)
 
     def _leave(self, row: Row) -> None:
         for one in row.every:
@@ -147,7 +157,7 @@ class Worker(threading.Thread):
         self._rows = []
         self.passes.clear()
         for entry in entries.values():
-            entry.done(error)
+            _tell(entry, error)
 
     # -- a step --------------------------------------------------------------------------
 
@@ -210,11 +220,18 @@ class Worker(threading.Thread):
         running = [row.running for row in rows if row.running is not None]
         chosen = choose(self._lm, logits[torch.tensor(index)], running).tolist()
         self.tokens, self.steps = self.tokens + len(rows), self.steps + 1
+        broken: set[int] = set()
         for row, state, token in zip(rows, running, chosen, strict=True):
+            if id(row.entry) in broken:
+                continue  # another sample of what has failed
             for one in row.every:
                 one.pending = [token]
-            if row.entry.take(advance(self._lm, state)):
-                self._leave(row)
+            try:
+                if row.entry.take(advance(self._lm, state)):
+                    self._leave(row)
+            except Exception as error:  # of whoever is told: the others' answers go on
+                broken.add(id(row.entry))
+                self._break(row.entry, error)
 
     def _samples(self, row: Row) -> list[Row]:
         """Return the samples of a row that has read its input: they share what was read."""
@@ -236,3 +253,11 @@ class Worker(threading.Thread):
             for one in leader.every:
                 one.running = Running(0, sample, config, random, most)
         return found
+
+
+def _tell(entry: Entry, error: Exception) -> None:
+    """Say why there is no answer; that whoever asked cannot be told is no harm to others."""
+    try:
+        entry.done(error)
+    except Exception:
+        LOG.exception("nobody could be told: %s", error)

@@ -97,7 +97,10 @@ def read_ensemble(folder: Path) -> tuple[EnsembleArtefact, dict[str, Artefact]]:
         _check_name(folder, name)
         found[name] = read_artefact(folder / name)
         if found[name].tensors_sha256 != wanted:
-            raise ArtefactError(f"{folder / name}: is another skill than {ENSEMBLE} names")
+            raise ArtefactError(
+                f"{folder / name}: is another skill than {ENSEMBLE} names; bring back the one that "
+                "was joined, or join anew (shoulders.save_ensemble)"
+            )
     _check_alike(folder, found)
     return artefact, found
 
@@ -163,4 +166,17 @@ def _check_alike(folder: Path, members: dict[str, Artefact]) -> None:
             raise ArtefactError(
                 f"{folder / name}: begins answers with {prefixes[0]!r}, {first_name} with "
                 f"{prefixes[1]!r}: members begin them alike"
+            )
+        if one.templates != first.templates:
+            raise ArtefactError(
+                f"{folder / name}: puts rows into other words than {first_name}: members have the "
+                "same templates"
+            )
+    seen: dict[tuple[str, str], str] = {}
+    for name, one in members.items():
+        other = seen.setdefault((one.tensors_sha256, one.skill.model_dump_json()), name)
+        if other != name:
+            raise ArtefactError(
+                f"{folder / name}: is the same skill as {other}, which would count twice: leave "
+                "one of them out"
             )

@@ -17,11 +17,12 @@ from shoulders.skills.artefact import FILE, read_artefact, saved_in
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import load_ensemble, save_ensemble
 from shoulders.skills.skill import Skill
-from shoulders.training.checkpoint import FOLDER
+from shoulders.training.checkpoint import FOLDER, difference
 from shoulders.training.processes import Processes
-from shoulders.training.recipe import Recipe
+from shoulders.training.recipe import Recipe, as_now, by_name
 from shoulders.training.run import data_hashes, machine, run_recipe
-from shoulders.training.start import MEMBERS, TEXTUAL, same_recipe, trained_parts
+from shoulders.training.start import FOLDER as PARTS
+from shoulders.training.start import MEMBERS, TEXTUAL, same_recipe, start_hashes, trained_parts
 
 
 def member_folder(number: int) -> str:
@@ -71,7 +72,9 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, console: Console) -> Ensemb
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
     if (out / FOLDER).exists() or (out / TEXTUAL).exists():
         raise TrainingError(f"{out}: holds a single skill's unfinished run; choose another --out")
-    same_recipe(recipe, out / MEMBERS, data_hashes(recipe))
+    if not any((out / part).exists() for part in (member_folder(0), PARTS)):
+        (out / MEMBERS).unlink(missing_ok=True)  # nothing was trained: it can still be put right
+    same_recipe(recipe, out / MEMBERS, data_hashes(recipe) | start_hashes(recipe.start))
     remove_partial(out)
 
     def run(other: Recipe, folder: Path) -> Skill:
@@ -80,10 +83,11 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, console: Console) -> Ensemb
     parts = trained_parts(recipe.start, out, run, console)  # once, for all members
     names = [member_folder(number) for number in range(recipe.members)]
     for number, name in enumerate(names):
+        own = member_recipe(recipe, number)
         if (out / name / FILE).is_file():
+            _check_finished(out / name, own)
             continue
         console.print(f"member {number + 1} of {recipe.members}")
-        own = member_recipe(recipe, number)
         run_recipe(own, out / name, resume=True, console=console, parts=parts)
     members = [read_artefact(out / name).provenance for name in names]
     provenance = {
@@ -95,3 +99,17 @@ def _run(recipe: Recipe, out: Path, *, resume: bool, console: Console) -> Ensemb
     save_ensemble(out, names, provenance)
     lm = load_lm(**recipe.lm.model_dump())
     return load_ensemble(out, lm, functools.cache(load_encoder))[0]
+
+
+def _check_finished(folder: Path, recipe: Recipe) -> None:
+    """Raise `TrainingError` where a finished member was trained by another recipe or data."""
+    noted = read_artefact(folder).provenance
+    begun = by_name(as_now(noted.get("recipe") or {}, Recipe))
+    found = difference(begun, by_name(recipe.model_dump(mode="json")))
+    if not found and noted.get("data_sha256") != data_hashes(recipe):
+        found = "other data"
+    if found:
+        raise TrainingError(
+            f"{folder}: is no member of this ensemble ({found}); move it away, or choose another "
+            "--out"
+        )

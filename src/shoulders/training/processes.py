@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from shoulders.errors import TrainingError
+from shoulders.errors import TrainingError, install
 
 T = TypeVar("T")
 
@@ -38,9 +38,7 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError:
-            raise TrainingError(
-                "several processes need accelerate: pip install 'shoulders[train]'"
-            ) from None
+            raise TrainingError(f"several processes need accelerate: {install('train')}") from None
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             # It also makes transformers load weights in the first process only.
             raise TrainingError("leave out --use_fsdp; training.shard_lm: true shards the LM")

@@ -84,6 +84,12 @@ def same_recipe(recipe: BaseModel, file: Path, data: Mapping[str, str]) -> None:
         raise TrainingError(f"{file.parent}: was begun with {what}; choose another --out")
 
 
+def start_hashes(start: Mapping[str, str]) -> dict[str, str]:
+    """Return the SHA-256 of the tensors of every skill's folder that a recipe's parts begin at."""
+    folders = {part: Path(name) for part, name in start.items() if Path(name).suffix not in YAML}
+    return {f"start.{part}": read_artefact(one).tensors_sha256 for part, one in folders.items()}
+
+
 def begin_at(skill: Skill, parts: Mapping[str, Path], lm: FrozenLM) -> None:
     """Load trained parts of other skills into those of a new one.
 
