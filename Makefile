@@ -58,4 +58,4 @@ docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VLLM) build runs
+	rm -rf $(VENV) $(VLLM) build
