@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from shoulders.skills.artefact import save_skill as save_skill
     from shoulders.skills.ensemble import Ensemble as Ensemble
     from shoulders.skills.ensemble_artefact import load_ensemble as load_ensemble
+    from shoulders.skills.ensemble_artefact import save_ensemble as save_ensemble
     from shoulders.skills.skill import Skill as Skill
     from shoulders.training.ensemble import run_ensemble as run_ensemble
     from shoulders.training.recipe import read_recipe as read_recipe
     from shoulders.training.run import run_recipe as run_recipe
+    from shoulders.training.textual import run_textual as run_textual
 
 __version__ = "0.1.0"
 
@@ -51,6 +53,8 @@ _HOMES = {
     "run_comparison": "comparison.run",
     "run_ensemble": "training.ensemble",
     "run_recipe": "training.run",
+    "run_textual": "training.textual",
+    "save_ensemble": "skills.ensemble_artefact",
     "save_skill": "skills.artefact",
 }
 __all__ = [*_HOMES]

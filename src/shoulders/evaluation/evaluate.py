@@ -103,6 +103,14 @@ def evaluate(
         decoding: greedy and at most 32 tokens by default; the answer is the first line.
         normalizer: what exact match compares: `general` (see `metrics.normalize`) or SQuAD's.
         on_rows: called with the number of rows after each batch.
+
+    Returns:
+        Exact match, F1 and, where rows have options, rank accuracy: percentages with 95%
+        intervals, overall and by task, and every answer (scores from 0 to 1).
+
+    Raises:
+        DataError: no rows, or one without targets.
+        WindowError: names the row (from 1) that does not fit the LM's window.
     """
     started = time.perf_counter()
     texts = [templates.render(row, 0) for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from shoulders.errors import LMError
 from shoulders.lm.gguf import converted, embedded_lm
@@ -16,6 +16,9 @@ from shoulders.lm.quantized import (
     check_stored,
     quantization_config,
 )
+
+if TYPE_CHECKING:  # torch is imported when an LM is loaded, not before
+    from shoulders.lm.frozen import FrozenLM
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -33,7 +36,7 @@ def load_lm(
     max_memory: dict[int | str, int | str] | None = None,
     offload_folder: str | None = None,
     shard: bool = False,
-) -> Any:
+) -> FrozenLM:
     """Load a causal LM and freeze it.
 
     Args:
@@ -41,8 +44,8 @@ def load_lm(
             Face format, or a `.gguf` file.
         dtype: `auto` takes bfloat16 where the hardware multiplies it faster (CUDA, AMX or
             AVX512-BF16 processors) and float32 elsewhere. `int8` rounds the linear layers'
-            weights once, and activations and gradients row by row: about three times as fast
-            to train on processors with VNNI, at a small loss of precision (docs/log.md).
+            weights once, and activations and gradients row by row: the fastest on CPUs, at a
+            small loss of precision (docs/speed.md).
         device: a torch device; default `cuda` where there is one, else `cpu`.
         revision: branch, tag or commit of a Hub id.
         quantize: round the linear layers' weights while they are read and keep only that:
@@ -57,7 +60,7 @@ def load_lm(
             must load it (`shoulders.lm.shard`). Each reads the whole LM into main memory once.
 
     Returns:
-        A `shoulders.lm.frozen.FrozenLM`.
+        The LM, frozen.
 
     Raises:
         LMError: the model cannot be found, downloaded, verified, read, quantised or sharded.

@@ -69,7 +69,15 @@ def save_skill(
 ) -> Artefact:
     """Write a skill to `folder`; `skill.json` comes last, so that it names complete files.
 
-    `gate` says when a recursive skill's first answer is good enough, see `shoulders.skills.gate`.
+    Args:
+        skill: with something trained.
+        folder: made where it is missing.
+        templates: how rows of its tasks were put into words; they are loaded with it.
+        provenance: facts for whoever asks later how it came to be; any JSON.
+        gate: when a recursive skill's first answer is good enough, see `shoulders.skills.gate`.
+
+    Returns:
+        What `skill.json` holds.
 
     Raises:
         ArtefactError: the folder already holds a skill, or the skill has nothing trained.

@@ -26,7 +26,10 @@ from shoulders.skills.skill import Skill, any_texts
 
 
 class Ensemble:
-    """Skills of one pass that answer together, see above.
+    """Skills of one pass that answer together.
+
+    Each reads every row with its own prompt, in its own format; the next token is chosen from the
+    mean of their distributions. All are rows of one batch around the one LM.
 
     Args:
         members: two or more on the same LM, each of one pass; their answers begin alike
@@ -79,7 +82,7 @@ class Ensemble:
         return Ensemble([one.keeping(keep) for one in self.members])
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
-        """Return each member's prompts for `b` texts."""
+        """Return each member's prompts for `b` texts: as many of `b` rows (or one, shared)."""
         return [one.prompt(texts) for one in self.members]
 
     def asking_ids(self, texts: Sequence[str], decoding: DecodingConfig) -> list[list[list[int]]]:

@@ -110,6 +110,11 @@ def load_ensemble(
 ) -> tuple[Ensemble, Templates]:
     """Load an ensemble onto the LM that its members were trained on, see `load_skill`.
 
+    Args:
+        folder: holds `ensemble.json` and the members' folders.
+        lm: the frozen LM, loaded once for all.
+        encoder: returns a frozen encoder by its name, for producers that need one.
+
     Returns:
         The ensemble, and its first member's templates.
 

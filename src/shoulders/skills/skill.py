@@ -86,7 +86,8 @@ class Skill:
     def keeping(self, keep: str) -> Skill:
         """Return this skill with truncation of over-long inputs allowed.
 
-        `keep` is the part that stays, `start` or `end`: where the instruction stands.
+        `keep` is the part that stays, `start` or `end`: where the instruction stands. Raises
+        `ShouldersError` for any other.
         """
         if keep not in ("start", "end"):
             raise ShouldersError(f"keep '{keep}': use start or end")
@@ -150,7 +151,7 @@ class Skill:
     # -- computing -----------------------------------------------------------------------
 
     def prompt(self, texts: Sequence[str]) -> Prompt:
-        """Return the last pass's prompts for `b` input texts."""
+        """Return the last pass's prompts for `b` input texts: `b` rows, or one that is shared."""
         return self.written(-1, texts)
 
     def written(self, number: int, texts: Sequence[str]) -> Prompt:
@@ -243,8 +244,12 @@ class Skill:
             decoding: greedy or sampled, and how long.
             on_rows: called with the number of rows after each batch, for a progress bar.
 
+        Returns:
+            For every text, in order, `decoding.n` answers.
+
         Raises:
             WindowError: names the row (from 1) that does not fit.
+            ShouldersError: `texts` is one text and no list.
         """
         if not any_texts(texts):
             return []
@@ -260,7 +265,10 @@ class Skill:
         return [[self.stripped(c) for c in several] for several in answers]
 
     def stream(self, text: str, decoding: DecodingConfig) -> Iterator[Delta]:
-        """Generate for one text, yielding pieces of text as they become certain."""
+        """Generate for one text, yielding pieces of text as they become certain.
+
+        Raises `WindowError` where it does not fit.
+        """
         if self.proposals is not None:
             if self.proposals.config.chooser != "second_pass":
                 completion = self.generate([text], decoding)[0][0]
@@ -281,7 +289,20 @@ class Skill:
         *,
         on_rows: Callable[[int], None] | None = None,
     ) -> list[list[Score]]:
-        """Return the log-likelihood of each text's candidate answers, end token included."""
+        """Return the log-likelihood of each text's candidate answers, end token included.
+
+        Args:
+            texts: inputs as they stand in the data.
+            answers: candidates of each text.
+            on_rows: called with the number of rows after each batch.
+
+        Returns:
+            For every text a score of each candidate: the sum over its tokens, in nats.
+
+        Raises:
+            ShouldersError: `texts` and `answers` are not as many.
+            WindowError: a row with its longest candidate does not fit.
+        """
         if len(texts) != len(answers):
             raise ShouldersError(f"{len(texts)} texts and candidates for {len(answers)} of them")
         if not any_texts(texts):

@@ -47,7 +47,16 @@ def run_recipe(
 ) -> Skill:
     """Train what a recipe describes and save the skill in `out`.
 
-    `parts` are the folders of what it starts from, where they are trained already.
+    Args:
+        recipe: of one skill without passes that propose text; those with `cross_fit` are for
+            `run_textual`, those with `members` for `run_ensemble`.
+        out: the skill's folder; checkpoints and `log.jsonl` lie in it while it is trained.
+        resume: go on with what a stopped run left there.
+        console: for progress; None is silent.
+        parts: folders of what it starts from, where they are trained already.
+
+    Returns:
+        The trained skill, with the weights that `training.select` says.
 
     >>> recipe = read_recipe(Path("recipe.yaml"), ["training.steps=20"])  # doctest: +SKIP
     >>> skill = run_recipe(recipe, Path("runs/skill"))  # doctest: +SKIP
