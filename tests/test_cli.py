@@ -325,6 +325,32 @@ def test_the_disk_really_fills_up_in_a_process(folder: Path, recipe: Path, tmp_p
     assert {p.name for p in (tmp_path / "out").rglob("*")} <= {"log.jsonl", "checkpoints"}
 
 
+def test_ctrl_c_elsewhere_says_so(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artefact, "read_artefact", pressed)
+    monkeypatch.setattr("shoulders.cli.info.info", pressed, raising=False)
+    monkeypatch.setattr("shoulders.cli.common.check_writable", pressed)
+    result = run("info", "somewhere", "--json", "x.json")
+    assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[-1] == "error: stopped; nothing was left half-written"
+
+
+def test_what_is_read_is_not_written_over(run: Command, skill: Path, data: Path) -> None:
+    before = data.read_bytes()
+    for command in (
+        ("eval", skill, "--data", data, "--json", data),
+        ("eval", skill, "--data", data, "--json", "a.json", "--dump", "./a.json"),
+        ("generate", "--skill", skill, "--input", data, "--output", data),
+        ("compare", "--data", data, "--json", data),
+    ):
+        _refused(run(*command), "would be overwritten; write to another file")
+    assert data.read_bytes() == before
+    result = run("eval", skill, "--data", data, "--json", "/dev/null", "--dump", "/dev/null")
+    assert result.code == 0
+
+
 def test_ctrl_c_in_training_saves_and_resumes(
     run: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

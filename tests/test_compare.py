@@ -593,6 +593,75 @@ def test_comparisons_that_differ_are_not_joined(
         joined_of(tmp_path, one, other)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r.pop("latency_ms"),
+        lambda r: r.pop("machine"),
+        lambda r: r.update(test_tasks=[1]),
+        lambda r: r["runs"][0].update(right="1"),
+        lambda r: r["runs"][0].update(right="11x0"),
+        lambda r: r["plan"].update(budget={}),
+    ],
+)
+def test_a_damaged_part_is_named(tmp_path: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
+    one, other = result_of({("static", 0): "1100"}), result_of({("idpt", 0): "1111"})
+    damage(other)
+    with pytest.raises(ShouldersError, match=r"1\.json: "):
+        joined_of(tmp_path, one, other)
+
+
+def test_joining_replaces_no_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps(result_of({("static", 0): "1100"})), encoding="utf-8")
+    given = ["--join", str(part), "--out", str(tmp_path / "out")]
+    for code in (0, 2):
+        monkeypatch.setattr(sys, "argv", ["shoulders", "compare", *given])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code
+    assert "holds a comparison; choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 3000])
+def test_damaged_notes_are_named(tmp_path: Path, text: str) -> None:
+    plan = plan_of_rows(rows_file(tmp_path), tmp_path / "out", budget={"examples": 8})
+    (tmp_path / "out/plan.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ShouldersError, match=r"plan\.json: damaged"):
+        Ledger(tmp_path / "out").begin(plan, resume=True)
+
+
+def test_a_plan_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
+    """What only the training of a method would find would be found hours in."""
+    own = {"passes": [{"prompt": {"kind": "static"}}], "optimizer": {"lr": 0.1}}
+    wrong = {**own, "passes": [{"prompt": {"kind": "static", "lenght": 3}}]}
+    settings: dict[str, Any] = {"budget": {"examples": 8}}
+    plan_of_rows(rows_file(tmp_path), tmp_path / "out", own={"mine": own}, **settings)
+    for changed, why in (
+        ({"own": {"mine": wrong}}, "lenght"),
+        ({"own": {"mine": {**own, "passes": [{"prompt": {"kind": "nope"}}]}}}, "nope"),
+        ({"seeds": [-1]}, r"seeds\.0"),
+        ({"seeds": [2**63]}, r"seeds\.0"),
+        ({"own": {"": own}}, "a method's name is a folder's"),
+        ({"search": {"widest": float("inf")}}, "search.widest"),
+    ):
+        with pytest.raises(RecipeError, match=why):
+            plan_of_rows(rows_file(tmp_path), tmp_path / "out", **settings, **changed)
+
+
+def test_a_key_that_no_plan_has_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", str(rows_file(tmp_path)), "--set", "seed=1", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["shoulders", "compare", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "--set seed: a plan has no such key (did you mean 'seeds'?)" in capsys.readouterr().err
+
+
 def test_one_name_stands_for_one_method_in_all_that_is_joined(tmp_path: Path) -> None:
     """Also where the first comparison does not know it."""
     parts = [result_of({("static", 0): "1100"}) for _ in range(3)]

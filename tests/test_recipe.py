@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from shoulders.cli.app import main
-from shoulders.errors import RecipeError
+from shoulders.data.templates import Templates
+from shoulders.errors import DataError, RecipeError
 from shoulders.prompts.build import DEFAULT_KIND, producer_kinds, rates_of
 from shoulders.training.reader_recipe import is_reader, read_reader_recipe
 from shoulders.training.recipe import Recipe, make_recipe, read_recipe
@@ -116,6 +117,11 @@ def test_several_passes_have_no_rates_of_their_own() -> None:
             "skill.format.seperator",
             "separator",
         ),
+        (
+            lambda v: v["skill"]["passes"].insert(0, {"link": {"widht": 3}}),
+            "skill.passes.0.link.widht",
+            "width",
+        ),
         (lambda v: v["data"].update(trian=[]), "data.trian", "train"),
         (lambda v: v["training"].update(step=3), "training.step", "steps"),
         (lambda v: v["training"].update(sede=3), "training.sede", "seed"),
@@ -134,6 +140,26 @@ def test_several_passes_have_no_rates_of_their_own() -> None:
 )
 def test_an_unknown_key_is_named_with_the_nearest_one(change: Change, key: str, meant: str) -> None:
     assert _message(change) == f"my.yaml: unknown key '{key}' (did you mean '{meant}'?)"
+
+
+def test_the_kind_of_a_link_is_named_as_it_is_written() -> None:
+    said = _message(lambda v: v["skill"]["passes"].insert(0, {"link": {"kind": "nope"}}))
+    assert said.startswith("my.yaml: key 'skill.passes.0.link': ")
+    assert "'nope'" in said
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-13-45", "0x_", "!!int abc", "!!timestamp abc", "[" * 3000, "1" * 5000]
+)
+def test_what_yaml_cannot_read_is_said(value: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not a YAML value"):
+        read_recipe(_file(tmp_path), [f"training.seed={value}"])
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: not valid YAML"):
+        read_recipe(_file(tmp_path, f"skill: {value}"))
+    with pytest.raises(DataError, match=r"recipe\.yaml: not valid YAML"):
+        Templates.read(_file(tmp_path, f"task: {value}"))
+    with pytest.raises(RecipeError, match="holds no further keys"):
+        read_recipe(_file(tmp_path), ["skill.passes.².prompt=x"])
 
 
 def test_a_key_like_no_other_gets_no_suggestion() -> None:

@@ -114,6 +114,8 @@ def test_extra_fields_that_resemble_no_known_one_are_ignored(tmp_path: Path, nam
         (b'{"task": "t"} {"task": "u"}', "not valid JSON: Extra data at column 15"),
         (b"{'task': 't'}", "not valid JSON: "),
         (b"[" * 100_000, "not valid JSON: "),
+        (b'{"input": "x", "targets": ["y"], "score": NaN}', "not valid JSON: NaN is no JSON"),
+        (b'{"input": "x", "targets": ["y"], "input": "z"}', "'input' stands there twice"),
         (b'{"input": "caf\xe9"}', "not valid UTF-8 at byte 15"),
         ('{"input": "x"}'.encode("utf-16"), "not valid UTF-8 at byte 1"),
     ],

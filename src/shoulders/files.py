@@ -132,6 +132,17 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def read_noted(path: Path) -> dict[str, Any]:
+    """Return what a run has noted as JSON; raises `ShouldersError` where the file is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ShouldersError(f"{path}: damaged: what was begun here is not to be read; start anew")
+    return value
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as lower-case hex."""
     with path.open("rb") as file:

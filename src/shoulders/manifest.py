@@ -33,5 +33,5 @@ def read_versioned(folder: Path, name: str, model: type[M], version: int, what: 
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ArtefactError(f"{file}: damaged: key '{key}': {first['msg']}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of integers of thousands of digits
         raise ArtefactError(f"{file}: damaged: not valid JSON: {error}") from error

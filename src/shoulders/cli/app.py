@@ -69,7 +69,10 @@ def main() -> None:
     json_only = "--json=-" in sys.argv or ("--json", "-") in pairwise(sys.argv)
     try:
         with contextlib.redirect_stdout(sys.stderr) if json_only else contextlib.nullcontext():
-            sys.exit(app(standalone_mode=False))
+            code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C, without a word
+            _fail("stopped; nothing was left half-written", 130)
+        sys.exit(code)
     except typer.Abort:
         _fail("stopped", 130)
     except _Usage as error:

@@ -158,11 +158,21 @@ def check_argument(text: str, name: str) -> None:
         raise ShouldersError(f"{name} is not valid UTF-8") from None
 
 
-def check_outputs(json: Path | None, *files: Path | None) -> None:
-    """Raise `ShouldersError` now for what could not be written later; JSON alone may go to `-`."""
-    for path in (None if json == STANDARD_OUTPUT else json, *files):
-        if path is not None:
-            check_writable(path)
+def check_outputs(
+    json: Path | None, *files: Path | None, read: Iterable[Path | str | None] = ()
+) -> None:
+    """Raise `ShouldersError` now for what could not be written later; JSON alone may go to `-`.
+
+    Nor may two outputs be one file, or one of them what is `read`.
+    """
+    outputs = [p for p in (None if json == STANDARD_OUTPUT else json, *files) if p is not None]
+    taken = {Path(path).resolve() for path in read if path is not None}
+    for path in outputs:
+        if path.is_file() or not path.exists():  # no device, such as /dev/null
+            if path.resolve() in taken:
+                raise ShouldersError(f"{path}: would be overwritten; write to another file")
+            taken.add(path.resolve())
+        check_writable(path)
 
 
 def emit_json(path: Path | None, value: dict[str, Any]) -> None:

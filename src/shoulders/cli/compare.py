@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stderr, stdout
-from shoulders.errors import ShouldersError
+from shoulders.errors import RecipeError, ShouldersError, nearest
 
 
 def compare(
@@ -58,7 +58,9 @@ def compare(
         raise ShouldersError("--join puts finished runs together: it takes --out and --json only")
     if minutes is not None and data is None:
         raise ShouldersError("--minutes goes with --data; in a plan it is budget.minutes")
-    check_outputs(json)
+    check_outputs(json, read=[plan, data, *(join or ())])
+    if join and any((out / name).exists() for name in ("plan.json", "compare.json")):
+        raise ShouldersError(f"{out}: holds a comparison; choose another --out for what is joined")
     chosen = [name.strip() for name in methods.split(",")] if methods else None
     given = [*(overrides or ())]
     if chosen:
@@ -79,6 +81,9 @@ def compare(
         }
         for one in given:
             override(settings, one)
+        if unknown := [key for key in settings if key not in Plan.model_fields]:
+            known = nearest(unknown[0], Plan.model_fields)
+            raise RecipeError(f"--set {unknown[0]}: a plan has no such key{known}")
         parsed = plan_of_rows(data, out, **settings)
         if small := untested(parsed):
             note = f"note: too few inputs to test on, trained on only: {', '.join(small)}"

@@ -118,7 +118,7 @@ def evaluate(
     if vllm_url is not None and (recurse_below is not None or reads or data.suffix == ".txt"):
         raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
     _unused(context, skill, reads=reads, text=data.suffix == ".txt")
-    check_outputs(json, dump, contexts, plot)
+    check_outputs(json, dump, contexts, plot, read=[data])
     if reads:
         reader = readers.open_reader(
             skill,

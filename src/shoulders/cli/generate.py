@@ -98,7 +98,7 @@ def generate(
         note_given(context, ["templates"], "--text without --task is not rendered")
     if vllm_url is None:
         note_given(context, ["vllm_api_key_file"], "it goes with --vllm-url")
-    check_outputs(json, output)
+    check_outputs(json, output, read=[input])
     try:
         decoding = DecodingConfig(
             max_new_tokens=max_new_tokens,

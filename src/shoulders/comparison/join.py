@@ -12,6 +12,8 @@ from shoulders.comparison.plan import make_plan
 from shoulders.comparison.run import rows_of, tasks_of
 from shoulders.errors import DataError
 
+WANTED = ("plan", "methods", "runs", "trials", "forgetting", "interference", "latency_ms", "lm",
+          "machine", "rows", "date")  # fmt: skip
 FILES = ("data", "test", "forgetting")  # of a plan: they may lie elsewhere on another machine
 
 
@@ -86,16 +88,26 @@ def _read(path: Path) -> dict[str, Any]:
         known = result["benchmark"] == "compare" and all("right" in r for r in result["runs"])
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         known = False
     if not known:
         raise DataError(f"{path}: is no compare.json that says which rows each run has right")
+    if missing := [key for key in WANTED if key not in result]:
+        raise DataError(f"{path}: damaged: {missing[0]} is missing")
+    plan = make_plan(result["plan"], str(path))
     # What earlier versions did not note: read from the test rows themselves.
     if "test_tasks" not in result:
-        result["test_tasks"] = tasks_of(rows_of(make_plan(result["plan"])))
+        result["test_tasks"] = tasks_of(rows_of(plan))
     # As this version writes it: what earlier ones did not have yet stands at its default.
-    result["plan"] = make_plan(result["plan"]).model_dump(mode="json")
-    result["test_tasks"] = [(task, count) for task, count in result["test_tasks"]]
+    result["plan"] = plan.model_dump(mode="json")
+    try:
+        result["test_tasks"] = [(task, int(count)) for task, count in result["test_tasks"]]
+        tested = sum(count for _, count in result["test_tasks"])
+        for run in result["runs"]:
+            if len(run["right"]) != tested or set(run["right"]) - {"0", "1"}:
+                raise ValueError(f"{run['method']}, seed {run['seed']}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: damaged: the test rows that runs have right: {error}") from None
     return result
 
 

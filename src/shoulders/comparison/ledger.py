@@ -8,7 +8,7 @@ from typing import Any
 
 from shoulders.comparison.plan import Plan, make_plan
 from shoulders.errors import DataError, RecipeError, ShouldersError, TrainingError
-from shoulders.files import remove_partial, sha256_of_path, write_json, write_text
+from shoulders.files import read_noted, remove_partial, sha256_of_path, write_json, write_text
 
 PLAN, RUNS, SHA256 = "plan.json", "runs.jsonl", "sha256"
 NAMED = ("own", "variants", "ensembles")
@@ -35,11 +35,14 @@ class Ledger:
         if self._file.is_file():
             for number, line in enumerate(_lines(self._file), 1):
                 try:
-                    self._rows.append(json.loads(line))
-                except json.JSONDecodeError:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
                     raise ShouldersError(
                         f"{self._file}:{number}: is no run; remove that line to run it again"
-                    ) from None
+                    )
+                self._rows.append(row)
 
     def begin(self, plan: Plan, *, resume: bool) -> None:
         """Look whether a plan may run here; with `resume` it may name more than the one begun.
@@ -56,7 +59,7 @@ class Ledger:
                 raise DataError(f"{name}: no such file")
         noted = {**plan.model_dump(mode="json"), SHA256: hashes_of(plan)}
         if file.is_file():
-            begun = json.loads(file.read_text(encoding="utf-8"))
+            begun = read_noted(file)
             if changed := differing(noted, begun):
                 raise TrainingError(
                     f"{self.out}: was begun with another plan or other rows ({changed}; "

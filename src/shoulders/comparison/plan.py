@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
-from shoulders.skills.config import TextFormat
+from shoulders.skills.config import SkillConfig, TextFormat
 from shoulders.training.configs import LMConfig, OptimizerConfig
 from shoulders.training.recipe import explain, located, read_values
 
@@ -57,7 +57,7 @@ class SearchConfig(_Part):
 
     trials: int = Field(default=0, ge=0)
     share: float = Field(default=0.25, gt=0, le=1)
-    widest: float = Field(default=4.0, gt=1)
+    widest: float = Field(default=4.0, gt=1, allow_inf_nan=False)
 
 
 class ForgettingConfig(_Part):
@@ -82,6 +82,11 @@ class OwnMethod(_Part):
     passes: list[dict[str, Any]] = Field(min_length=1)
     format: TextFormat = TextFormat()
     optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _as_in_a_recipe(self) -> Self:
+        SkillConfig.model_validate({"passes": self.passes, "format": self.format})
+        return self
 
 
 class Variant(_Part):
@@ -146,7 +151,7 @@ class Plan(_Part):
     start: str = "Read the instruction and give only the short answer."
     shots: int = Field(default=4, ge=1)
     max_new_tokens: int = Field(default=32, ge=1)
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**61)], ...] = Field(default=(0,), min_length=1)
     search: SearchConfig = SearchConfig()
     forgetting: ForgettingConfig = ForgettingConfig()
 
@@ -274,3 +279,5 @@ def make_plan(values: dict[str, Any], where: str = "plan") -> Plan:
         return Plan.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: {explain(error, Plan, values)}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error

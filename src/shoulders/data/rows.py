@@ -89,7 +89,9 @@ def json_lines(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 def _parse(raw: bytes, where: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(raw.rstrip().decode("utf-8"))
+        value = json.loads(
+            raw.rstrip().decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_once
+        )
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: not valid UTF-8 at byte {error.start + 1}; save the file as UTF-8"
@@ -101,6 +103,19 @@ def _parse(raw: bytes, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: a row must be a JSON object, not {_kind(value)}")
     return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{twice}' stands there twice")
+    return found
 
 
 def _row(fields: Mapping[str, Any], where: str, default_task: str) -> Row:

@@ -69,6 +69,8 @@ class Templates:
             value = yaml.load(text, Loader=_UniqueKeyLoader)
         except yaml.YAMLError as error:
             raise DataError(_yaml_message(path, error)) from None
+        except (ValueError, AttributeError, RecursionError) as error:  # `2024-13-45`, `!!int abc`
+            raise DataError(f"{path}: not valid YAML: {error}") from None
         return cls.from_dict(value, source=str(path))
 
     @classmethod

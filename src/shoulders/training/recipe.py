@@ -12,9 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
 from shoulders.prompts.build import config_of, kind_of, rates_of
+from shoulders.recursion.connector import ConnectorConfig
+from shoulders.recursion.latent import LatentConfig
 from shoulders.skills.config import SkillConfig
 from shoulders.training.configs import CrossFitConfig, LMConfig, RunningTextConfig, TrainingConfig
 
+# What its reader raises: of scalars such as `2024-13-45` and `!!int abc`, and of deep nesting, too.
+NO_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 FILES = ("train", "validation", "templates")  # what `data` and `text` name files by
 
 
@@ -100,7 +104,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: no such recipe file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NO_YAML as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with lm, skill, data and training")
@@ -167,14 +171,28 @@ def explain(error: ValidationError, model: type[BaseModel], values: Any) -> str:
     """Return the first problem of validating `values` as one line with its dotted key."""
     # A misspelt key may leave a required one missing: say what was misspelt.
     first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"])
+    place = _place(first["loc"], values)
+    key = ".".join(str(part) for part in place)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(model, first["loc"][:-1], values)
-        return f"unknown key '{key}'{nearest(str(first['loc'][-1]), known)}"
+        known = _fields_at(model, place[:-1], values)
+        return f"unknown key '{key}'{nearest(str(place[-1]), known)}"
     if first["type"] == "missing":
         return f"key '{key}' is missing"
     said = str(first["msg"]).removeprefix("Value error, ")
     return f"key '{key}': {said}" if key else said
+
+
+def _place(loc: tuple[int | str, ...], values: Any) -> tuple[int | str, ...]:
+    """Return a problem's place without what pydantic names beside keys: the kinds of a union."""
+    found: list[int | str] = []
+    for number, part in enumerate(loc, 1):
+        inside = isinstance(values, dict) and part in values
+        if inside or (isinstance(values, list) and isinstance(part, int)):
+            values = values[part]
+        elif number < len(loc) or not str(part).isidentifier():
+            continue
+        found.append(part)
+    return tuple(found)
 
 
 def override(values: dict[str, Any], given: str) -> None:
@@ -189,19 +207,19 @@ def override(values: dict[str, Any], given: str) -> None:
     *parents, last = key.split(".")
     for part in parents:
         if isinstance(at, list):
-            at = at[int(part)] if part.isdigit() and int(part) < len(at) else None
+            at = at[int(part)] if part.isdecimal() and int(part) < len(at) else None
         elif isinstance(at, dict):
             at = at.setdefault(part, {})
         if not isinstance(at, dict | list):
             raise RecipeError(f"--set {given}: '{part}' holds no further keys")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {given}: '{text}' is not a YAML value") from error
+    except NO_YAML as error:
+        raise RecipeError(f"--set {given}: '{text[:80]}' is not a YAML value") from error
     if isinstance(value, str):
         value = _number(value)
     if isinstance(at, list):
-        if not last.isdigit() or int(last) >= len(at):
+        if not last.isdecimal() or int(last) >= len(at):
             raise RecipeError(f"--set {given}: '{last}' is not a place in that list")
         at[int(last)] = value
     else:
@@ -251,4 +269,6 @@ def _fields_at(model: type[BaseModel], place: tuple[int | str, ...], values: Any
                 at = inner
         if part == "prompt":  # its fields are those of its kind of producer
             at = config_of(kind_of(values))
+        elif part == "link" and isinstance(values, dict):
+            at = LatentConfig if values.get("kind") == "latent" else ConnectorConfig
     return list(getattr(at, "model_fields", {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shoulders.errors import RecipeError, TrainingError
-from shoulders.files import write_json
+from shoulders.files import read_noted, write_json
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import FILE, TENSORS, read_artefact
 from shoulders.skills.skill import Skill
@@ -76,7 +75,7 @@ def same_recipe(recipe: BaseModel, file: Path, data: Mapping[str, str]) -> None:
     if not file.is_file():
         write_json(file, values)
         return
-    begun = as_now(json.loads(file.read_text(encoding="utf-8")), type(recipe))
+    begun = as_now(read_noted(file), type(recipe))
     hashes = begun.setdefault("data_sha256", values["data_sha256"])  # not noted before 2026-11-29
     changed = [name for name, value in data.items() if hashes.get(name, value) != value]
     if changed or difference(by_name(begun), by_name(values)):
