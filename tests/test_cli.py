@@ -326,11 +326,9 @@ def test_the_disk_really_fills_up_in_a_process(folder: Path, recipe: Path, tmp_p
 
 
 def test_ctrl_c_elsewhere_says_so(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pressed(_folder: Path) -> None:
+    def pressed(_path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artefact, "read_artefact", pressed)
-    monkeypatch.setattr("shoulders.cli.info.info", pressed, raising=False)
     monkeypatch.setattr("shoulders.cli.common.check_writable", pressed)
     result = run("info", "somewhere", "--json", "x.json")
     assert (result.code, result.out) == (130, "")

@@ -136,13 +136,13 @@ def differing(noted: dict[str, Any], begun: dict[str, Any]) -> str:
         return str(error)
     for key in plan:
         if key in ("methods", "seeds"):
-            changed = [str(value) for value in earlier[key] if value not in plan[key]]
+            changed = [f" without {value}" for value in earlier[key] if value not in plan[key]]
         elif key in NAMED:
-            changed = [n for n, own in earlier[key].items() if plan[key].get(n) != own]
+            changed = [f".{n}" for n, own in earlier[key].items() if plan[key].get(n) != own]
         else:
             changed = [""] if plan[key] != earlier[key] else []
         if changed:
-            return f"{key}.{changed[0]}".rstrip(".")
+            return f"{key}{changed[0]}"
     return ""
 
 
