@@ -617,7 +617,9 @@ def test_joining_replaces_no_comparison(
     part = tmp_path / "part.json"
     part.write_text(json.dumps(result_of({("static", 0): "1100"})), encoding="utf-8")
     given = ["--join", str(part), "--out", str(tmp_path / "out")]
-    for code in (0, 2):
+    for code in (0, 0, 2):  # what was joined before may be joined again
+        if code:
+            (tmp_path / "out/plan.json").write_text("{}", encoding="utf-8")
         monkeypatch.setattr(sys, "argv", ["shoulders", "compare", *given])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -642,6 +644,7 @@ def test_a_plan_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
     for changed, why in (
         ({"own": {"mine": wrong}}, "lenght"),
         ({"own": {"mine": {**own, "passes": [{"prompt": {"kind": "nope"}}]}}}, "nope"),
+        ({"own": {"mine": {**own, "passes": [{"promt": {}}]}}}, r"'passes.0.promt'.*'prompt'\?\)$"),
         ({"seeds": [-1]}, r"seeds\.0"),
         ({"seeds": [2**63]}, r"seeds\.0"),
         ({"own": {"": own}}, "a method's name is a folder's"),

@@ -59,7 +59,7 @@ def compare(
     if minutes is not None and data is None:
         raise ShouldersError("--minutes goes with --data; in a plan it is budget.minutes")
     check_outputs(json, read=[plan, data, *(join or ())])
-    if join and any((out / name).exists() for name in ("plan.json", "compare.json")):
+    if join and (out / "plan.json").exists():
         raise ShouldersError(f"{out}: holds a comparison; choose another --out for what is joined")
     chosen = [name.strip() for name in methods.split(",")] if methods else None
     given = [*(overrides or ())]

@@ -85,7 +85,11 @@ class OwnMethod(_Part):
 
     @model_validator(mode="after")
     def _as_in_a_recipe(self) -> Self:
-        SkillConfig.model_validate({"passes": self.passes, "format": self.format})
+        values = {"passes": self.passes, "format": self.format.model_dump()}
+        try:
+            SkillConfig.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(explain(error, SkillConfig, values)) from None
         return self
 
 

@@ -109,7 +109,8 @@ def evaluate(
         intervals, overall and by task, and every answer (scores from 0 to 1).
 
     Raises:
-        DataError: no rows, or one without targets.
+        DataError: no rows.
+        ValueError: a row without targets.
         WindowError: names the row (from 1) that does not fit the LM's window.
     """
     started = time.perf_counter()
