@@ -139,6 +139,7 @@ def test_a_reader_is_trained_saved_asked_and_scored(tmp_path: Path) -> None:
     assert "fusion.json: damaged" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_another_recipe_is_refused(tmp_path: Path) -> None:
     values = recipe_of(tmp_path, reranker=None)
     recipe, out = write_recipe(tmp_path / "recipe.yaml", values), tmp_path / "out"

@@ -869,7 +869,6 @@ def test_a_second_interrupt_stops_at_once() -> None:
     ("optimizer", "kills"),
     [
         ("adamw", 3),
-        ("adafactor", 3),
         pytest.param("adamw", 20, marks=pytest.mark.slow),
         pytest.param("adafactor", 20, marks=pytest.mark.slow),
         pytest.param("muon", 20, marks=pytest.mark.slow),
