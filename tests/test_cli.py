@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from shoulders.serving import listening
 from shoulders.skills import artefact
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, save_skill
 from shoulders.skills.reader_artefact import FILE as READER
+from shoulders.skills.skill import Skill
 from shoulders.training import checkpoint, fit
 from shoulders.training.recipe import read_recipe
 from shoulders.training.run import run_recipe
@@ -795,11 +796,76 @@ def test_generate_refuses(arguments: list[str], reason: str, run: Command, skill
 def test_generate_names_the_row_that_is_too_long(run: Command, skill: Path) -> None:
     given = write_jsonl(Path("in.jsonl"), [{"input": "a"}, {"input": "too long " * WINDOW}])
     arguments = ("generate", "--skill", skill, "--input", given, "--output", "o.jsonl")
-    _refused(run(*arguments), "row 2 ('too long", "truncation")
-    assert not Path("o.jsonl").exists()
+    _refused(run(*arguments), "in.jsonl:2: ('too long", "truncation")
+    assert sorted(p.name for p in Path.cwd().iterdir()) == ["in.jsonl"]
     assert run(*arguments, "--keep", "start", "--max-new-tokens", 2).code == 0
     assert len(Path("o.jsonl").read_text().splitlines()) == 2
     _refused(run("generate", "--skill", skill, "--text", "too long " * WINDOW), "truncation")
+
+
+def test_generate_goes_on_from_what_it_kept(
+    run: Command, skill: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was answered is not asked again, whatever became of the file's other rows."""
+    given, few = Path("in.jsonl"), ("--max-new-tokens", 5, "--n", 2, "--temperature", 0.9)
+    arguments = ("generate", "--skill", skill, "--input", given, *few)
+    write_jsonl(given, [{"input": f"question {i}"} for i in range(5)])
+    assert run(*arguments, "--output", "whole.jsonl").code == 0
+
+    asked: list[list[str]] = []
+    real = Skill.generate
+
+    def stopped(self: Skill, texts: Sequence[str], *rest: Any, **named: Any) -> Any:
+        asked.append(list(texts))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(self, texts, *rest, **named)
+
+    monkeypatch.setattr(Skill, "generate", stopped)
+    monkeypatch.setattr("shoulders.cli.generate.TOGETHER", 4)
+    mine = (*arguments, "--output", "o.jsonl")
+    result = run(*mine)
+    assert (result.code, Path("o.jsonl").exists()) == (130, False)
+    assert "o.jsonl.answered: keeps 4 answers; --resume goes on" in " ".join(result.err.split())
+    _refused(run(*mine), "o.jsonl.answered: holds the answers of a run that was stopped")
+    other = run(*mine, "--seed", 1, "--keep", "start", "--resume")
+    _refused(other, "o.jsonl.answered: its answers were asked for with another keep, seed")
+    with Path("o.jsonl.answered").open("a") as file:
+        file.write('{"text": "quest')  # as a kill in the midst of writing leaves it
+    write_jsonl(given, [{"input": f"question {i}", "id": i} for i in (5, 0, 1, 2, 3, 4, 0)])
+    del asked[:]
+    assert run(*mine, "--resume").code == 0
+    assert asked == [["question 5", "question 4"]]
+    assert sorted(p.name for p in Path.cwd().iterdir()) == ["in.jsonl", "o.jsonl", "whole.jsonl"]
+
+    def outputs(name: str) -> dict[str, Any]:
+        rows = map(json.loads, Path(name).read_text().splitlines())
+        return {row["input"]: [o["text"] for o in row["outputs"]] for row in rows}
+
+    assert {k: v for k, v in outputs("o.jsonl").items() if k != "question 5"} == outputs(
+        "whole.jsonl"
+    )
+    assert [json.loads(x)["id"] for x in Path("o.jsonl").read_text().splitlines()] == [
+        5, 0, 1, 2, 3, 4, 0
+    ]  # fmt: skip
+
+
+def test_answers_are_kept_where_the_output_cannot_be_written(
+    run: Command, skill: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise ShouldersError("o.jsonl: cannot write: No space left on device")
+
+    given = write_jsonl(Path("in.jsonl"), [{"input": f"question {i}"} for i in range(3)])
+    arguments = ("generate", "--skill", skill, "--input", given, "--output", "o.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr("shoulders.cli.generate.write_answers", full)
+        result = run(*arguments)
+    _refused(result, "No space left")
+    assert "o.jsonl.answered: keeps 3 answers" in result.err
+    monkeypatch.delattr("shoulders.skills.skill.Skill.generate")
+    assert run(*arguments, "--resume").code == 0
+    assert len(Path("o.jsonl").read_text().splitlines()) == 3
 
 
 # -- info --------------------------------------------------------------------------------

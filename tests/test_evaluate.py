@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +12,10 @@ import pytest
 import torch
 
 from shoulders.cli.evaluate import spread
-from shoulders.data.rows import Row
+from shoulders.data.rows import Row, read_rows
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import DataError
+from shoulders.errors import DataError, WindowError
 from shoulders.evaluation.evaluate import (
     EVALUATION_DECODING,
     Evaluation,
@@ -30,7 +31,7 @@ from shoulders.lm.load import load_lm
 from shoulders.lm.score import Score
 from shoulders.skills.config import PassConfig, SkillConfig
 from shoulders.skills.skill import Skill
-from tiny_models import save_tiny_lm
+from tiny_models import WINDOW, save_tiny_lm, write_jsonl
 
 
 class FakeSkill:
@@ -237,3 +238,23 @@ def test_spread_is_balanced_and_in_file_order(
     tasks: str, limit: int | None, places: list[int]
 ) -> None:
     assert [int(r.input) for r in spread(_rows(tasks), limit)] == places
+
+
+def test_a_row_that_does_not_fit_is_named_by_file_and_line(tmp_path: Path) -> None:
+    """Through rank classification too, which reads some of the rows; not by the row's number."""
+    lines = [{"task": "t", "input": f"x{i}", "targets": ["y"]} for i in range(3)]
+    write_jsonl(tmp_path / "a.jsonl", lines[:2])
+    write_jsonl(tmp_path / "b.jsonl", lines[2:])
+    (tmp_path / "b.jsonl").write_text("\n" + (tmp_path / "b.jsonl").read_text())
+    rows = [row for name in ("a", "b") for row in read_rows(tmp_path / f"{name}.jsonl")]
+    base = Skill.base(load_lm(str(save_tiny_lm(tmp_path / "lm")), dtype="float32"))
+    answer = DecodingConfig(max_new_tokens=1)
+    late = replace(rows[2], input="z " * WINDOW)
+    with pytest.raises(WindowError, match=r"/b\.jsonl:2: \('z z .*tokens, \d+ fit"):
+        evaluate(base, [*rows[:2], late], Templates(), decoding=answer)
+    # Short enough to be answered, too long beside one of its options.
+    long = replace(rows[2], input="z" * (WINDOW - 40), options=("y", "n" * 60))
+    with pytest.raises(WindowError, match=r"/b\.jsonl:2: \('zzz"):
+        evaluate(base, [*rows[:2], long], Templates(), decoding=answer)
+    with pytest.raises(WindowError, match=r"^row 2: \('zzz"):
+        evaluate(base, [rows[0], replace(long, where=None)], Templates(), decoding=answer)

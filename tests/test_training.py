@@ -719,7 +719,7 @@ def test_a_row_that_will_not_fit_is_named_before_the_first_step(
     recipe = _recipe(lm, tmp_path, steps=200)
     late = {"task": "north", "input": "z " * 400, "targets": ["no"]}
     write_jsonl(tmp_path / "data/train.jsonl", [*rows("north", 9), late, *rows("south", 5)])
-    with pytest.raises(WindowError, match=r"task 'north', input 'z z .*tokens, \d+ fit"):
+    with pytest.raises(WindowError, match=r"train.jsonl:10, task 'north' \('z z .*tokens, \d+ fit"):
         run_recipe(recipe, tmp_path / "out")
     assert not list((tmp_path / "out").glob("checkpoints/*"))
     skill, mixture, *_ = _parts(recipe, lm)

@@ -7,7 +7,8 @@ The command line prints the message alone and exits with 2; anything that is *no
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ShouldersError(Exception):
@@ -27,7 +28,17 @@ class LMError(ShouldersError):
 
 
 class WindowError(ShouldersError):
-    """A sequence does not fit into the frozen LM's window."""
+    """A sequence does not fit into the frozen LM's window.
+
+    Args:
+        reason: what does not fit into what, and the fix.
+        row: its number (from 1) among those given at once.
+        text: what was to be read, to find its place in the data by; see `placed`.
+    """
+
+    def __init__(self, reason: str, row: int | None = None, text: str | None = None) -> None:
+        super().__init__(reason if row is None else f"row {row} {reason}")
+        self.reason, self.text = reason, text
 
 
 class ArtefactError(ShouldersError):
@@ -44,6 +55,22 @@ class DivergedError(TrainingError):
 
 class InterruptedTraining(TrainingError):  # noqa: N818 - it is one, and not a failure
     """Training was stopped by the user; its checkpoint is on disk."""
+
+
+@contextmanager
+def placed(texts: Sequence[str], places: Sequence[str]) -> Iterator[None]:
+    """Name the file and line of a text that does not fit, where a pass says which text it was.
+
+    By the text, not by its number: passes and engines read parts of what they are given.
+    """
+    try:
+        yield
+    except WindowError as error:
+        pairs = zip(texts, places, strict=True)
+        found = next((place for text, place in pairs if text == error.text), None)
+        if found is None:
+            raise
+        raise WindowError(f"{found}: {error.reason}", text=error.text) from None
 
 
 def install(extra: str) -> str:

@@ -27,7 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     points to is replaced, not the link; a device or a pipe is yielded itself, to be written into.
     """
     with writing_to(path):
-        if _is_special(path):
+        if is_special(path):
             yield path
             return
         path = _pointed_to(path)
@@ -176,7 +176,7 @@ def check_writable(path: Path) -> None:
     with writing_to(path):
         if path.is_dir():
             raise IsADirectoryError(21, "is a folder, a file name is needed")
-        if _is_special(path):
+        if is_special(path):
             # Opening a pipe would wait for its reader.
             if not os.access(path, os.W_OK):
                 raise PermissionError(13, "Permission denied")
@@ -187,7 +187,7 @@ def check_writable(path: Path) -> None:
             pass
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Tell whether `path` is a device, a pipe or a socket: nothing that a file may replace."""
     return path.exists() and not path.is_file() and not path.is_dir()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from shoulders.cli.answers import TOGETHER, Kept, read_inputs, rendered, write_answers
 from shoulders.cli.common import (
     BASE,
     check_argument,
@@ -21,12 +21,9 @@ from shoulders.cli.common import (
     stderr,
 )
 from shoulders.cli.remote import through
-from shoulders.data.rows import Row, check_encodable, checked_texts, json_lines
-from shoulders.errors import DataError, ShouldersError
-from shoulders.files import atomic_path
-
-if TYPE_CHECKING:
-    from shoulders.data.templates import Templates
+from shoulders.data.rows import Row
+from shoulders.errors import ShouldersError, placed
+from shoulders.files import sha256_of_path
 
 
 def generate(
@@ -39,6 +36,9 @@ def generate(
         Path | None, typer.Option(help='JSONL with "input" and, to use a template, "task".')
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL: each row with its outputs.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the answers that a stopped run has kept.")
+    ] = False,
     task: Annotated[
         str | None, typer.Option(help="Render --text under this task's first template.")
     ] = None,
@@ -80,6 +80,7 @@ def generate(
     from pydantic import ValidationError
 
     from shoulders.lm.decode import DecodingConfig
+    from shoulders.skills.skill import Skill
 
     if (text is None) == (input is None):
         raise ShouldersError("give either --text or --input")
@@ -94,7 +95,9 @@ def generate(
     if input is not None:
         note_given(context, ["json"], "it goes with --text; rows are answered in --output")
         note_given(context, ["task"], "rows name their own task")
-    elif task is None:
+    else:
+        note_given(context, ["resume"], "it goes with --input")
+    if text is not None and task is None:
         note_given(context, ["templates"], "--text without --task is not rendered")
     if vllm_url is None:
         note_given(context, ["vllm_api_key_file"], "it goes with --vllm-url")
@@ -111,7 +114,7 @@ def generate(
     except ValidationError as error:
         first = error.errors()[0]
         raise ShouldersError(f"--{first['loc'][0]}: {first['msg']}".replace("_", "-")) from None
-    rows = _read_inputs(input) if input else []
+    rows, places = read_inputs(input) if input else ([], [])
     opened, own = open_skill(
         skill,
         lm=lm,
@@ -124,23 +127,47 @@ def generate(
     if keep is not None:
         opened = opened.keeping(keep)
     if text is not None:
-        rendered = own.render(Row(task, text, ())) if task else text
+        read = own.render(Row(task, text, ())) if task else text
         with through(gated(opened, skill, recurse_below), vllm_url, vllm_api_key_file) as answering:
-            _answer_one(answering, opened, rendered, decoding, json)
+            _answer_one(answering, opened, read, decoding, json)
         return
+    assert output is not None  # goes with --input
+    texts = [rendered(row, own) for row in rows]
+    asked = {
+        "skill": "base" if skill == BASE else sha256_of_path(Path(skill)),
+        "lm": opened.lm.fingerprint,
+        "dtype": dtype,
+        "quantize": quantize,
+        "vllm-url": vllm_url is not None,
+        "keep": keep,
+        "recurse-below": recurse_below,
+        **decoding.model_dump(mode="json"),
+    }
+    kept = Kept(output, asked, resume=resume)
+    with placed(texts, places):
+        if not (isinstance(opened, Skill) and opened.proposals):  # hours later it would be late
+            opened.asking_ids(texts, decoding)
+        with (
+            through(gated(opened, skill, recurse_below), vllm_url, vllm_api_key_file) as answering,
+            kept.telling(stderr().print),
+        ):
+            _answer_all(answering, texts, decoding, kept)
+            write_answers(output, rows, [kept.found[text] for text in texts])
+
+
+def _answer_all(answering: Any, texts: list[str], decoding: Any, kept: Kept) -> None:
+    """Answer what is not answered yet."""
     from shoulders.training.monitor import quiet_progress
 
-    texts = [_rendered(row, own) for row in rows]
-    with (
-        through(gated(opened, skill, recurse_below), vllm_url, vllm_api_key_file) as answering,
-        quiet_progress(stderr(), "generating", len(rows)) as advance,
-    ):
-        answers = answering.generate(texts, decoding, on_rows=advance)
-    assert output is not None  # goes with --input
-    with atomic_path(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row, several in zip(rows, answers, strict=True):
-            outputs = [{"text": c.text, "logprob": c.logprob, "finish": c.finish} for c in several]
-            file.write(jsonlib.dumps({**row, "outputs": outputs}, ensure_ascii=False) + "\n")
+    parts = list(kept.missing(texts, max(1, TOGETHER // decoding.n)))
+    with quiet_progress(stderr(), "generating", sum(map(len, parts))) as advance:
+        for part in parts:
+            answers = answering.generate(part, decoding, on_rows=advance)
+            kept.add(part, [[_output(c) for c in several] for several in answers])
+
+
+def _output(completion: Any) -> dict[str, Any]:
+    return {name: getattr(completion, name) for name in ("text", "logprob", "finish")}
 
 
 def _answer_one(answering: Any, skill: Any, text: str, decoding: Any, json: Path | None) -> None:
@@ -161,34 +188,3 @@ def _answer_one(answering: Any, skill: Any, text: str, decoding: Any, json: Path
         for number, completion in enumerate(completions, 1):
             sys.stdout.write(f"[{number}] {completion.text}\n")
     emit_json(json, {"input": text, "outputs": [asdict(c) for c in completions]})
-
-
-def _read_inputs(path: Path) -> list[dict[str, Any]]:
-    """Read rows with an input; their other fields are carried along."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    rows = []
-    for fields, where in json_lines(path):
-        text, task = fields.get("input"), fields.get("task")
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f'{where}: each line needs a non-empty text "input"')
-        if task is not None and not isinstance(task, str):
-            raise DataError(f'{where}: "task" must be a text')
-        if task is not None and fields.get("options") is not None:
-            checked_texts(fields["options"], "options", where)
-        # All of it is written again.
-        check_encodable(jsonlib.dumps(fields, ensure_ascii=False), f"{where}: the row")
-        rows.append(dict(fields))
-    if not rows:
-        raise DataError(f"{path}: is empty; each line needs an object with an input")
-    return rows
-
-
-def _rendered(row: dict[str, Any], templates: Templates) -> str:
-    """Return a row's input as the skill reads it: as `eval` renders it, where it names a task."""
-    if row.get("task") is None:
-        return str(row["input"])
-    options = row.get("options")
-    return templates.render(
-        Row(row["task"], row["input"], (), None if options is None else tuple(options))
-    )

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +15,6 @@ from shoulders.comparison.frozen import Frozen, Rows
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method
 from shoulders.comparison.plan import Plan
-from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
 from shoulders.evaluation.evaluate import dump_predictions, evaluate
 from shoulders.lm.decode import DecodingConfig
@@ -38,7 +38,7 @@ def measured(
     facts: dict[str, Any],
 ) -> None:
     """Ask the test rows, keep the answers, and note the run."""
-    asked = [Row(r.task, t, r.targets, r.options) for r, t in zip(rows.test, texts, strict=True)]
+    asked = [replace(row, input=t) for row, t in zip(rows.test, texts, strict=True)]
     with quiet_progress(console, f"asking {method.name}", len(asked)) as advance:
         result = evaluate(skill, asked, Templates(), decoding=decoding, on_rows=advance)
     dump_predictions(ledger.predictions(method.name, seed), result.predictions)

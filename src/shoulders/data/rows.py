@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ class Row:
     """One example: any one of `targets` is a right answer to `input`.
 
     `options` holds the answer choices when the task is to choose among them (rank
-    classification), else None.
+    classification), else None. `where` it stands (file and line, or number in a table), for
+    messages: rows are equal wherever they stand.
     """
 
     task: str
     input: str
     targets: tuple[str, ...]
     options: tuple[str, ...] | None = None
+    where: str | None = field(default=None, compare=False, repr=False)
 
 
 def read_rows(path: Path | str, *, task: str | None = None) -> list[Row]:
@@ -144,6 +146,7 @@ def _row(fields: Mapping[str, Any], where: str, default_task: str) -> Row:
         input=_text(given["input"], "input", where),
         targets=targets,
         options=options,
+        where=where,
     )
 
 
@@ -307,6 +310,7 @@ def _p3_row(fields: Mapping[str, Any], where: str, task: str) -> Row | None:
         options=tuple(text.strip() for text in checked_texts(options, _P3_OPTIONS, where))
         if options  # P3 writes an empty list where a prompt has no choices
         else None,
+        where=where,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
+from shoulders.errors import placed
 from shoulders.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
@@ -111,12 +112,14 @@ def evaluate(
     Raises:
         DataError: no rows.
         ValueError: a row without targets.
-        WindowError: names the row (from 1) that does not fit the LM's window.
+        WindowError: names the file and line of the row that does not fit the LM's window; its
+            number (from 1), where rows come from no file.
     """
     started = time.perf_counter()
     texts = [templates.render(row, 0) for row in rows]
-    answers = skill.generate(texts, decoding, on_rows=on_rows)
-    ranked = _rank(skill, rows, texts)
+    with placed(texts, [row.where or f"row {i}" for i, row in enumerate(rows, 1)]):
+        answers = skill.generate(texts, decoding, on_rows=on_rows)
+        ranked = _rank(skill, rows, texts)
     compare = normalize if normalizer == "general" else normalize_squad
     predictions = [
         Prediction(

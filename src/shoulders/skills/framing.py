@@ -35,23 +35,26 @@ class Framing:
         rows = []
         ahead = self._ahead(texts)
         for i, ids in enumerate(self._lm.tokenize(texts)):
+            which = i + 1, texts[i]
             if limit < 1:
                 letters = f", letters {most_tokens(n)}" if (n := self._form.spelling) else ""
                 raise WindowError(
-                    f"row {i + 1} ('{texts[i][:40]}...'): no room for any input in the window of "
+                    f"('{texts[i][:40]}...'): no room for any input in the window of "
                     f"{self._lm.max_positions}: prompt {self._prompt_length}, answer {answer_room}"
-                    f"{letters}; make the largest of them smaller"
+                    f"{letters}; make the largest of them smaller",
+                    *which,
                 )
             if len(ids) > limit and self._form.keep is None:
                 raise WindowError(
-                    f"row {i + 1} ('{texts[i][:40]}...'): {len(ids)} tokens, {limit} fit "
+                    f"('{texts[i][:40]}...'): {len(ids)} tokens, {limit} fit "
                     f"(window {self._lm.max_positions}, prompt {self._prompt_length}, "
                     f"answer {answer_room}); "
-                    "shorten it, or allow truncation with keep: start or keep: end"
+                    "shorten it, or allow truncation with keep: start or keep: end",
+                    *which,
                 )
             cut = ids[:limit] if self._form.keep == "start" else ids[-limit:]
             if not cut + tail:
-                raise WindowError(f"row {i + 1}: its input has no tokens")
+                raise WindowError("has an input without tokens", *which)
             rows.append(head + ahead[i] + cut + tail)
         return rows
 

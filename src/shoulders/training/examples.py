@@ -28,7 +28,8 @@ def example_of(skill: Skill, row: Row, text: str, which: int) -> Example:
     try:
         ids = skill.input_ids([text], answer_room=len(answer))[0]
     except WindowError as error:
-        raise WindowError(f"task '{row.task}', input '{row.input[:40]}...': {error}") from None
+        place = row.where or "a row"
+        raise WindowError(f"{place}, task '{row.task}' {error.reason}", text=text) from None
     return Example(text=text, input_ids=ids, answer_ids=answer, task=row.task)
 
 
