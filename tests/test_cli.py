@@ -449,7 +449,7 @@ def test_eval_names_the_row_that_is_too_long(run: Command, skill: Path, tmp_path
     long = write_jsonl(tmp_path / "long.jsonl", values)
     arguments = ("eval", skill, "--data", long, "--json", "r.json", "--dump", "d.jsonl")
     result = run(*arguments)
-    _refused(result, "row 2 ('too long too long", f"window {WINDOW}", "truncation")
+    _refused(result, "long.jsonl:2: ('too long too long", f"window {WINDOW}", "truncation")
     assert list(Path.cwd().iterdir()) == []
     for keep in ("start", "end"):
         assert run(*arguments, "--keep", keep).code == 0
@@ -491,7 +491,6 @@ def test_eval_refuses_bad_options(
         ),
         ("text.txt", ["--recurse-below", 0.5], "--recurse-below does nothing"),
         ("rows.jsonl", ["--index", "i", "--max-new-tokens", 3], "--max-new-tokens does nothing"),
-        ("rows.jsonl", ["--index", "i", "--quantize", "nf4"], "--quantize does nothing"),
         ("rows.jsonl", ["--index", "i", "--normalizer", "squad"], "--normalizer does nothing"),
     ],
 )

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.main import get_command
 
+from shoulders.cli.app import app
 from shoulders.skills.artefact import load_skill
 from shoulders.training.recipe import make_recipe
 from shoulders.training.run import run_recipe
@@ -120,7 +122,50 @@ def test_options_of_reproduced_scripts_exist() -> None:
         assert [o for o in options if f'"{o}"' not in source] == [], script
 
 
-# -- the tutorial ----------------------------------------------------------------------------
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_on_pages_exist_with_their_options(page: Path) -> None:
+    root: Any = get_command(app)
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8").replace("\\\n", " "))
+    lines = [line for _, code in blocks for line in code.splitlines()]
+    for line in lines:
+        words = line.partition(" #")[0].split()
+        if not words or Path(words[0]).name != "shoulders" or len(words) == 1:
+            continue
+        command, rest = root, words[1:]
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+            assert rest[0] in command.commands, line
+            command, rest = command.commands[rest[0]], rest[1:]
+        if command.context_settings.get("ignore_unknown_options"):  # another tool's options
+            continue
+        there = {"--help", *(name for one in command.params for name in one.opts)}
+        given = {word.partition("=")[0] for word in rest if re.match(r"--\w", word)}
+        assert given <= there, line
+
+
+def test_anchors_of_the_readmes_links_are_headings() -> None:
+    """Within the docs the site's build looks."""
+    linked = [link.partition("#") for link in LINK.findall(prose(ROOT / "README.md"))]
+    wanted = [(page, anchor) for page, _, anchor in linked if anchor and ":" not in page]
+    assert wanted
+    for page, anchor in wanted:
+        heads = re.findall(r"^#+ (.*)$", prose(ROOT / page), re.MULTILINE)
+        slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+        assert anchor in slugs, page
+
+
+# -- what a newcomer runs --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_readmes_first_example_runs(tmp_path: Path) -> None:
+    """The block that makes its own rows, and the one from Python behind it."""
+    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    (first,) = (code for kind, code in blocks if kind == "bash" and "rows.jsonl" in code[:40])
+    (python,) = (code for kind, code in blocks if kind == "python")
+    answer = run_block("bash", first, tmp_path, command_line())
+    assert json.loads((tmp_path / "scores.json").read_text())["metrics"]["exact_match"] == 100
+    assert "trained parameters" in answer
+    assert run_block("python", python, tmp_path, command_line()).strip()
 
 
 @pytest.mark.slow
@@ -132,11 +177,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
     blocks = [(kind, code) for kind, code in BLOCK.findall(page) if kind in ("bash", "python")]
     assert len(blocks) >= 8
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "TERM": "dumb",
-    }
+    environment = command_line()
     said = "".join(
         run_block(kind, code.replace("8000", port), tmp_path, environment) for kind, code in blocks
     )
@@ -150,6 +191,12 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "runs/compare/compare.json").read_text(encoding="utf-8"))
     assert [m["method"] for m in report["lines"]] == ["zero_shot", "static_kv", "lora_r16"]
     assert (tmp_path / "runs/compare/report.html").is_file()
+
+
+def command_line() -> dict[str, str]:
+    """Return an environment in which `shoulders` is found."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "TERM": "dumb"}
 
 
 def run_block(kind: str, code: str, folder: Path, environment: dict[str, str]) -> str:

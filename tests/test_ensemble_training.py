@@ -256,7 +256,7 @@ def test_recipes_that_cannot_be_are_refused(tmp_path: Path) -> None:
     linked = {"passes": [{"link": {"layers": 1, "width": 16, "heads": 2}}, {"prompt": STATIC}]}
     with pytest.raises(RecipeError, match="members: an ensemble is of skills of one pass"):
         make_recipe({**values, "skill": linked, "members": 2})
-    with pytest.raises(TrainingError, match="use run_ensemble"):
+    with pytest.raises(TrainingError, match="use train"):
         run_recipe(make_recipe({**values, "members": 2}), tmp_path / "out")
 
 

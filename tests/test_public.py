@@ -5,12 +5,17 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import shoulders
 from tiny_models import recipe_values, save_tiny_lm, write_recipe
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", shoulders.__all__)
@@ -57,11 +62,35 @@ def test_texts_come_in_lists(tmp_path: Path) -> None:
 def test_paths_may_be_texts(tmp_path: Path) -> None:
     values = recipe_values(save_tiny_lm(tmp_path / "lm"), tmp_path / "data")
     recipe = shoulders.read_recipe(str(write_recipe(tmp_path / "recipe.yaml", values)))
-    skill = shoulders.run_recipe(recipe, str(tmp_path / "out"))
-    again, templates = shoulders.load_skill(str(tmp_path / "out"), skill.lm)
+    skill = shoulders.train(recipe, str(tmp_path / "out"))
+    again, templates = shoulders.load(str(tmp_path / "out"), skill.lm)
     rows = shoulders.read_rows(str(tmp_path / "data/held.jsonl"))
     decoding = shoulders.DecodingConfig(max_new_tokens=2)
     first, second = (
         shoulders.evaluate(s, rows, templates, decoding=decoding) for s in (skill, again)
     )
     assert [p.prediction for p in first.predictions] == [p.prediction for p in second.predictions]
+
+
+def test_every_requirement_is_pinned() -> None:
+    """Else a fresh machine gets another version than the one that was tested."""
+    lines = (ROOT / "requirements/constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines}
+    extras = distribution("shoulders").metadata.get_all("Provides-Extra") or []
+    wanted, seen, here = [("shoulders", frozenset(extras))], set(), set()
+    while wanted:
+        name, asked = wanted.pop()
+        if (name, asked) in seen:
+            continue
+        seen.add((name, asked))
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # an extra that is not installed here
+            continue
+        here.add(canonicalize_name(name))
+        for line in found.requires or ():
+            one = Requirement(line)
+            if one.marker is None or any(one.marker.evaluate({"extra": e}) for e in asked or {""}):
+                wanted.append((one.name, frozenset(one.extras)))
+    assert len(here) > 50
+    assert here - pinned - {"shoulders", "setuptools"} == set()

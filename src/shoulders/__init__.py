@@ -2,12 +2,11 @@
 
 What most programs need stands here, imported when it is first asked for:
 
->>> from pathlib import Path
 >>> import shoulders
->>> recipe = shoulders.read_recipe(Path("recipe.yaml"))  # doctest: +SKIP
->>> skill = shoulders.run_recipe(recipe, Path("runs/skill"))  # doctest: +SKIP
+>>> recipe = shoulders.read_recipe("recipe.yaml")  # doctest: +SKIP
+>>> skill = shoulders.train(recipe, "runs/skill")  # doctest: +SKIP
 >>> lm = shoulders.load_lm("embedded")  # doctest: +SKIP
->>> skill, templates = shoulders.load_skill(Path("runs/skill"), lm)  # doctest: +SKIP
+>>> skill, templates = shoulders.load("runs/skill", lm)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -29,11 +28,13 @@ if TYPE_CHECKING:
     from shoulders.skills.ensemble import Ensemble as Ensemble
     from shoulders.skills.ensemble_artefact import load_ensemble as load_ensemble
     from shoulders.skills.ensemble_artefact import save_ensemble as save_ensemble
+    from shoulders.skills.load import load as load
     from shoulders.skills.skill import Skill as Skill
     from shoulders.training.ensemble import run_ensemble as run_ensemble
     from shoulders.training.recipe import read_recipe as read_recipe
     from shoulders.training.run import run_recipe as run_recipe
     from shoulders.training.textual import run_textual as run_textual
+    from shoulders.training.train import train as train
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _HOMES = {
     "Skill": "skills.skill",
     "Templates": "data.templates",
     "evaluate": "evaluation.evaluate",
+    "load": "skills.load",
     "load_ensemble": "skills.ensemble_artefact",
     "load_lm": "lm.load",
     "load_skill": "skills.artefact",
@@ -56,6 +58,7 @@ _HOMES = {
     "run_textual": "training.textual",
     "save_ensemble": "skills.ensemble_artefact",
     "save_skill": "skills.artefact",
+    "train": "training.train",
 }
 __all__ = [*_HOMES]
 

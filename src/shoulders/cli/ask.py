@@ -43,6 +43,12 @@ def ask(
     json: Annotated[Path | None, typer.Option(help="Write the answer and its passages.")] = None,
     lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="The LM's weights: int8, nf4 or none. Default: the skill's.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: what does not fit into memory stays on disk.")
+    ] = None,
 ) -> None:
     """Answer a question from indexed documents, and say on which passages the answer rests."""
     from shoulders.cli.readers import open_reader
@@ -61,6 +67,8 @@ def ask(
         abstain_below=abstain_below,
         lm=lm,
         dtype=dtype,
+        quantize=quantize,
+        device_map=device_map,
     )
     asked = Question(question.strip(), ())
     ranked = reader.contexts.ranked([asked])

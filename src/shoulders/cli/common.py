@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Iterable
@@ -78,9 +77,8 @@ def open_skill(
     `remote` a server runs it, which holds no int8: what was trained in int8 gets the LM as it is.
     """
     from shoulders.data.templates import Templates
-    from shoulders.encoders.load import load_encoder
     from shoulders.lm.load import load_lm
-    from shoulders.skills.ensemble_artefact import load_answering, read_first
+    from shoulders.skills.load import load, read_first
     from shoulders.skills.skill import Skill
 
     quiet_libraries()
@@ -103,7 +101,7 @@ def open_skill(
         quantize=_quantization(quantize or artefact.lm_quantize),
         device_map=_device_map(device_map),
     )
-    skill, own = load_answering(Path(name), frozen, functools.cache(load_encoder))
+    skill, own = load(name, frozen)
     return skill, chosen or own
 
 
@@ -139,6 +137,24 @@ def gated(
             "validation rows with right and wrong answers"
         )
     return Gated(skill, gate, recurse_below)
+
+
+def provenance(skill: Skill | Ensemble, name: str, data: Path) -> dict[str, Any]:
+    """Return what every result says of where it comes from: what was asked, when, and on what."""
+    from datetime import UTC, datetime
+
+    from shoulders.training.run import machine
+
+    lm = skill.lm
+    return {
+        "skill": name,
+        "data": str(data),
+        "trained_parameters": skill.trained_parameters,
+        "lm": {"name": lm.name, "fingerprint": lm.fingerprint, "quantize": lm.quantize},
+        "dtype": lm.precision,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
 
 
 def note_given(context: typer.Context, options: Iterable[str], why: str) -> None:

@@ -15,7 +15,7 @@ from shoulders.errors import ShouldersError
 def demo(
     out: Annotated[Path | None, typer.Option(help="Default: runs/demo-DATE-TIME.")] = None,
     steps: Annotated[int, typer.Option(min=3, help="Training steps of each method.")] = 75,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of rows and weights.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the results here.")] = None,
 ) -> None:
     """Watch one frozen LM learn twelve tasks through a small trained network (minutes)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +16,7 @@ from shoulders.cli.common import (
     gated,
     note_given,
     open_skill,
+    provenance,
     stderr,
     stdout,
 )
@@ -110,7 +110,6 @@ def evaluate(
     from shoulders.data.rows import read_rows
     from shoulders.evaluation import evaluate as evaluation
     from shoulders.training.monitor import quiet_progress
-    from shoulders.training.run import machine
 
     if normalizer not in ("general", "squad"):
         raise ShouldersError(f"--normalizer {normalizer}: use general or squad")
@@ -130,6 +129,8 @@ def evaluate(
             abstain_below=abstain_below,
             lm=lm,
             dtype=dtype,
+            quantize=quantize,
+            device_map=device_map,
         )
         readers.evaluate_reader(
             reader,
@@ -192,20 +193,10 @@ def evaluate(
     emit_json(
         json,
         {
-            "skill": skill,
-            "data": str(data),
+            **provenance(opened, skill, data),
             **result.as_dict(),
             "normalizer": normalizer,
             **recursed,
-            "trained_parameters": opened.trained_parameters,
-            "lm": {
-                "name": opened.lm.name,
-                "fingerprint": opened.lm.fingerprint,
-                "quantize": opened.lm.quantize,
-            },
-            "dtype": opened.lm.precision,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
         },
     )
     stdout().print(results_table(f"{skill} on {data.name}", result))
@@ -216,7 +207,7 @@ def _unused(context: typer.Context, skill: str, *, reads: bool, text: bool) -> N
     if context.params["vllm_url"] is None:
         note_given(context, ["vllm_api_key_file"], "it goes with --vllm-url")
     if reads:
-        others = (*_OF_ROWS, "chunk", "quantize", "device_map")
+        others = (*_OF_ROWS, "chunk")
         note_given(context, others, "readers have their own way of reading")
         if context.params["index"] is None:
             note_given(context, ["retriever"], "without --index nothing is searched")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.markup import escape
 
-from shoulders.cli.common import emit_json, one_skill, open_skill, stderr, stdout
+from shoulders.cli.common import emit_json, one_skill, open_skill, provenance, stderr, stdout
 from shoulders.errors import ShouldersError
 
 
@@ -25,7 +24,6 @@ def evaluate_text(
 ) -> None:
     """Measure perplexity on a text file, in chunks of so many tokens; `limit` counts chunks."""
     from shoulders.training.monitor import quiet_progress
-    from shoulders.training.run import machine
     from shoulders.training.running_text import RunningText, perplexity
 
     opened, _ = open_skill(
@@ -41,17 +39,11 @@ def evaluate_text(
     emit_json(
         json,
         {
-            "skill": name,
-            "data": str(data),
+            **provenance(skill, name, data),
             "n": len(examples),
             "chunk": chunk,
             "metrics": {"perplexity": found.value, "loss": found.loss},
             "tokens": found.tokens,
-            "trained_parameters": skill.trained_parameters,
-            "lm": {"name": skill.lm.name, "fingerprint": skill.lm.fingerprint},
-            "dtype": skill.lm.precision,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
         },
     )
     stdout().print(

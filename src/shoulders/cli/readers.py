@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from shoulders.cli.common import (
     emit_json,
     one_skill,
     open_skill,
+    provenance,
     quiet_libraries,
     stderr,
     stdout,
@@ -47,6 +47,8 @@ def open_reader(
     abstain_below: float | None = None,
     lm: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    device_map: str | None = None,
 ) -> Reader:
     """Open a reader folder, a skill folder that reads untrained for it, or `base`.
 
@@ -60,6 +62,8 @@ def open_reader(
         abstain_below: see `ReadingConfig`.
         lm: instead of the one that it was trained on.
         dtype: precision, instead of the one that it was trained in.
+        quantize: how the LM's weights are held, instead of how they were.
+        device_map: `auto` leaves on the disk what does not fit into memory.
     """
     from shoulders.reader.contexts import Contexts
     from shoulders.reader.engines.opening import open_passages
@@ -86,7 +90,9 @@ def open_reader(
         # A reader searches as it was trained; without one, the index knows what it does best.
         found = opened.retriever(retriever or (search.retriever if is_reader(name) else None))
     reranker = open_reranker(Path(name)) if rerank and is_reader(name) else None
-    skill, _ = open_skill(name, lm=lm, dtype=dtype, templates=None)
+    skill, _ = open_skill(
+        name, lm=lm, dtype=dtype, templates=None, quantize=quantize, device_map=device_map
+    )
     skill = one_skill(skill, name)
     return Reader(skill, Contexts(found, opened, reranker, k or search.k), reading)
 
@@ -107,7 +113,6 @@ def evaluate_reader(
     from shoulders.evaluation.report_card import dump_answers, plot_report_card, report_card
     from shoulders.reader.questions import read_questions, write_questions
     from shoulders.training.monitor import quiet_progress
-    from shoulders.training.run import machine
 
     questions = read_questions(data)[:limit]
     with quiet_progress(stderr(), "reading", 2 * len(questions)) as advance:
@@ -121,20 +126,13 @@ def evaluate_reader(
         )
     if plot is not None:
         plot_report_card(card.metrics, plot)
-    skill = reader.skill
     emit_json(
         json,
         {
-            "skill": name,
+            **provenance(reader.skill, name, data),
             "index": index,
-            "data": str(data),
             **card.as_dict(),
             "reading": reader.config.model_dump(mode="json"),
-            "trained_parameters": skill.trained_parameters,
-            "lm": {"name": skill.lm.name, "fingerprint": skill.lm.fingerprint},
-            "dtype": skill.lm.precision,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
         },
     )
     stdout().print(card_table(f"{name} on {data.name}", card))

@@ -90,7 +90,7 @@ def serve(
     from shoulders.serving.metrics import Metrics
     from shoulders.serving.skillset import SkillSet
     from shoulders.serving.watch import Watcher
-    from shoulders.skills.ensemble_artefact import read_first
+    from shoulders.skills.load import read_first
 
     sockets = bound(host, port)  # before the LM is read, which takes its time
     port = sockets[0].getsockname()[1]

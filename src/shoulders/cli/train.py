@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -45,15 +45,11 @@ def train(
     if dry_run:
         stdout().print(f"{recipe}: valid; {_facts(parsed)}", markup=False)
         return
-    from shoulders.training.ensemble import run_ensemble
+    from shoulders.training import train as training
     from shoulders.training.processes import Processes
-    from shoulders.training.run import run_recipe
-    from shoulders.training.textual import run_textual
 
     quiet_libraries()
-    train_it: Any = run_recipe if parsed.cross_fit is None else run_textual
-    train_it = run_ensemble if parsed.members > 1 else train_it
-    skill = train_it(parsed, folder, resume=resume, console=stderr())
+    skill = training.train(parsed, folder, resume=resume, console=stderr())
     if not Processes.started().leads:
         return
     stdout().print(_saved(folder, skill))

@@ -26,7 +26,8 @@ from shoulders.files import atomic_directory, remove_partial
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import ENSEMBLE, FILE, TENSORS, read_artefact, save_skill
 from shoulders.skills.ensemble import Ensemble
-from shoulders.skills.ensemble_artefact import load_answering, read_ensemble, save_ensemble
+from shoulders.skills.ensemble_artefact import read_ensemble, save_ensemble
+from shoulders.skills.load import load
 from shoulders.skills.skill import Skill
 from shoulders.training.ensemble import member_folder, member_seed
 from shoulders.training.fit import fit
@@ -218,7 +219,7 @@ class Frozen:
 
     def skill(self, folder: Path) -> Skill | Ensemble:
         """Return a trained skill, or the ensemble of several."""
-        return load_answering(folder, self.lm, self._encoder)[0]
+        return load(folder, self.lm, self._encoder)[0]
 
     def step_seconds(self, method: Method) -> float:
         """Return what one step takes here, from a few that are thrown away."""

@@ -16,7 +16,7 @@ from shoulders.reader.engines.opening import open_passages
 from shoulders.skills.artefact import ENSEMBLE, FILE, saved_in
 from shoulders.skills.config import SkillConfig, TextFormat
 from shoulders.skills.ensemble import Ensemble
-from shoulders.skills.ensemble_artefact import load_answering, provenance_of
+from shoulders.skills.load import load, provenance_of
 from shoulders.skills.reader import Reader
 from shoulders.skills.reader_artefact import FILE as READER_FILE
 from shoulders.skills.reader_artefact import open_reranker, read_reader
@@ -103,7 +103,7 @@ class SkillSet:
             if name in self._served:
                 raise ShouldersError(f"a skill named '{name}' is served already")
             answers: Skill | Reader | Ensemble
-            answers, _ = load_answering(folder, self.lm, self._encoder)
+            answers, _ = load(folder, self.lm, self._encoder)
             if (folder / READER_FILE).is_file() and isinstance(answers, Skill):
                 answers = self._reader(folder, answers)
             made = str(provenance_of(folder).get("created", ""))

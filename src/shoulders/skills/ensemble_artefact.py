@@ -20,7 +20,6 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.manifest import read_versioned
 from shoulders.skills.artefact import ENSEMBLE, Artefact, load_skill, read_artefact, saved_in
 from shoulders.skills.ensemble import Ensemble
-from shoulders.skills.skill import Skill
 
 FORMAT_VERSION = 1
 
@@ -125,28 +124,6 @@ def load_ensemble(
     artefact, _ = read_ensemble(folder)
     loaded = [load_skill(folder / name, lm, encoder) for name in artefact.members]
     return Ensemble([skill for skill, _ in loaded]), loaded[0][1]
-
-
-def load_answering(
-    folder: Path, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]
-) -> tuple[Skill | Ensemble, Templates]:
-    """Load whichever a folder holds, a skill or an ensemble; raises as either does."""
-    load = load_ensemble if (folder / ENSEMBLE).is_file() else load_skill
-    return load(folder, lm, encoder)
-
-
-def provenance_of(folder: Path) -> dict[str, Any]:
-    """Return how a skill or an ensemble came to be."""
-    if (folder / ENSEMBLE).is_file():
-        return read_ensemble(folder)[0].provenance
-    return read_artefact(folder).provenance
-
-
-def read_first(folder: Path) -> Artefact:
-    """Return what a folder's skill, or its ensemble's first member, says of the LM it runs on."""
-    if (folder / ENSEMBLE).is_file():
-        return next(iter(read_ensemble(folder)[1].values()))
-    return read_artefact(folder)
 
 
 def _check_name(folder: Path, name: str) -> None:

@@ -49,7 +49,7 @@ def run_recipe(
 
     Args:
         recipe: of one skill without passes that propose text; those with `cross_fit` are for
-            `run_textual`, those with `members` for `run_ensemble`.
+            `run_textual`, those with `members` for `run_ensemble`; `train` takes any.
         out: the skill's folder; checkpoints and `log.jsonl` lie in it while it is trained.
         resume: go on with what a stopped run left there.
         console: for progress; None is silent.
@@ -68,9 +68,9 @@ def run_recipe(
     """
     out = Path(out)
     if recipe.cross_fit is not None:
-        raise TrainingError("a recipe with cross_fit trains several skills: use run_textual")
+        raise TrainingError("a recipe with cross_fit trains several skills: use train")
     if recipe.members > 1:
-        raise TrainingError("a recipe with members trains several skills: use run_ensemble")
+        raise TrainingError("a recipe with members trains several skills: use train")
     if saved_in(out).exists():
         raise TrainingError(f"{out}: already holds a finished skill; choose another --out")
     if (out / MEMBERS).exists():

@@ -45,7 +45,7 @@ PART = 256  # rows whose candidates are kept at once
 
 
 def run_textual(
-    recipe: Recipe, out: Path, *, resume: bool = False, console: Console | None = None
+    recipe: Recipe, out: Path | str, *, resume: bool = False, console: Console | None = None
 ) -> Skill:
     """Train what a recipe with `cross_fit` describes and save the skill in `out`.
 
@@ -55,6 +55,7 @@ def run_textual(
         RecipeError: the first pass is not what the recipe says.
         ShouldersError: another process writes there.
     """
+    out = Path(out)
     with only_writer(out):
         return _run_textual(recipe, out, resume=resume, console=console)
 
