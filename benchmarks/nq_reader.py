@@ -122,7 +122,7 @@ def _trained(seed: int, runs: Path) -> Path:
     folder = runs / f"reader-seed{seed}"
     if not (folder / "reader.json").is_file():
         _run("train", ROOT / "recipes/nq_reader.yaml", "--out", folder, "--resume",
-             "--set", f"training.seed={seed}", "--set", f"reader.reranker.seed={seed}")  # fmt: skip
+             "--set", f"training.seed={seed}")  # fmt: skip
     return folder
 
 

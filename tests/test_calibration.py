@@ -9,14 +9,11 @@ import pytest
 
 from shoulders.errors import TrainingError
 from shoulders.reader.calibration import (
-    CalibratedReranker,
     Platt,
     fit_platt,
     plot_reliability,
     reliability,
 )
-from shoulders.reader.passage import Passage
-from shoulders.reader.reranker import RetrieverScores
 
 
 def too_sure(count: int, seed: int) -> tuple[list[float], list[bool]]:
@@ -99,11 +96,9 @@ def test_reliability_needs_probabilities(values: list[float]) -> None:
         reliability(values, [True] * len(values))
 
 
-def test_a_calibrated_reranker_keeps_the_order_and_gives_probabilities() -> None:
-    reranker = CalibratedReranker(RetrieverScores(), Platt(slope=2.0, bias=-1.0))
-    passages = [[Passage(str(i), "", "") for i in range(3)], []]
-    rows = reranker.score(["a", "b"], passages, [[0.5, -1000.0, 1000.0], []])
-    assert rows == [[pytest.approx(0.5), 0.0, 1.0], []]
+@pytest.mark.parametrize(("score", "expected"), [(0.5, 0.5), (-1000.0, 0.0), (1000.0, 1.0)])
+def test_scores_of_any_size_are_probabilities(score: float, expected: float) -> None:
+    assert Platt(slope=2.0, bias=-1.0).probability(score) == pytest.approx(expected)
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:

@@ -867,6 +867,24 @@ def test_answers_are_kept_where_the_output_cannot_be_written(
     assert len(Path("o.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("verb", ["generate", "eval", "info"])
+def test_outputs_do_not_replace_the_skill(verb: str, run: Command, skill: Path) -> None:
+    before = (skill / FILE).read_bytes()
+    given = write_jsonl(Path("rows.jsonl"), rows("north", 2))
+    asked = {"generate": ("--skill", skill, "--text", "x"), "eval": (skill, "--data", given)}
+    _refused(run(verb, *asked.get(verb, (skill,)), "--json", skill / FILE), "would be overwritten")
+    assert (skill / FILE).read_bytes() == before
+
+
+def test_letters_that_a_terminal_does_not_have_are_written_as_codes(skill: Path) -> None:
+    command = [SCRIPT, "info", str(skill)]
+    given = {**environment(skill.parent / "cache"), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=given, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"static" in done.stdout
+    assert done.stdout.isascii()
+
+
 # -- info --------------------------------------------------------------------------------
 
 

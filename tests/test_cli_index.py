@@ -77,6 +77,36 @@ def test_a_folder_is_indexed_grown_and_pruned(shoulders: Any, docs: Path, tmp_pa
     assert json.loads(facts.read_text())["verified"] is True
 
 
+def test_outputs_do_not_replace_documents_and_options_are_not_lost(
+    shoulders: Any, docs: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "own.tsv", tmp_path / "index"
+    source.write_text("id\ttext\ttitle\n1\ta b\tc\n")
+    for arguments, said in (
+        (("index", source, "--out", out, "--json", source), "would be overwritten"),
+        (("index", docs, "--out", out, "--json", docs / "facts.json"), "among the documents"),
+        (("index", source, "--out", out, "--pooling", "cls"), "--pooling is of --dense"),
+        (("index", "--delete", "1", "--words", "50", "--out", out), "--delete stands alone"),
+        (("index", "--abandon", "--add", "--out", out), "--abandon stands alone"),
+    ):
+        done = shoulders(*arguments)
+        assert (done.code, said in done.err) == (2, True), done.err
+    assert not out.exists()
+    assert shoulders("index", source, "--out", out).code == 0
+    assert "nothing is unfinished" in shoulders("index", "--abandon", "--out", out).err
+
+
+def test_what_is_left_out_of_a_folder_is_told(shoulders: Any, docs: Path, tmp_path: Path) -> None:
+    (docs / "c.docx").write_bytes(b"PK")
+    (docs / "d.docx").write_bytes(b"PK")
+    (tmp_path / "more").mkdir()
+    (docs / "linked").symlink_to(tmp_path / "more")
+    done = shoulders("index", docs, "--out", tmp_path / "index")
+    said = " ".join(done.err.split())
+    assert "2 files of other kinds left out: 2 .docx" in said
+    assert "linked: left out: a link to a folder" in said
+
+
 def test_refusals_are_one_line(shoulders: Any, docs: Path, tmp_path: Path) -> None:
     out = tmp_path / "index"
     assert shoulders("index", docs, "--out", out).code == 0

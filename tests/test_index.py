@@ -15,7 +15,7 @@ import pytest
 from shoulders.errors import ArtefactError, DataError, ShouldersError
 from shoulders.files import only_writer
 from shoulders.reader.index import carry, fill, needs, store, vectors
-from shoulders.reader.index.build import Choices, add, build, delete, finish, make_dense
+from shoulders.reader.index.build import Choices, abandon, add, build, delete, finish, make_dense
 from shoulders.reader.index.index import Index
 from shoulders.reader.index.manifest import FILE, UNFINISHED, read_manifest
 from shoulders.reader.index.plan import DenseChoice, Plan, Sizes
@@ -497,10 +497,49 @@ def test_an_unfinished_change_can_be_given_up(tmp_path: Path) -> None:
     ):
         with pytest.raises(ArtefactError, match=r"unfinished \(add of .*b\.tsv\)"):
             change()
-    (out / UNFINISHED).unlink()  # as the message of a changed source says
+    abandon(out, Silent())
+    assert not (out / UNFINISHED).exists()
     add(table(tmp_path / "c.tsv", texts(20, 25)), out, Silent(), SPARSE)
     build(table(tmp_path / "d.tsv", texts(0, 25)), tmp_path / "once", Silent(), SPARSE)
     assert seen(out) == seen(tmp_path / "once")
+    abandon(out, Silent())  # nothing is unfinished: nothing changes
+    assert seen(out) == seen(tmp_path / "once")
+
+
+def test_what_a_change_that_was_given_up_has_written_is_not_taken_up(
+    tmp_path: Path, dense: Choices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its vectors would stand beside the passages of the next change, its ids behind the files."""
+    out = tmp_path / "index"
+    build(table(tmp_path / "a.tsv", texts(0, 20)), out, Silent(), dense)
+    before = files(out)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for end in (lambda: (out / UNFINISHED).unlink(), lambda: abandon(out, Silent())):
+        with monkeypatch.context() as patch:
+            patch.setattr(carry, "write_manifest", killed)
+            with pytest.raises(KeyboardInterrupt):
+                add(table(tmp_path / "b.tsv", texts(20, 33)), out, Silent(), SPARSE)
+        assert (out / "vectors.float16").stat().st_size > len(before["vectors.float16"])
+        end()
+    assert files(out) == before
+    add(table(tmp_path / "c.tsv", texts(50, 63)), out, Silent(), SPARSE)
+    every = [*texts(0, 20), *texts(50, 63)]
+    build(table(tmp_path / "d.tsv", every), tmp_path / "once", Silent(), dense)
+    assert seen(out).vectors == seen(tmp_path / "once").vectors
+    delete(["p1"], out, Silent())
+    with Index(out):  # checks sizes and hashes
+        pass
+
+
+def test_more_passages_than_there_are_can_be_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    build(table(tmp_path / "t.tsv", texts(0, 20)), out, Silent(), SPARSE)
+    with Index(out) as index:
+        many, all_of_them = (index.sparse().search(["alpha"], k) for k in (10**10, 20))
+    assert many == all_of_them
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:

@@ -710,7 +710,7 @@ def test_generation_ends_with_the_window(lm: FrozenLM, monkeypatch: pytest.Monke
     """Rows run into the window at different steps, also when only the last id fits."""
     monkeypatch.setattr(lm, "end_ids", ())
     window = 24
-    monkeypatch.setattr(FrozenLM, "max_positions", window)
+    monkeypatch.setattr(lm, "max_positions", window)
     prompts, rows = make_prompts(lm, [(0, 0), (3, 0), (0, 4)]), make_rows([24, 17, 18])
     found = generate(lm, Prompt.stack(prompts), rows, DecodingConfig(max_new_tokens=40))
     for prompt, ids, (completion,), room in zip(prompts, rows, found, (1, 5, 3), strict=True):

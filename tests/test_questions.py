@@ -48,6 +48,14 @@ def test_what_is_written_is_read_again_and_has_their_fields(tmp_path: Path) -> N
         ('[{"question": "a"}, 3]', "entry 2: not an object"),
         ('[{"question": "a"},', "line 1: not valid JSON"),
         ("", "holds no questions"),
+        (
+            '{"question": "a", "answer": ["b"]}',
+            "line 1: no field 'answers' (did you mean 'answer'?)",
+        ),
+        ('{"question": "a", "answers": [" "]}', "line 1: field 'answers' holds an empty text"),
+        ('{"question": "a\\ud800"}', "line 1: holds half a surrogate pair"),
+        ('{"question": "a", "ctxs": [{"text": "b", "score": NaN}]}', "line 1: not valid JSON: NaN"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_bad_questions_are_named(content: str, said: str, tmp_path: Path) -> None:
@@ -61,7 +69,13 @@ def test_bad_questions_are_named(content: str, said: str, tmp_path: Path) -> Non
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_bytes(b'{"question": "\xff"}')
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match=r"line 1: not UTF-8: byte 14"):
+        read_questions(tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_bytes(b'{"question": "a"}\n' * 5000 + b'{"question": "\xff"}')
+    with pytest.raises(DataError, match=r"line 5001: not UTF-8: byte 14"):
+        read_questions(tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_bytes(b'[{"question": "a"},\n{"question": "\xff"}]')
+    with pytest.raises(DataError, match=r"q.jsonl, line 2: not UTF-8"):
         read_questions(tmp_path / "q.jsonl")
     with pytest.raises(DataError, match="no such file"):
         read_questions(tmp_path / "none.jsonl")

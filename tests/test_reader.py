@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -13,12 +14,13 @@ from shoulders.errors import DataError, WindowError
 from shoulders.evaluation.report_card import dump_answers, plot_report_card, report_card
 from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
-from shoulders.reader.contexts import Contexts
+from shoulders.reader.contexts import Contexts, Ranked
 from shoulders.reader.packer import PackConfig
 from shoulders.reader.passage import Found, Passage
 from shoulders.reader.questions import Question
 from shoulders.skills.reader import NO_ANSWER, Confidence, Reader, ReadingConfig
 from shoulders.skills.skill import Skill
+from shoulders.training.read import write_contexts
 
 PASSAGES = {
     "a": Passage("a", "", "Rome is old."),
@@ -229,3 +231,14 @@ def test_a_real_skill_reads_what_fits(arch: str, tiny_lm: Callable[[str], Frozen
     assert reader.judged(streamed[0], answer.ranked, packed).text == answer.text
     with pytest.raises(WindowError, match="shorten it"):
         reader.answer([Question("who is that " * 400, ())])
+
+
+def test_rows_to_select_on_are_neither_dropped_nor_narrowed(lm: FrozenLM, tmp_path: Path) -> None:
+    questions = [Question("q1", ("rome", "roma")), Question("q2", ("oslo",))]
+    passage = Passage("p", "t", "it lies in rome")
+    ranked = [Ranked((passage,), (1.0,), (passage,), (1.0,))] * 2
+    made = SimpleNamespace(reader=SimpleNamespace(reading=ReadingConfig(), unanswerable="drop"))
+    for taught, targets in ((True, [["rome"]]), (False, [["rome", "roma"], ["oslo"]])):
+        file = tmp_path / "rows.jsonl"
+        write_contexts(file, Skill.base(lm), cast(Any, made), questions, ranked, taught=taught)
+        assert [json.loads(x)["targets"] for x in file.read_text().splitlines()] == targets

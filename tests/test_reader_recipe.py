@@ -121,6 +121,15 @@ def test_a_reader_is_trained_saved_asked_and_scored(tmp_path: Path) -> None:
     )
     assert first == second
 
+    # Its probabilities are of passages that are found and ranked as it was trained.
+    assert json.loads((out / "reader.json").read_text())["reading"]["confidence"] is not None
+    question = "on which river does rome lie?"
+    for other in (["--no-rerank"], ["--retriever", "dense"]):
+        command = ["eval", out, "--index", index, "--data", data, *other]
+        refused = shoulders(cache, *command, "--abstain-below", "0.5")
+        assert refused.returncode == 2
+        assert "--abstain-below: answers' probabilities were calibrated" in refused.stderr
+
     asked = tmp_path / "a.json"
     question = "on which river does rome lie?"
     done = shoulders(
@@ -128,6 +137,7 @@ def test_a_reader_is_trained_saved_asked_and_scored(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(asked.read_text(encoding="utf-8"))
+    assert answer["confidence"] is not None
     assert answer["read"]
     assert set(answer["read"]) <= {c["id"] for c in answer["ctxs"]}
     assert answer["answer"] in done.stdout

@@ -239,6 +239,7 @@ def test_a_wrong_value_names_its_key(change: Change, key: str) -> None:
         ("", "a recipe is a mapping"),
         ("just words", "a recipe is a mapping"),
         ("1: 2\n", "is missing"),
+        ("training: {steps: 9}\nlm: {}\ntraining: {steps: 2}\n", "'training' is given twice"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(text: str, reason: str, tmp_path: Path) -> None:

@@ -249,6 +249,7 @@ def recipe_of(folder: Path, **second: Any) -> Path:
         **values,
         "skill": {"passes": passes},
         "start": {"passes.0.prompt": str(first)},
+        "data": {**values["data"], "temperature": 3},
         "cross_fit": {"folds": 2, "steps": 3, "rows": 24},
         **second,
     }
@@ -285,6 +286,9 @@ def test_training_leaves_a_skill_of_two_passes(trained: Path) -> None:
         read, DecodingConfig(max_new_tokens=4)
     )
     assert skill.trained_parameters == first.trained_parameters + second.trained_parameters
+    # Its rows were drawn at the recipe's temperature already.
+    assert artefact.provenance["recipe"]["data"]["temperature"] == 3
+    assert artefact.provenance["second_pass"]["recipe"]["data"]["temperature"] == 1
 
 
 def test_candidates_come_from_a_pass_that_has_not_seen_the_row(trained: Path) -> None:

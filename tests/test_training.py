@@ -26,6 +26,7 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import (
     ArtefactError,
+    DivergedError,
     InterruptedTraining,
     RecipeError,
     ShouldersError,
@@ -47,7 +48,7 @@ from shoulders.training.objective import Example, answer_losses
 from shoulders.training.optimizer import make_optimizer, rate_factor
 from shoulders.training.recipe import Recipe, make_recipe
 from shoulders.training.run import load_data, run_recipe
-from shoulders.training.start import same_recipe
+from shoulders.training.start import same_recipe, trained_parts
 from tiny_models import (
     environment,
     prompt_spec,
@@ -369,6 +370,55 @@ def test_a_diverging_run_stops_and_saves_nothing(lm: FrozenLM, tmp_path: Path) -
     with pytest.raises(TrainingError, match=r"step [23]: loss is .*nan.*diverged; lower"):
         run_recipe(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "said"), [(1, 9, "'base' is not finite at the end"), (3, 1, "validation")]
+)
+def test_what_diverges_in_its_last_step_is_not_saved(
+    steps: int, every: int, said: str, lm: FrozenLM, tmp_path: Path
+) -> None:
+    recipe = _recipe(lm, tmp_path, steps=steps, validate_every=every, optimizer={"lr": 1e39})
+    if steps == 1:
+        assert recipe.data is not None
+        bare = recipe.data.model_copy(update={"validation": []})
+        recipe = recipe.model_copy(update={"data": bare})
+    with pytest.raises(DivergedError, match=f"{said}.*lower the learning rate"):
+        run_recipe(recipe, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("skill.*"))
+    assert not (tmp_path / "out" / checkpoint.FOLDER).exists()
+
+
+def test_a_run_that_goes_on_is_not_asked_to_move_again(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a decay steps are smaller than numbers' precision: promise 5."""
+    recipe = _recipe(lm, tmp_path, steps=6, save_every=1)
+    _stopped(recipe, tmp_path / "out", 1, monkeypatch)
+    monkeypatch.setattr(fit, "rate_factor", lambda *_: 1e-30)
+    run_recipe(recipe, tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / FILE).is_file()
+
+
+def test_a_folder_with_other_things_is_left_alone(lm: FrozenLM, tmp_path: Path) -> None:
+    recipe = _recipe(lm, tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("my own")
+    with pytest.raises(TrainingError, match=r"mine: is not empty \(README.md\); choose another"):
+        run_recipe(recipe, tmp_path / "mine")
+    assert (tmp_path / "mine/README.md").read_text() == "my own"
+
+
+def test_rows_without_a_task_are_of_one_in_both_files(lm: FrozenLM, tmp_path: Path) -> None:
+    """Else no validation row would be found among the training rows, or have their templates."""
+    recipe = _recipe(lm, tmp_path)
+    assert recipe.data is not None
+    bare = [{k: v for k, v in row.items() if k != "task"} for row in rows("north", 4)]
+    write_jsonl(Path(recipe.data.train[0]), bare)
+    write_jsonl(Path(recipe.data.validation[0]), bare[:2])
+    training, validation, _ = load_data(recipe.data)
+    assert {row.task for row in (*training, *validation)} == {"train"}
+    assert run.unseen_rows(validation, training) == []
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -978,3 +1028,27 @@ def _main(recipe: str, folder: str, kills: str) -> None:
 
 if __name__ == "__main__":
     _main(*sys.argv[1:])
+
+
+def test_parts_come_from_the_recipes_that_name_them(lm: FrozenLM, tmp_path: Path) -> None:
+    """Neither from another recipe of the same name, nor from one that has changed since."""
+    values = recipe_values(Path(lm.name), tmp_path / "data", {"kind": "static", "length": 4})
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_recipe(tmp_path / folder / "part.yaml", values)
+    part, out = str(tmp_path / "a/part.yaml"), tmp_path / "out"
+
+    def train(recipe: Recipe, folder: Path) -> object:
+        return run_recipe(recipe, folder)
+
+    twice = {"passes.0.prompt": part, "passes.1.prompt": str(tmp_path / "b/part.yaml")}
+    with pytest.raises(RecipeError, match="are trained into one folder"):
+        trained_parts(twice, out, train, None)
+    assert not out.exists()
+    start = {"passes.0.prompt": part}
+    folders = trained_parts(start, out, train, None)
+    assert trained_parts(start, out, train, None) == folders  # as it is, it is taken
+    values["training"]["steps"] = 5
+    write_recipe(Path(part), values)
+    with pytest.raises(TrainingError, match=r"was trained by another recipe .*steps"):
+        trained_parts(start, out, train, None)

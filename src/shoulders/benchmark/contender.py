@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from shoulders.errors import ShouldersError
-from shoulders.lm.gguf import embedded_lm
+from shoulders.lm.gguf import converted, embedded_lm
 from shoulders.lm.load import EMBEDDED
 from shoulders.training.monitor import quiet_progress
 
@@ -63,7 +63,9 @@ def median(runs: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def peer_lm(name: str) -> str:
-    """Return an LM's name as other libraries know it: the embedded one is a folder for them."""
+    """Return an LM's name as other libraries know it: the embedded one, or a GGUF, is a folder."""
+    if name.endswith(".gguf"):
+        return str(converted(Path(name)))
     return str(embedded_lm()) if name == EMBEDDED else name
 
 

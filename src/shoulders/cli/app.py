@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from io import TextIOWrapper
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -65,6 +66,9 @@ def _version(
 def main() -> None:
     """Run the command line; exit 2 with one line for what a user can mend, 130 on Ctrl-C."""
     quiet_imports()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal of few letters shows others as codes
+            stream.reconfigure(errors="backslashreplace")
     # With `--json -` standard output is the JSON's alone: tables and answers go to standard error.
     json_only = "--json=-" in sys.argv or ("--json", "-") in pairwise(sys.argv)
     try:

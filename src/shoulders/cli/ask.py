@@ -11,7 +11,7 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
-from shoulders.cli.common import check_argument, check_outputs, emit_json, stderr, stdout
+from shoulders.cli.common import check_argument, check_outputs, emit_json, files_of, stderr, stdout
 from shoulders.errors import ShouldersError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def ask(
     if not question.strip():
         raise ShouldersError("the question is empty")
     check_argument(question, "the question")
-    check_outputs(json)
+    check_outputs(json, read=[*files_of(skill), *files_of(index)])
     reader = open_reader(
         skill,
         index,

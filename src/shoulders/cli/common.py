@@ -174,6 +174,12 @@ def check_argument(text: str, name: str) -> None:
         raise ShouldersError(f"{name} is not valid UTF-8") from None
 
 
+def files_of(skill: str) -> list[Path]:
+    """Return the files of a skill's folder, which no output may replace."""
+    folder = Path(skill)
+    return [] if skill == BASE else [p for p in folder.glob("**/*") if p.is_file()]
+
+
 def check_outputs(
     json: Path | None, *files: Path | None, read: Iterable[Path | str | None] = ()
 ) -> None:

@@ -13,6 +13,7 @@ from shoulders.cli import readers
 from shoulders.cli.common import (
     check_outputs,
     emit_json,
+    files_of,
     gated,
     note_given,
     open_skill,
@@ -117,7 +118,7 @@ def evaluate(
     if vllm_url is not None and (recurse_below is not None or reads or data.suffix == ".txt"):
         raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
     _unused(context, skill, reads=reads, text=data.suffix == ".txt")
-    check_outputs(json, dump, contexts, plot, read=[data])
+    check_outputs(json, dump, contexts, plot, read=[data, templates, *files_of(skill)])
     if reads:
         reader = readers.open_reader(
             skill,

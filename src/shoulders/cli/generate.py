@@ -15,6 +15,7 @@ from shoulders.cli.common import (
     check_argument,
     check_outputs,
     emit_json,
+    files_of,
     gated,
     note_given,
     open_skill,
@@ -101,7 +102,7 @@ def generate(
         note_given(context, ["templates"], "--text without --task is not rendered")
     if vllm_url is None:
         note_given(context, ["vllm_api_key_file"], "it goes with --vllm-url")
-    check_outputs(json, output, read=[input])
+    check_outputs(json, output, read=[input, templates, *files_of(skill)])
     try:
         decoding = DecodingConfig(
             max_new_tokens=max_new_tokens,

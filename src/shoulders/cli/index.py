@@ -66,15 +66,22 @@ def index(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Passages between two commits: what a kill loses.")
     ] = None,
+    abandon: Annotated[
+        bool, typer.Option("--abandon", help="Give up an unfinished change of the index in --out.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
 ) -> None:
     """Make passages searchable; grow or prune an index. Killed at any moment, --resume goes on."""
     from shoulders.reader.index.build import Choices
     from shoulders.reader.index.plan import DenseChoice, Sizes
 
-    check_outputs(json)
+    check_outputs(json, read=[source])
+    if json is not None and source is not None and source.resolve() in json.resolve().parents:
+        raise ShouldersError(f"{json}: stands among the documents; write to another folder")
     if pooling not in (None, "mean", "cls"):
         raise ShouldersError(f"--pooling {pooling}: use mean or cls")
+    if pooling is not None and not (dense or encoder or question_encoder or approximate):
+        raise ShouldersError("--pooling is of --dense: there are no vectors without it")
     chosen = None
     # An index that is loaded elsewhere brings its own vectors.
     if dense or encoder or question_encoder or (approximate and into is None):
@@ -86,7 +93,7 @@ def index(
             pooling=pooling,  # type: ignore[arg-type]
         )
     if into is not None:
-        if out or resume or add or delete or batch:
+        if out or resume or add or delete or batch or abandon:
             raise ShouldersError("--into stands for --out; it loads a SOURCE whole, from the start")
         _load(source, into, chosen, approximate=approximate, words=words, json=json)
         return
@@ -94,7 +101,7 @@ def index(
         raise ShouldersError("where to? give --out DIR (or --into, for LanceDB)")
     sizes = Sizes(batch=batch, window=min(batch, 2048)) if batch else Sizes()
     choices = Choices(chosen, approximate, words, sizes)
-    do = _chosen(source, out, choices, resume=resume, add=add, delete=delete or [])
+    do = _chosen(source, out, choices, resume=resume, add=add, delete=delete or [], abandon=abandon)
     began = time.monotonic()
     watch = Bars(stderr())
     manifest = do(watch)
@@ -172,12 +179,18 @@ def _chosen(
     resume: bool,
     add: bool,
     delete: list[str],
+    abandon: bool,
 ) -> Callable[[Any], Manifest]:
     """Return what the options ask for; contradictions are refused before anything is done."""
     from shoulders.reader.index import build as do
 
+    built = choices.dense is not None or choices.approximate or choices.words is not None
+    if abandon:
+        if source is not None or add or resume or delete or built:
+            raise ShouldersError("--abandon stands alone: it gives up what is unfinished in --out")
+        return lambda watch: do.abandon(out, watch)
     if delete:
-        if source is not None or add or resume:
+        if source is not None or add or resume or built:
             raise ShouldersError("--delete stands alone: first delete, then --add SOURCE")
         return lambda watch: do.delete(delete, out, watch)
     if source is None:

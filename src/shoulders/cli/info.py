@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stdout
+from shoulders.cli.common import check_outputs, emit_json, files_of, quiet_libraries, stdout
 from shoulders.cli.index import index_facts, show_index
 
 
@@ -22,7 +22,7 @@ def info(
     json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
 ) -> None:
     """Show what a skill, an index or the LM is: fingerprints, sizes, provenance."""
-    check_outputs(json)
+    check_outputs(json, read=files_of(str(skill)) if skill is not None else ())
     if skill is not None and _is_index(skill):
         index = {"index": str(skill), **_index_facts(skill)}
         emit_json(json, index)

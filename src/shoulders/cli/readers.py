@@ -84,6 +84,18 @@ def open_reader(
                 f"--abstain-below: '{name}' has no calibrated confidence; use a trained reader"
             )
         reading = reading.model_copy(update={"abstain_below": abstain_below})
+    unlike = is_reader(name) and (
+        (retriever is not None and retriever != search.retriever)
+        or (not rerank and bool(artefact.files))
+    )
+    if unlike and reading.confidence is not None:
+        if abstain_below is not None:
+            raise ShouldersError(
+                "--abstain-below: answers' probabilities were calibrated on passages that are "
+                f"found by '{search.retriever}' and re-ranked; search as the reader was trained"
+            )
+        stderr().print("searched otherwise than it was trained: no probability of its answers")
+        reading = reading.model_copy(update={"confidence": None, "abstain_below": None})
     opened = open_passages(index) if index is not None else None
     found = None
     if opened is not None:
@@ -110,10 +122,12 @@ def evaluate_reader(
     plot: Path | None,
 ) -> None:
     """Score a reader on a file of questions; write and show its report card."""
-    from shoulders.evaluation.report_card import dump_answers, plot_report_card, report_card
+    from shoulders.evaluation.report_card import dump_answers, plot_report_card, pyplot, report_card
     from shoulders.reader.questions import read_questions, write_questions
     from shoulders.training.monitor import quiet_progress
 
+    if plot is not None:
+        pyplot()  # missing, it should be missed now
     questions = read_questions(data)[:limit]
     with quiet_progress(stderr(), "reading", 2 * len(questions)) as advance:
         card = report_card(reader, questions, on_search=advance, on_read=advance)

@@ -51,7 +51,7 @@ def read_rows(path: Path | str, *, task: str | None = None) -> list[Row]:
     Raises `DataError`, naming file and line, for anything that is not such a row.
     """
     path = Path(path)
-    default = task or (path.name if path.is_dir() else path.stem)
+    default = task or task_of(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; check the path in the recipe")
     if path.is_dir() or path.suffix == ".parquet":
@@ -63,6 +63,12 @@ def read_rows(path: Path | str, *, task: str | None = None) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: holds no rows; add some or leave the file out")
     return rows
+
+
+def task_of(path: Path | str) -> str:
+    """Return the task of a file's or folder's rows that name none: what it is called."""
+    path = Path(path)
+    return path.name if path.is_dir() else path.stem
 
 
 def _jsonl_rows(path: Path, default_task: str) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import jinja2
 import jinja2.meta
 import jinja2.sandbox
 import yaml
-from yaml.constructor import ConstructorError
 
 from shoulders.data.rows import Row
+from shoulders.data.yaml_loader import UniqueKeyLoader
 from shoulders.errors import DataError, nearest
 
 FALLBACK = "*"
@@ -66,7 +66,7 @@ class Templates:
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not valid UTF-8 at byte {error.start + 1}") from None
         try:
-            value = yaml.load(text, Loader=_UniqueKeyLoader)
+            value = yaml.load(text, Loader=UniqueKeyLoader)
         except yaml.YAMLError as error:
             raise DataError(_yaml_message(path, error)) from None
         except (ValueError, AttributeError, RecursionError) as error:  # `2024-13-45`, `!!int abc`
@@ -153,21 +153,6 @@ class Templates:
         if "input" not in used:
             raise DataError(f"{place}: leaves out the input; add {{{{ input }}}}")
         return template
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice, where YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise ConstructorError(
-                        None, None, f"'{key.value}' is given twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _yaml_message(path: Path, error: yaml.YAMLError) -> str:

@@ -1,7 +1,7 @@
 """The report card of a reader: which stage loses the answers?
 
-Retrieved among the first k -> re-ranked -> packed into the window -> answered, each in percent of
-the questions, with a bootstrap interval.
+Retrieved among the first k (of all, where fewer were retrieved) -> re-ranked -> packed into the
+window -> answered, each in percent of the questions, with a bootstrap interval.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoulders.errors import DataError
+from shoulders.errors import DataError, ShouldersError, install
 from shoulders.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
@@ -151,18 +151,27 @@ def dump_answers(path: Path, questions: Sequence[Question], answers: Sequence[An
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def plot_report_card(metrics: dict[str, float], path: Path) -> None:
-    """Draw the stages as bars, left to right, to see where answers are lost."""
-    import matplotlib
-
+def pyplot() -> Any:
+    """Return matplotlib's, drawing into files; raises `ShouldersError` where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ShouldersError(f"plots need matplotlib; run: {install('train')}") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot_report_card(metrics: dict[str, float], path: Path) -> None:
+    """Draw the stages as bars, left to right, to see where answers are lost."""
+    plt = pyplot()
     names = [f"{stage}_answer_hit_at_{k}" for stage in ("retrieved", "reranked") for k in HITS_AT]
     names += ["packed_answer_hit", "f1", "exact_match"]
     labels = [n.replace("_answer_hit_at_", "\n@").replace("_answer_hit", "").replace("_", "\n")
               for n in names]  # fmt: skip
-    colours = ["tab:gray"] * 3 + ["tab:blue"] * 3 + ["tab:orange", "tab:green", "tab:green"]
+    kinds = {"retrieved": "tab:gray", "reranked": "tab:blue", "packed": "tab:orange"}
+    colours = [kinds.get(n.partition("_")[0], "tab:green") for n in names]
     figure, axes = plt.subplots(figsize=(9, 4))
     bars = axes.bar(labels, [metrics[n] for n in names], color=colours)
     axes.bar_label(bars, fmt="%.1f")

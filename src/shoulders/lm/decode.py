@@ -34,7 +34,7 @@ class DecodingConfig(BaseModel):
 
     max_new_tokens: int = Field(default=64, ge=1)
     min_new_tokens: int = Field(default=0, ge=0)
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     n: int = Field(default=1, ge=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -211,7 +211,7 @@ def choose(lm: FrozenLM, logits: Tensor, running: Sequence[Running]) -> Tensor:
     early = [i for i, s in enumerate(running) if len(s.ids) < s.config.min_new_tokens]
     if early:
         logits = logits.clone()
-        ends = torch.tensor(lm.end_ids, device=logits.device)
+        ends = torch.tensor(lm.end_ids, dtype=torch.long, device=logits.device)
         logits[torch.tensor(early, device=logits.device)[:, None], ends] = -torch.inf
     ways: dict[tuple[float, float], list[int]] = {}
     for i, state in enumerate(running):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from shoulders.errors import LMError
 from shoulders.lm.prompt import Prompt
@@ -18,25 +20,81 @@ if TYPE_CHECKING:
 def check_drivable(lm: FrozenLM) -> None:
     """Refuse an LM whose logits from embeddings are not its own logits from token ids.
 
-    Catches what architectures do outside layers and head: scaled embeddings, capped or
-    multiplied logits, projections between body and head.
+    Catches what architectures do outside layers and head (scaled embeddings, capped or
+    multiplied logits, projections between body and head), and those where pads before a row change
+    what it is.
 
     Raises:
-        LMError: it has no head, or its logits differ.
+        LMError: it has no head, keeps other states than keys and values, or its logits differ.
     """
+    kind = f"{lm.name} ({type(lm.model).__name__})"
     if lm.model.get_output_embeddings() is None:
         raise LMError(f"{lm.name}: has no output embeddings; a causal LM is needed")
-    ids = torch.arange(1, 4, device=lm.device)[None] % lm.vocab_size
-    expected = lm.model(input_ids=ids, use_cache=False).logits[0].float()
-    positions = torch.arange(3, device=lm.device)[None]
+    try:
+        # Rows that leave a batch and samples that share a prompt need caches that can be cut up.
+        layers = DynamicCache(config=lm.model.config).layers
+        if odd := sorted({type(one).__name__ for one in layers if not _is_plain(one)}):
+            raise LMError(
+                f"{kind}: keeps other states than keys and values ({', '.join(odd)}); only "
+                "attention is supported"
+            )
+        ids = torch.arange(1, 4, device=lm.device)[None] % lm.vocab_size
+        expected = lm.model(input_ids=ids, use_cache=False).logits[0].float()
+        found = {"from embeddings": _logits(lm, ids)[0], "behind pads": _behind_pads(lm, ids)}
+    except LMError:
+        raise
+    except Exception as error:  # whatever an architecture that we do not know may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LMError(f"{kind}: this architecture is not supported: {reason}") from error
+    for where, logits in found.items():
+        if not _equal(lm, logits, expected):
+            difference = float((logits - expected).abs().max())
+            raise LMError(
+                f"{kind}: logits {where} differ "
+                f"from its own by {difference:.2g}; this architecture is not supported"
+            )
+
+
+@torch.no_grad()
+def packs_apart(lm: FrozenLM) -> bool:
+    """Return whether rows that lie end to end, masked from each other, are what each is alone.
+
+    Not where layers count places themselves (ALiBi's biases, recurrent states).
+    """
+    ids = torch.arange(1, 8, device=lm.device)[None] % lm.vocab_size
+    mask = torch.full((7, 7), torch.finfo(lm.dtype).min, dtype=lm.dtype, device=lm.device).triu(1)
+    mask[4:, :4] = torch.finfo(lm.dtype).min
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=lm.device)
+    try:
+        hidden = lm.hidden(lm.embed(ids), mask[None, None], positions)
+    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
+        return False
+    return _equal(lm, lm.plain_logits(hidden[0, 4:]), _logits(lm, ids[:, 4:])[0])
+
+
+def _behind_pads(lm: FrozenLM, ids: Tensor) -> Tensor:
+    pads = torch.tensor([[0, 0]], device=lm.device)
+    mask = torch.tensor([[0, 0, 1, 1, 1]], device=lm.device)
+    positions = torch.tensor([[0, 0, 0, 1, 2]], device=lm.device)
+    embedded = lm.embed(torch.cat([pads, ids], 1))
+    return lm.plain_logits(lm.hidden(embedded, mask, positions)[0, 2:])
+
+
+def _logits(lm: FrozenLM, ids: Tensor) -> Tensor:
+    positions = torch.arange(ids.shape[1], device=lm.device)[None]
     hidden = lm.hidden(lm.embed(ids), torch.ones_like(ids), positions)
-    difference = float((lm.plain_logits(hidden[0]) - expected).abs().max())
+    return torch.stack([lm.plain_logits(row) for row in hidden])
+
+
+def _equal(lm: FrozenLM, found: Tensor, expected: Tensor) -> bool:
+    difference = float((found - expected).abs().max())
     tolerance = 1e-4 if lm.dtype == torch.float32 else 0.05
-    if not difference <= tolerance * max(1.0, float(expected.abs().max())):
-        raise LMError(
-            f"{lm.name} ({type(lm.model).__name__}): logits from embeddings differ "
-            f"from its own by {difference:.2g}; this architecture is not supported"
-        )
+    return difference <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+def _is_plain(layer: Any) -> bool:
+    linear = isinstance(layer, LinearAttentionCacheLayerMixin)
+    return hasattr(layer, "batch_select_indices") and not linear
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from shoulders.fingerprint import digest
-from shoulders.lm.drivable import check_drivable, fused_as_its_own
+from shoulders.lm.drivable import check_drivable, fused_as_its_own, packs_apart
 from shoulders.lm.factors import Site
 from shoulders.lm.fused import Blocks
 from shoulders.lm.head import Head
@@ -28,6 +28,7 @@ from shoulders.lm.quantized import Quantization
 from shoulders.lm.shard import Shards, decoder_layers
 from shoulders.lm.sites import sites_of
 from shoulders.lm.updates import Updates
+from shoulders.lm.window import has_local_places, sliding_window_of, window_of
 
 
 class FrozenLM:
@@ -65,11 +66,17 @@ class FrozenLM:
         self._head = model.get_output_embeddings()
         self._body = model.base_model
         self.shards = shards
+        # Length of its window in positions, and how many its sliding layers see.
+        self.max_positions = window_of(model.config, name)
+        self.sliding_window = sliding_window_of(model.config)
         self._laid = Blocks.of(model) if shards is None else None
         self._fingerprint = fingerprint
         self._asking = threading.Lock()
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
+        # Whether rows may be laid end to end, each with positions of its own.
+        self.packs = self.takes_positions and not has_local_places(model.config)
         check_drivable(self)
+        self.packs = self.packs and packs_apart(self)
 
     @functools.cached_property
     def blocks(self) -> Blocks | None:
@@ -108,18 +115,7 @@ class FrozenLM:
     @property
     def layers(self) -> int:
         """Number of its layers."""
-        return int(self.model.config.num_hidden_layers)
-
-    @property
-    def max_positions(self) -> int:
-        """Length of the LM's window in positions (prompt and tokens together)."""
-        return int(self.model.config.max_position_embeddings)
-
-    @property
-    def sliding_window(self) -> int | None:
-        """Positions that the LM's sliding layers see; None where every layer sees all."""
-        window = getattr(self.model.config, "sliding_window", None)
-        return int(window) if window else None
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
     def parameters(self) -> int:
@@ -222,7 +218,7 @@ class FrozenLM:
         if self.shards is not None:
             self.shards.announce()
         if self.sliding_window and mask.dim() == 2 and mask.shape[1] > self.sliding_window:
-            layered = getattr(self.model.config, "layer_types", None) is not None
+            layered = getattr(self.model.config.get_text_config(), "layer_types", None) is not None
             mask = masks_by_position(
                 mask, embeddings.shape[1], self.sliding_window, self.dtype, layered=layered
             )
@@ -256,7 +252,7 @@ class FrozenLM:
     def plain_logits(self, hidden: Tensor) -> Tensor:
         """Return `logits` through the LM's own head, whatever is packed."""
         logits: Tensor = self._head(hidden.to(self.dtype)).to(self.device).float()
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        cap = self._cap
         return torch.tanh(logits / cap) * cap if cap is not None else logits
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -298,10 +294,17 @@ class FrozenLM:
 
     @functools.cached_property
     def _packed_head(self) -> Head | None:
-        capped = getattr(self.model.config, "final_logit_softcapping", None) is not None
-        if capped or self.blocks is None or self.precision not in ("int8", "bfloat16"):
+        if (
+            self._cap is not None
+            or self.blocks is None
+            or self.precision not in ("int8", "bfloat16")
+        ):
             return None  # float32 stays exact
         return Head.of(self._head)
+
+    @property
+    def _cap(self) -> float | None:
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     @property
     def placed(self) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def is_llama_style(model: Any) -> bool:
     body = model.base_model
     if model.device.type != "cpu" or getattr(model.config, "hidden_act", None) != "silu":
         return False
+    if "llama_4_scaling_beta" in (getattr(model.config, "rope_parameters", None) or {}):
+        return False  # Ministral 3: queries grow with their positions
     if is_quantised(model) or any(p.is_meta for p in model.parameters()):
         return False  # no plain matrices to lay out, or none that is to stay in memory
     try:

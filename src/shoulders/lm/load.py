@@ -65,7 +65,6 @@ def load_lm(
     Raises:
         LMError: the model cannot be found, downloaded, verified, read, quantised or sharded.
     """
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from shoulders.lm.frozen import FrozenLM
@@ -74,9 +73,11 @@ def load_lm(
     from shoulders.lm.rounding import round_to_int8
     from shoulders.lm.shard import Shards, check_shardable
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _place(device)
     precision = _precision(dtype, place)
     check_options(dtype, quantize, device_map, device)
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        raise LMError("max_memory and offload_folder say where a device_map puts weights: give one")
     if shard:
         check_shardable(dtype)
         if quantize is not None or device_map is not None:
@@ -96,14 +97,25 @@ def load_lm(
         source = converted(Path(name))
     elif Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise LMError(f"{name}: not a model folder: no config.json in it")
+    if revision is not None and (source != name or Path(name).exists()):
+        raise LMError(f"{name}: has no revisions, it is not on the Hub; leave revision out")
     try:
         read = functools.partial(
             AutoModelForCausalLM.from_pretrained, source, revision=revision or "main"
         )
         config = AutoConfig.from_pretrained(source, revision=revision or "main")
+        if getattr(config, "is_encoder_decoder", False):
+            raise LMError(f"{name}: an encoder and a decoder; a causal LM is needed")
         check_stored(name, config, dtype, quantize)
-        model = read(**options)
+        model, info = read(**options, output_loading_info=True)
+        _check_whole(name, info)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        rows = model.get_input_embeddings().weight.shape[0]
+        if tokenizer.vocab_size > rows:
+            raise LMError(
+                f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, the LM embeddings for "
+                f"{rows}: they do not belong together"
+            )
     except LMError:
         raise
     except Exception as error:
@@ -131,6 +143,27 @@ def load_lm(
         model.to(place)
     lend(model)
     return FrozenLM(model, tokenizer, name, fingerprint=bound, quantize=quantize)
+
+
+def _place(device: str | None) -> Any:
+    import torch
+
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not in this machine or torch
+        raise LMError(f"device '{device}': {str(error).splitlines()[0]}") from None
+    return place
+
+
+def _check_whole(name: str, info: Any) -> None:
+    """Raise `LMError` where weights are missing: transformers makes random ones in their place."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise LMError(
+            f"{name}: its weights are not whole: {len(missing)} are missing, {missing[0]} among "
+            "them; copy it again, or name the LM that they belong to"
+        )
 
 
 def _precision(dtype: Precision, device: Any) -> Any:

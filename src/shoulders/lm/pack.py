@@ -52,7 +52,7 @@ def can_pack(lm: FrozenLM, prompt: Prompt, counts: Sequence[int]) -> bool:
     positions it sees all, and one mask serves every layer.
     """
     longest = max(counts) + int(prompt.lengths().max())
-    return lm.takes_positions and (lm.sliding_window is None or longest <= lm.sliding_window)
+    return lm.packs and (lm.sliding_window is None or longest <= lm.sliding_window)
 
 
 def pack(lm: FrozenLM, prompt: Prompt, embedded: Tensor, counts: Sequence[int]) -> Packed:

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from shoulders.errors import ShouldersError, TrainingError, install
-from shoulders.reader.passage import Passage
-from shoulders.reader.reranker import OnPairs, Reranker, Scores
 
 Values = NDArray[np.float64]
 
@@ -62,26 +60,6 @@ def fit_platt(scores: Sequence[float], labels: Sequence[bool]) -> Platt:
             "scores are of no use"
         )
     return Platt(slope=slope, bias=float(weights[1]) - slope * middle)
-
-
-class CalibratedReranker:
-    """A re-ranker whose scores are probabilities; the order is the member's."""
-
-    def __init__(self, member: Reranker, platt: Platt) -> None:
-        self.member = member
-        self.platt = platt
-
-    def score(
-        self,
-        questions: Sequence[str],
-        passages: Sequence[Sequence[Passage]],
-        retrieved: Sequence[Sequence[float]],
-        *,
-        on_pairs: OnPairs | None = None,
-    ) -> Scores:
-        """Return the probability of each passage to hold the answer."""
-        rows = self.member.score(questions, passages, retrieved, on_pairs=on_pairs)
-        return [[self.platt.probability(score) for score in row] for row in rows]
 
 
 class Bin(BaseModel):

@@ -14,9 +14,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from shoulders.errors import DataError
+from shoulders.errors import DataError, nearest
 from shoulders.files import atomic_path
 from shoulders.reader.passage import Passage
+
+_MARK = b"\xef\xbb\xbf"  # ahead of what some editors save as UTF-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,7 @@ def read_questions(path: Path) -> list[Question]:
     """Read questions; raises `DataError` that names the file, the line (or entry) and the field."""
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    try:
-        found = [_question(values, where) for values, where in _objects(path)]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: byte {error.start}") from error
+    found = [_question(values, where) for values, where in _objects(path)]
     if not found:
         raise DataError(f"{path}: holds no questions")
     return found
@@ -95,26 +94,42 @@ def write_questions(
 
 def _objects(path: Path) -> Iterator[tuple[Any, str]]:
     """Yield every object of the file and where it stands."""
-    with path.open(encoding="utf-8-sig") as file:
-        first = file.read(1)
-        while first.isspace():
-            first = file.read(1)
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(_MARK).lstrip()
         file.seek(0)
-        if first == "[":
-            try:
-                entries = json.load(file)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error}") from error
-            for number, values in enumerate(entries, 1):
+        if head.startswith(b"["):
+            whole = file.read().removeprefix(_MARK)
+            for number, values in enumerate(_parsed(whole, f"{path}", whole=True), 1):
                 yield values, f"{path}, entry {number}"
             return
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path}, line {number}"
-                try:
-                    yield json.loads(line), where
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: not valid JSON: {error}") from error
+                yield _parsed(line.removeprefix(_MARK) if number == 1 else line, where), where
+
+
+def _parsed(raw: bytes, where: str, *, whole: bool = False) -> Any:
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, parse_constant=_refused)
+        # Half a surrogate pair, which JSON can name and nothing can write.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        place = f"{where}, line {line}" if whole else where
+        raise DataError(f"{place}: not UTF-8: byte {error.start}") from error
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds half a surrogate pair (\\ud800-\\udfff)") from error
+    except json.JSONDecodeError as error:
+        place = f"{where}, line {error.lineno}" if whole else where
+        raise DataError(f"{place}: not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from error
+    return value
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _question(values: Any, where: str) -> Question:
@@ -127,6 +142,10 @@ def _question(values: Any, where: str) -> Question:
         raise DataError(f"{where}: {problem}") from error
     if not row.question.strip():
         raise DataError(f"{where}: field 'question' is empty")
+    if "answers" not in values and (meant := nearest("answers", [*values])):
+        raise DataError(f"{where}: no field 'answers'{meant}")
+    if any(not answer.strip() for answer in row.answers):
+        raise DataError(f"{where}: field 'answers' holds an empty text; leave it out")
     contexts = None
     if row.ctxs is not None:
         contexts = tuple(Passage(c.id, c.title, c.text) for c in row.ctxs)

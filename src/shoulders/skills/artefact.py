@@ -174,7 +174,13 @@ def load_skill(
     artefact = read_artefact(folder)
     _check_bound(folder, "LM", artefact.lm, lm.name, lm.fingerprint)
     skill = Skill.create(lm, artefact.skill, encoder)
-    for bound, found in zip(artefact.encoders, skill.encoders(), strict=True):
+    encoders = list(skill.encoders())
+    if len(artefact.encoders) != len(encoders):
+        raise ArtefactError(
+            f"{folder / FILE}: names {len(artefact.encoders)} encoders, its passes have "
+            f"{len(encoders)}; it was edited"
+        )
+    for bound, found in zip(artefact.encoders, encoders, strict=True):
         _check_bound(folder, "encoder", bound, found.name, found.fingerprint)
     try:
         tensors = load_file(folder / TENSORS)

@@ -84,7 +84,7 @@ class TrainingConfig(BaseModel):
     optimizer: OptimizerConfig
     warmup_steps: int = Field(default=20, ge=0)
     decay: Literal["linear", "cosine", "constant"] = "linear"
-    clip: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     validate_every: int = Field(default=200, ge=1)
     validation_rows: int = Field(default=8, ge=1)

@@ -120,7 +120,8 @@ def fit(
         Streams.of(skill.lm, config.streams) as passes,
         deferred_interrupt() as interrupted,
     ):
-        start, felt = progress.step, set[str]()
+        # Of a run that goes on this was seen before; late steps may move nothing any more.
+        watched, felt = progress.step == 0, set[str]()
         while progress.step < config.steps:
             step = progress.step
             window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
@@ -129,21 +130,21 @@ def fit(
             loss, stopping = processes.summed(trained, loss, interrupted())
             norm = float(torch.nn.utils.clip_grad_norm_(producer.parameters(), config.clip))
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                kept = f" (the newest checkpoint is in {out / FOLDER})"
                 raise DivergedError(
                     f"step {step + 1}: loss is {loss}, gradient norm {norm}: training has "
-                    f"diverged; lower the learning rate (best weights so far: step "
-                    f"{progress.best_step}, kept in {out / FOLDER})"
+                    f"diverged; lower the learning rate{kept if (out / FOLDER).exists() else ''}"
                 )
             factor = rate_factor(step, config)
             set_rates(optimizer, factor)
-            if step < start + MOVED_BY:
+            if watched and step < MOVED_BY:
                 felt |= {
                     n for n, p in producer.named_parameters() if p.grad is not None and p.grad.any()
                 }
             optimizer.step()
             progress.step += 1
             monitor.step(progress.step, loss, sum(e.tokens for e in examples), factor, norm)
-            if progress.step == min(start + MOVED_BY, config.steps) and config.steps >= MOVED_BY:
+            if watched and progress.step == MOVED_BY:
                 check_moved(producer, initial, felt)
 
             if checked and (
@@ -152,6 +153,11 @@ def fit(
                 producer.train(False)
                 entry = validate(skill, rows, templates, checked, config.select)
                 producer.train()
+                if not math.isfinite(entry["loss"]):
+                    raise DivergedError(
+                        f"step {progress.step}: validation loss is {entry['loss']}: training has "
+                        "diverged; lower the learning rate"
+                    )
                 if config.select == "last":
                     value = -float(progress.step)
                 else:
@@ -163,6 +169,8 @@ def fit(
                 marked = improved and config.select != "last"
                 monitor.validation({"step": progress.step, **entry}, best=marked)
 
+            if progress.step == config.steps:
+                check_finite(producer)
             if progress.step % config.save_every == 0 or progress.step == config.steps:
                 save()
             if (stopping or (processes.count == 1 and interrupted())) and (
@@ -185,6 +193,13 @@ def fit(
 def copied(producer: nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of the producer's tensors."""
     return {name: value.detach().clone() for name, value in producer.state_dict().items()}
+
+
+def check_finite(producer: nn.Module) -> None:
+    """Raise `DivergedError` when the last step has left what is no number (promise 8)."""
+    broken = next((n for n, p in producer.named_parameters() if not p.isfinite().all()), None)
+    if broken is not None:
+        raise DivergedError(f"'{broken}' is not finite at the end; lower the learning rate")
 
 
 def check_moved(producer: nn.Module, initial: dict[str, torch.Tensor], felt: set[str]) -> None:

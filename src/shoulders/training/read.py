@@ -140,7 +140,9 @@ def trained_prompt(
         skill = Skill.create(lm, recipe.skill, functools.cache(load_encoder))
         for split, (questions, ranked) in rows.items():
             with watch.stage(f"packing {split} contexts", len(questions)) as advance:
-                write_contexts(files[split], skill, recipe, questions, ranked)
+                write_contexts(
+                    files[split], skill, recipe, questions, ranked, taught=split == "train"
+                )
                 advance(len(questions))
         del lm, skill  # the next stage loads its own
     data = MixtureConfig(
@@ -165,21 +167,25 @@ def write_contexts(
     recipe: ReaderRecipe,
     questions: Sequence[Question],
     ranked: Sequence[Ranked],
+    *,
+    taught: bool,
 ) -> None:
-    """Write what the LM will read of every question, with its answers, as rows to train on.
+    """Write what the LM will read of every question, with its answers, as rows.
 
-    Of several right answers those that stand in the context are taught, where any does.
+    Rows that are `taught` leave out questions as the recipe says, and of several right answers
+    those that do not stand in the context, where any does. Rows to select on keep all.
     """
     reader = Reader(skill, Contexts(None, None, None, 1), recipe.reader.reading)
     with atomic_path(file) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for question, packed in zip(questions, reader.packed(questions, ranked), strict=True):
             inside = [a for a in question.answers if has_answer(packed.context, [a])]
-            if not question.answers or (not inside and recipe.reader.unanswerable == "drop"):
+            dropped = taught and not inside and recipe.reader.unanswerable == "drop"
+            if not question.answers or dropped:
                 continue
             row: dict[str, Any] = {
                 "task": TASK,
                 "input": packed.text,
-                "targets": inside or list(question.answers),
+                "targets": (inside if taught else []) or list(question.answers),
             }
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoulders.data.mixture import MixtureConfig
+from shoulders.data.yaml_loader import NO_YAML, read_yaml
 from shoulders.errors import RecipeError, nearest
 from shoulders.prompts.build import config_of, kind_of, rates_of
 from shoulders.recursion.connector import ConnectorConfig
@@ -17,8 +17,6 @@ from shoulders.recursion.latent import LatentConfig
 from shoulders.skills.config import SkillConfig
 from shoulders.training.configs import CrossFitConfig, LMConfig, RunningTextConfig, TrainingConfig
 
-# What its reader raises: of scalars such as `2024-13-45` and `!!int abc`, and of deep nesting, too.
-NO_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 FILES = ("train", "validation", "templates")  # what `data` and `text` name files by
 
 
@@ -103,7 +101,7 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except NO_YAML as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -213,7 +211,7 @@ def override(values: dict[str, Any], given: str) -> None:
         if not isinstance(at, dict | list):
             raise RecipeError(f"--set {given}: '{part}' holds no further keys")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except NO_YAML as error:
         raise RecipeError(f"--set {given}: '{text[:80]}' is not a YAML value") from error
     if isinstance(value, str):

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from shoulders import __version__
 from shoulders.data.mixture import Mixture, MixtureConfig, select_rows
-from shoulders.data.rows import Row, read_rows
+from shoulders.data.rows import Row, read_rows, task_of
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
@@ -77,6 +77,8 @@ def run_recipe(
         raise TrainingError(f"{out}: holds an ensemble that was begun; choose another --out")
     if (out / FOLDER).exists() and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
+    if not resume and out.exists() and (other := sorted(p.name for p in out.iterdir())):
+        raise TrainingError(f"{out}: is not empty ({other[0]}); choose another --out")
     processes = Processes.started()
     processes.wait()  # before the first writes anything that the others would stumble over
     if not processes.leads:
@@ -165,7 +167,9 @@ def _text_data(
 def load_data(config: MixtureConfig) -> tuple[list[Row], list[Row], Templates]:
     """Return training rows, validation rows and templates of a recipe's `data`."""
     rows = read_all(config.train)
-    validation = select_rows(read_all(config.validation), config, missing_ok=True)
+    # Rows that name no task belong to the one that they are named after, in both files.
+    task = task_of(config.train[0]) if len(config.train) == 1 else None
+    validation = select_rows(read_all(config.validation, task), config, missing_ok=True)
     if config.templates is None:
         return rows, validation, Templates()
     return rows, validation, Templates.read(Path(config.templates))
@@ -177,9 +181,9 @@ def unseen_rows(rows: Sequence[Row], training: Sequence[Row]) -> list[Row]:
     return [row for row in rows if (row.task, row.input) not in seen]
 
 
-def read_all(paths: Sequence[str]) -> list[Row]:
-    """Return the rows of several files, in order."""
-    return [row for path in paths for row in read_rows(Path(path))]
+def read_all(paths: Sequence[str], task: str | None = None) -> list[Row]:
+    """Return the rows of several files, in order; see `read_rows`."""
+    return [row for path in paths for row in read_rows(Path(path), task=task)]
 
 
 def data_hashes(recipe: Recipe) -> dict[str, str]:

@@ -47,6 +47,16 @@ def trained_parts(
         part: out / FOLDER / source.stem if source.suffix in YAML else source
         for part, source in named.items()
     }
+    for part, source in named.items():
+        for other, another in named.items():
+            if folders[part] == folders[other] and source != another:
+                raise RecipeError(
+                    f"start.{part} and start.{other}: {source} and {another} are trained into one "
+                    "folder; give the recipes other names"
+                )
+    for part, source in named.items():
+        if source.suffix in YAML and (folders[part] / FILE).is_file():
+            _check_trained(part, folders[part], read_recipe(source))
     missing = {
         part: read_recipe(source)
         for part, source in named.items()
@@ -64,6 +74,17 @@ def trained_parts(
             console.print(f"{part} starts from {named[part].name}: training it first")
         run(recipe, folders[part])
     return folders
+
+
+def _check_trained(part: str, folder: Path, recipe: Recipe) -> None:
+    """Raise `TrainingError` where a finished part was trained by what is not its recipe now."""
+    noted = read_artefact(folder).provenance.get("recipe") or {}
+    begun = by_name(as_now(noted, Recipe))
+    if found := difference(begun, by_name(recipe.model_dump(mode="json"))):
+        raise TrainingError(
+            f"start.{part}: {folder} was trained by another recipe ({found}); move it away, or "
+            "choose another --out"
+        )
 
 
 def same_recipe(recipe: BaseModel, file: Path, data: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -112,9 +113,9 @@ def _run_textual(recipe: Recipe, out: Path, *, resume: bool, console: Console | 
         lm=recipe.lm,
         skill=_second_config(recipe),
         data=MixtureConfig(
+            # What was drawn at the recipe's temperature, as often as it was drawn.
             train=[str(files["train"])],
             validation=[str(files["validation"])] if checked else [],
-            temperature=recipe.data.temperature,
         ),
         start={_moved(k, -recipe.skill.stage[0]): str(v) for k, v in parts.items()},
         training=recipe.training,
@@ -235,7 +236,12 @@ def _first_recipe(recipe: Recipe, first: Path) -> Recipe:
             f"start.{FIRST}: {first} holds another first pass (or text format) than the recipe's "
             f"passes.0: {artefact.skill.passes[0].prompt} and {before[0].passes[0].prompt}"
         )
-    taught = Recipe.model_validate(artefact.provenance["recipe"])
+    try:
+        taught = Recipe.model_validate(artefact.provenance["recipe"])
+    except (KeyError, ValidationError):
+        raise RecipeError(
+            f"start.{FIRST}: {first} does not say with which recipe it was trained"
+        ) from None
     if taught.data is None:
         raise RecipeError(f"start.{FIRST}: {first} was trained on running text, not on tasks")
     return taught

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,12 +78,22 @@ class Folder:
         if self.path.is_file():
             yield self.path, self.path.name
             return
-        for folder, below, files in os.walk(self.path):
+        unread = Counter[str]()
+
+        def missed(error: OSError) -> None:
+            note(f"{error.filename}: left out: {error.strerror}")
+
+        for folder, below, files in os.walk(self.path, onerror=missed):
             below[:] = sorted(name for name in below if not name.startswith("."))
+            for name in below:
+                if (Path(folder) / name).is_symlink():
+                    note(f"{Path(folder) / name}: left out: a link to a folder; index it by itself")
             for name in sorted(files):
                 path = Path(folder) / name
-                known = path.suffix.lower() in SUFFIXES and not name.startswith(".")
-                if not (known and path.is_file()):
+                if name.startswith(".") or not path.is_file():
+                    continue
+                if path.suffix.lower() not in SUFFIXES:
+                    unread[path.suffix.lower() or "no suffix"] += 1
                     continue
                 below_root = path.relative_to(self.path).as_posix()
                 try:
@@ -91,3 +102,6 @@ class Folder:
                     note(f"{below_root!a}: left out: its name is not valid UTF-8; rename it")
                     continue
                 yield path, below_root
+        if unread:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in unread.most_common(5))
+            note(f"{unread.total():,} files of other kinds left out: {kinds}")

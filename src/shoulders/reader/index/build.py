@@ -162,6 +162,21 @@ def finish(out: Path, watch: Watch) -> Manifest:
         return carry_out(out, plan, watch)
 
 
+def abandon(out: Path, watch: Watch) -> Manifest:
+    """Give up what is unfinished in `out`: the index stays as it was before that."""
+    if read_plan(out) is None:
+        read_manifest(out)
+    with only_writer(out):
+        plan = read_plan(out)
+        if not (out / FILE).is_file():
+            raise ArtefactError(f"{out}: was never finished: remove the folder, or --resume")
+        base = read_manifest(out)
+        if plan is None:
+            watch.note(f"{out}: nothing is unfinished")
+        clean(out, base)
+        return base
+
+
 def _change(base: Manifest, operation: Literal["add", "delete", "dense"], sizes: Sizes) -> Plan:
     return Plan(
         operation=operation,
@@ -190,7 +205,8 @@ def _unfinished(out: Path, resume: bool, source: Path | None) -> Plan | None:
 def _begun(out: Path, plan: Plan) -> ArtefactError:
     what = f"{plan.operation} of {plan.given}" if plan.given else plan.operation
     return ArtefactError(
-        f"{out}: unfinished ({what}); go on with: shoulders index --resume --out {out}"
+        f"{out}: unfinished ({what}); go on with: shoulders index --resume --out {out} (or give "
+        "it up: --abandon)"
     )
 
 

@@ -11,7 +11,7 @@ from shoulders.reader.collections.source import Source, open_source
 from shoulders.reader.index.content import Content
 from shoulders.reader.index.dense import DenseStage
 from shoulders.reader.index.fill import fill, prune
-from shoulders.reader.index.ids import ENDS, IDS
+from shoulders.reader.index.ids import ENDS, IDS, IdWriter
 from shoulders.reader.index.manifest import (
     UNFINISHED,
     Manifest,
@@ -25,7 +25,7 @@ from shoulders.reader.index.needs import check_disk, needs
 from shoulders.reader.index.numbers import read_numbers, write_numbers
 from shoulders.reader.index.plan import Plan
 from shoulders.reader.index.store import ANALYZER, PassageStore
-from shoulders.reader.index.vectors import vectors_name
+from shoulders.reader.index.vectors import VectorFile, vectors_name
 from shoulders.reader.watch import Watch
 
 
@@ -138,8 +138,16 @@ def _discard(out: Path, plan: Plan) -> None:
 
 
 def clean(out: Path, manifest: Manifest) -> None:
-    """Remove what older generations and killed processes left."""
+    """Remove what older generations, killed processes and changes that were given up left."""
     remove(out / UNFINISHED)
+    IdWriter(out).cut(manifest.rows)
+    dense = manifest.dense
+    if dense is not None:
+        own = out / vectors_name(dense.dtype)
+        VectorFile(own, dense.dimensions, dense.dtype).cut(manifest.rows)
+    for file in out.glob(vectors_name("*")):
+        if dense is None or file.name != vectors_name(dense.dtype):
+            remove(file)
     kept = {name.split("/")[0] for name in manifest.files}
     for path in out.iterdir():
         known = path.name.startswith(("passages-", "deleted-", "approximate-", ".passages-"))

@@ -157,5 +157,5 @@ def _same(plan: Plan, committed: int, content: Content, source: Source) -> None:
 def _changed(source: Source) -> DataError:
     return DataError(
         f"{source.path}: changed since the unfinished index was begun; remove the index's folder "
-        "(or, of an index that was whole, its unfinished.json) and begin again"
+        "(or, of an index that was whole, give the change up: --abandon) and begin again"
     )

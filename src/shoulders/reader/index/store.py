@@ -115,6 +115,7 @@ class PassageStore:
         by number. At most `limit`, fewer where fewer hold any of the words.
         """
         query = self._any_of(words)
+        limit = min(limit, self.count)  # memory is taken for as many as are asked for
         fetch = limit + 8
         while True:
             hits = self._searcher.search(query, fetch, count=False).hits
