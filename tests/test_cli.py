@@ -905,6 +905,7 @@ def test_info_on_an_lm(run: Command, lm: Path) -> None:
     facts = json.loads(Path("r.json").read_text())
     assert facts["lm_fingerprint"] == load_lm(str(lm), dtype="float32").fingerprint
     assert facts["window"] == WINDOW
+    assert Path(facts["weights"]) == lm
     assert facts["trained_parameters"] == 0
 
 

@@ -114,6 +114,7 @@ def _lm_facts(name: str) -> dict[str, Any]:
         "device": str(lm.device),
         "window": lm.max_positions,
         "hidden_size": lm.hidden_size,
+        "weights": str(lm.model.name_or_path),  # for what else is to load it
         "cache": str(cache_folder()),
         "provenance": {"machine": machine()},
     }

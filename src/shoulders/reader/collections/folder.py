@@ -104,4 +104,4 @@ class Folder:
                 yield path, below_root
         if unread:
             kinds = ", ".join(f"{n} {kind}" for kind, n in unread.most_common(5))
-            note(f"{unread.total():,} files of other kinds left out: {kinds}")
+            note(f"left out, files of other kinds: {kinds}")

@@ -25,8 +25,10 @@ class IdWriter:
         ends = _ends(self._folder, rows)
         with writing_to(self._folder):
             for name, size in ((IDS, int(ends[-1]) if rows else 0), (ENDS, rows * _END.itemsize)):
-                with (self._folder / name).open("ab") as file:
-                    file.truncate(size)
+                path = self._folder / name
+                if not path.is_file() or path.stat().st_size > size:
+                    with path.open("ab") as file:
+                        file.truncate(size)
 
     def append(self, ids: Iterable[str]) -> None:
         """Append ids and see them on the disk."""

@@ -32,8 +32,11 @@ class VectorFile:
 
     def cut(self, rows: int) -> None:
         """Keep the first `rows` rows."""
+        size = rows * self._dimensions * self._dtype.itemsize
+        if self._path.is_file() and self._path.stat().st_size <= size:
+            return
         with writing_to(self._path), self._path.open("ab") as file:
-            file.truncate(rows * self._dimensions * self._dtype.itemsize)
+            file.truncate(size)
 
     def append(self, vectors: np.ndarray) -> None:
         """Append `[n, dimensions]` and see it on the disk."""
