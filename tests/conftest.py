@@ -28,6 +28,14 @@ _CORPUS = (
 )
 
 
+def pytest_configure() -> None:
+    """Let no property fail for how long it took: other work may run beside."""
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
+
+
 @functools.cache
 def _tokenizer(ends: bool = False) -> Any:
     """Train a byte-level BPE of 320 entries: every byte, some merges, two special tokens.

@@ -104,7 +104,7 @@ def test_what_is_left_out_of_a_folder_is_told(shoulders: Any, docs: Path, tmp_pa
     done = shoulders("index", docs, "--out", tmp_path / "index")
     said = " ".join(done.err.split())
     assert "left out, files of other kinds: 2 .docx" in said
-    assert "linked: left out: a link to a folder" in said
+    assert "'linked': left out: a link to a folder" in said
 
 
 def test_refusals_are_one_line(shoulders: Any, docs: Path, tmp_path: Path) -> None:

@@ -175,9 +175,9 @@ def check_argument(text: str, name: str) -> None:
 
 
 def files_of(skill: str) -> list[Path]:
-    """Return the files of a skill's folder, which no output may replace."""
+    """Return the files of a skill's folder and of its members', which no output may replace."""
     folder = Path(skill)
-    return [] if skill == BASE else [p for p in folder.glob("**/*") if p.is_file()]
+    return [] if skill == BASE else [*folder.glob("*"), *folder.glob("*/*")]
 
 
 def check_outputs(

@@ -86,8 +86,9 @@ class Folder:
         for folder, below, files in os.walk(self.path, onerror=missed):
             below[:] = sorted(name for name in below if not name.startswith("."))
             for name in below:
-                if (Path(folder) / name).is_symlink():
-                    note(f"{Path(folder) / name}: left out: a link to a folder; index it by itself")
+                if (path := Path(folder) / name).is_symlink():
+                    link = path.relative_to(self.path).as_posix()
+                    note(f"{link!a}: left out: a link to a folder; index it by itself")
             for name in sorted(files):
                 path = Path(folder) / name
                 if name.startswith(".") or not path.is_file():
