@@ -78,7 +78,9 @@ def run_recipe(
     if (out / FOLDER).exists() and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
     if not resume and out.exists() and (other := sorted(p.name for p in out.iterdir())):
-        raise TrainingError(f"{out}: is not empty ({other[0]}); choose another --out")
+        raise TrainingError(
+            f"{out}: is not empty ({other[0]}); choose another --out, or --resume what was begun"
+        )
     processes = Processes.started()
     processes.wait()  # before the first writes anything that the others would stumble over
     if not processes.leads:
