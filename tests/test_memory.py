@@ -264,6 +264,7 @@ def test_loading_takes_little_more_than_what_stays(
         pytest.importorskip(package)
     result = subprocess.run(
         [sys.executable, "-c", _MEASURE, str(medium), json.dumps(options)],
+        timeout=300,
         capture_output=True,
         text=True,
         check=True,
