@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -150,7 +151,7 @@ def generate(
             opened.asking_ids(texts, decoding)
         with (
             through(gated(opened, skill, recurse_below), vllm_url, vllm_api_key_file) as answering,
-            kept.telling(stderr().print),
+            kept.telling(functools.partial(stderr().print, markup=False)),
         ):
             _answer_all(answering, texts, decoding, kept)
             write_answers(output, rows, [kept.found[text] for text in texts])
