@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from shoulders.files import write_json
-from shoulders.training.run import machine
+from shoulders.machine import machine
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes/nq_closed_book.yaml"

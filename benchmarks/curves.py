@@ -27,11 +27,12 @@ import torch
 from shoulders.benchmark.contender import peer_lm, write_rows
 from shoulders.data.mixture import Mixture
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.prompts.initial import InitConfig, initial_ids
 from shoulders.skills.skill import Skill
 from shoulders.training.examples import example_at
 from shoulders.training.recipe import Recipe, read_recipe
-from shoulders.training.run import load_data, machine
+from shoulders.training.run import load_data
 
 ROOT = Path(__file__).parents[1]
 SHOULDERS = Path(sys.executable).parent / "shoulders"

@@ -20,6 +20,7 @@ import numpy as np
 
 from shoulders.evaluation.metrics import bootstrap_interval
 from shoulders.files import write_json
+from shoulders.machine import machine
 from shoulders.reader.answers import has_answer
 from shoulders.reader.engines.lance import LanceTable
 from shoulders.reader.engines.loading import load
@@ -29,7 +30,6 @@ from shoulders.reader.index.plan import DenseChoice
 from shoulders.reader.passage import Collection, Found
 from shoulders.reader.questions import Question, read_questions
 from shoulders.reader.watch import Silent
-from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 HITS = (1, 4, 20)

@@ -24,9 +24,9 @@ from shoulders.evaluation.evaluate import Evaluation, evaluate
 from shoulders.evaluation.metrics import paired_interval
 from shoulders.files import write_json
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import load_ensemble
-from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 

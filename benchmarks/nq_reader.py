@@ -25,12 +25,12 @@ from shoulders.cli.readers import ZERO_SHOT, open_reader
 from shoulders.evaluation.metrics import exact_match, normalize_squad
 from shoulders.evaluation.report_card import report_card
 from shoulders.files import write_json
+from shoulders.machine import machine
+from shoulders.progress import quiet_progress
 from shoulders.reader.answers import has_answer
 from shoulders.reader.calibration import Reliability, plot_reliability, reliability
 from shoulders.reader.questions import Question, read_questions
 from shoulders.skills.reader import Answer, Reader
-from shoulders.training.monitor import quiet_progress
-from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 SHOULDERS = Path(sys.executable).parent / "shoulders"

@@ -31,10 +31,10 @@ from shoulders.evaluation.metrics import (
     token_f1,
 )
 from shoulders.files import write_json, write_text
+from shoulders.machine import machine
 from shoulders.reader.contexts import Ranked
 from shoulders.reader.questions import Question, read_questions
 from shoulders.skills.reader import Reader, first_line
-from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 # Learning rates from PEFT's and transformers' own examples of this size of task.

@@ -40,14 +40,14 @@ from shoulders.evaluation.metrics import (
 from shoulders.files import atomic_path, write_json
 from shoulders.lm.decode import Completion
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
+from shoulders.progress import quiet_progress
 from shoulders.recursion.candidates import Candidate, Chooser, chosen, merged, shown
 from shoulders.skills.artefact import load_skill, read_artefact
 from shoulders.skills.gate import confidence, direct
 from shoulders.skills.parts import Earlier
 from shoulders.skills.reader import first_line
 from shoulders.skills.skill import Skill
-from shoulders.training.monitor import quiet_progress
-from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 CHOOSERS: tuple[Chooser, ...] = ("majority", "likeliest")

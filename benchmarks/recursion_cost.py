@@ -26,12 +26,12 @@ from shoulders.files import write_json
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import load_lm
 from shoulders.lm.streams import Streams
+from shoulders.machine import machine
 from shoulders.recursion.first_pass import FirstPass
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.examples import example_of
-from shoulders.training.run import machine
 from shoulders.training.step import gradients
 
 ROOT = Path(__file__).parents[1]

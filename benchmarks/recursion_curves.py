@@ -22,7 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from shoulders.files import atomic_path, write_json, write_text
-from shoulders.training.run import machine
+from shoulders.machine import machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"

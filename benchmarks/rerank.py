@@ -29,6 +29,8 @@ from shoulders.cli.common import quiet_libraries
 from shoulders.evaluation.metrics import bootstrap_interval
 from shoulders.files import write_json
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
+from shoulders.progress import quiet_progress
 from shoulders.reader.answers import has_answer
 from shoulders.reader.calibration import Reliability, fit_platt, plot_reliability, reliability
 from shoulders.reader.crossfit import cross_fitted
@@ -47,8 +49,6 @@ from shoulders.reader.rerankers.cross_encoder import (
 from shoulders.reader.rerankers.fused import fit_fusion, save_fusion
 from shoulders.reader.rerankers.likelihood import LikelihoodConfig, LikelihoodReranker
 from shoulders.reader.rerankers.training import train_cross_encoder
-from shoulders.training.monitor import quiet_progress
-from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 HITS = (1, 2, 4, 20)

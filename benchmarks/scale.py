@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from shoulders.files import write_json
-from shoulders.training.run import machine
+from shoulders.machine import machine
 from synthetic import DIMENSIONS, QUESTION_WORDS, VOCABULARY, WORDS
 
 ROOT = Path(__file__).parents[1]

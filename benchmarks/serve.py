@@ -35,11 +35,11 @@ from shoulders.encoders.load import load_encoder
 from shoulders.files import write_json
 from shoulders.lm.decode import DecodingConfig, Delta
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.serving.engine import Engine
 from shoulders.serving.job import Job
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
-from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("static", "idpt", "static_kv", "idpt_kv")

@@ -30,10 +30,10 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.files import write_json
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.skills.artefact import save_skill
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
-from shoulders.training.run import machine
 from soak_clients import KEY, QUEUE, Asked, Server, Soak
 
 ROOT = Path(__file__).parents[1]

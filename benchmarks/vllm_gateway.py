@@ -35,6 +35,7 @@ from shoulders.files import write_json
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.reader.questions import read_questions
 from shoulders.recursion.candidates import ProposeConfig
 from shoulders.serving.engine import Engine
@@ -46,7 +47,6 @@ from shoulders.skills.config import SkillConfig
 from shoulders.skills.proposals import Proposals
 from shoulders.skills.reader import Reader
 from shoulders.skills.skill import Skill
-from shoulders.training.run import machine
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("static", "idpt", "static_kv", "idpt_kv")

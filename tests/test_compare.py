@@ -28,7 +28,8 @@ from shoulders.comparison.methods import Method, methods_of, parameters
 from shoulders.comparison.own_rows import plan_of_rows, untested
 from shoulders.comparison.plan import Plan, SearchConfig, make_plan, read_plan
 from shoulders.comparison.report import write_report
-from shoulders.comparison.run import rows_of, run_comparison
+from shoulders.comparison.rows import rows_of
+from shoulders.comparison.run import run_comparison
 from shoulders.comparison.search import best_factor
 from shoulders.comparison.summary import Difference, Line, averaged, lead, lines, rests_on, without
 from shoulders.comparison.verdict import verdict
@@ -158,6 +159,10 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
         ({"variants": {"full": {"of": "static"}}}, "variants.full: that is the name of a method"),
         ({"variants": {"twice": {"of": "sttaic"}}}, "variants.twice.of: no method 'sttaic'"),
         ({"variants": {"twice": {"of": "textual"}}}, "it has no variants"),
+        (
+            {"variants": {"twice": {"of": "full", "optimizer": {"lr": 1.0, "lr_for": {"a": 1.0}}}}},
+            "variants.twice.optimizer: 'full' is tuned at one rate",
+        ),
         ({"variants": {"none": {"of": "static", "share": 0}}}, "variants.none.share"),
     ],
 )

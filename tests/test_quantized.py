@@ -6,7 +6,6 @@ compute in float32; largest differences may be 1e-5 of the largest number (measu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from conftest import save_lm
 from shoulders.cli.app import main
 from shoulders.cli.common import open_skill
+from shoulders.cli.options import LMChoice
 from shoulders.errors import LMError, RecipeError
 from shoulders.lm import quantized
 from shoulders.lm.combine import combine
@@ -274,10 +274,9 @@ def test_a_skill_runs_on_the_quantised_lm_that_it_was_trained_on(
     skill = run_recipe(make_recipe(values), out)
     assert skill.lm.quantize == "int8"
     assert read_artefact(out).lm_quantize == "int8"
-    open_one = functools.partial(open_skill, str(out), lm=None, dtype=None, templates=None)
-    again, _ = open_one()
+    again, _ = open_skill(str(out), LMChoice())
     assert again.lm.digest() == skill.lm.digest()
-    assert open_one(quantize="none")[0].lm.quantize is None
+    assert open_skill(str(out), LMChoice(quantize="none"))[0].lm.quantize is None
     data = write_jsonl(tmp_path / "d.jsonl", [{"task": "t", "input": "a", "targets": ["b"]}])
     scores = tmp_path / "scores.json"
     arguments = ["eval", str(out), "--data", str(data), "--json", str(scores)]

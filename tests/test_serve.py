@@ -465,6 +465,12 @@ def test_a_killed_server_leaves_nothing_behind(folder: Path, skills: dict[str, S
         (["--api-key-file", "no/such/file"], "holds no key"),
         (["--watch"], "needs --skill-root"),
         (["--skill-root", "no/such/folder"], "no such folder"),
+        (["--port", "0", "--quantize", "int3"], "--quantize int3: use one of int8, nf4, none"),
+        (["--port", "0", "--device-map", "cpu"], "--device-map cpu: use auto"),
+        (
+            ["--engine", "vllm", "--vllm-url", "http://127.0.0.1:1", "--dtype", "int8"],
+            "vLLM serves no int8",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused(tmp_path: Path, options: list[str], message: str) -> None:

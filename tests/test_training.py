@@ -44,6 +44,7 @@ from shoulders.skills.skill import Skill
 from shoulders.training import checkpoint, fit, run, step
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.examples import check_window, example_at, example_of
+from shoulders.training.interrupt import deferred_interrupt
 from shoulders.training.objective import Example, answer_losses
 from shoulders.training.optimizer import make_optimizer, rate_factor
 from shoulders.training.recipe import Recipe, make_recipe
@@ -904,7 +905,7 @@ def test_a_full_disk_in_a_checkpoint_keeps_the_one_before(
 
 def test_a_second_interrupt_stops_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with fit.deferred_interrupt() as asked:
+    with deferred_interrupt() as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked()
         with pytest.raises(KeyboardInterrupt):

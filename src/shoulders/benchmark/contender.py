@@ -15,7 +15,7 @@ from rich.console import Console
 from shoulders.errors import ShouldersError
 from shoulders.lm.gguf import converted, embedded_lm
 from shoulders.lm.load import EMBEDDED
-from shoulders.training.monitor import quiet_progress
+from shoulders.progress import quiet_progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from shoulders.benchmark.contender import Contender, by_turns, median, peer_lm, 
 from shoulders.benchmark.limits import matmul_rates
 from shoulders.benchmark.worker import INIT
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.prompts.initial import InitConfig, initial_ids
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
-from shoulders.training.run import machine
 
 PEER_DTYPES = ("float32", "bfloat16")
 

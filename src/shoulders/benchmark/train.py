@@ -14,7 +14,7 @@ from rich.console import Console
 
 from shoulders.benchmark.contender import Contender, by_turns, median, peer_lm, write_rows
 from shoulders.benchmark.limits import matmul_rates
-from shoulders.training.run import machine
+from shoulders.machine import machine
 
 KINDS = ("static", "idpt", "static_kv", "idpt_kv")
 # Peers by name: PEFT prompt tuning as documented, its better settings, and LoRA.

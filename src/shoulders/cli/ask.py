@@ -11,6 +11,7 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
+from shoulders.cli import options
 from shoulders.cli.common import check_argument, check_outputs, emit_json, files_of, stderr, stdout
 from shoulders.errors import ShouldersError
 
@@ -41,14 +42,10 @@ def ask(
         typer.Option(min=0, max=1, help="Withhold answers less likely to be right than this."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the answer and its passages.")] = None,
-    lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="The LM's weights: int8, nf4 or none. Default: the skill's.")
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto: what does not fit into memory stays on disk.")
-    ] = None,
+    lm: options.LMName = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    device_map: options.DeviceMap = None,
 ) -> None:
     """Answer a question from indexed documents, and say on which passages the answer rests."""
     from shoulders.cli.readers import open_reader
@@ -65,10 +62,7 @@ def ask(
         k=k,
         window=window,
         abstain_below=abstain_below,
-        lm=lm,
-        dtype=dtype,
-        quantize=quantize,
-        device_map=device_map,
+        choice=options.LMChoice(lm, dtype, quantize, device_map),
     )
     asked = Question(question.strip(), ())
     ranked = reader.contexts.ranked([asked])

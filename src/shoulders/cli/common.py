@@ -16,6 +16,7 @@ from shoulders.errors import ShouldersError
 from shoulders.files import STANDARD_OUTPUT, as_json, check_writable, write_json
 
 if TYPE_CHECKING:
+    from shoulders.cli.options import LMChoice
     from shoulders.data.templates import Templates
     from shoulders.skills.ensemble import Ensemble
     from shoulders.skills.gate import Gated
@@ -61,47 +62,22 @@ def quiet_libraries() -> None:
 
 
 def open_skill(
-    name: str,
-    *,
-    lm: str | None,
-    dtype: str | None,
-    templates: Path | None,
-    quantize: str | None = None,
-    device_map: str | None = None,
-    remote: bool = False,
+    name: str, choice: LMChoice, *, templates: Path | None = None, remote: bool = False
 ) -> tuple[Skill | Ensemble, Templates]:
     """Load `base` or a folder of a skill or an ensemble, with its templates or those of a file.
 
-    A skill runs on the LM, in the precision and as quantised as it was trained with unless told
-    otherwise (`quantize` may be `none`); where the LM lies is each machine's own affair. With
-    `remote` a server runs it, which holds no int8: what was trained in int8 gets the LM as it is.
+    A skill runs on the LM, in the precision and as quantised as it was trained with unless
+    `choice` says otherwise; `remote` where a server runs it, see `LMChoice.load`.
     """
     from shoulders.data.templates import Templates
-    from shoulders.lm.load import load_lm
     from shoulders.skills.load import load, read_first
     from shoulders.skills.skill import Skill
 
     quiet_libraries()
     chosen = Templates.read(templates) if templates else None
     if name == BASE:
-        frozen = load_lm(
-            lm or "embedded",
-            dtype=precision(dtype or "auto"),
-            quantize=_quantization(quantize),
-            device_map=_device_map(device_map),
-        )
-        return Skill.base(frozen), chosen or Templates()
-    artefact = read_first(Path(name))
-    trained_in = "auto" if remote and artefact.lm_dtype == "int8" else artefact.lm_dtype
-    if remote and dtype == "int8":
-        raise ShouldersError("vLLM serves no int8: use --dtype float32 or bfloat16")
-    frozen = load_lm(
-        lm or artefact.lm.name,
-        dtype=precision(dtype or trained_in),
-        quantize=_quantization(quantize or artefact.lm_quantize),
-        device_map=_device_map(device_map),
-    )
-    skill, own = load(name, frozen)
+        return Skill.base(choice.load(remote=remote)), chosen or Templates()
+    skill, own = load(name, choice.load(read_first(Path(name)), remote=remote))
     return skill, chosen or own
 
 
@@ -143,7 +119,7 @@ def provenance(skill: Skill | Ensemble, name: str, data: Path) -> dict[str, Any]
     """Return what every result says of where it comes from: what was asked, when, and on what."""
     from datetime import UTC, datetime
 
-    from shoulders.training.run import machine
+    from shoulders.machine import machine
 
     lm = skill.lm
     return {
@@ -205,27 +181,3 @@ def emit_json(path: Path | None, value: dict[str, Any]) -> None:
         sys.__stdout__.flush()  # type: ignore[union-attr]
     elif path is not None:
         write_json(path, value)
-
-
-def precision(dtype: str) -> Any:
-    """Return a precision by name; raises `ShouldersError` for an unknown one."""
-    from shoulders.lm.load import PRECISIONS
-
-    if dtype not in PRECISIONS:
-        raise ShouldersError(f"--dtype {dtype}: use one of {', '.join(PRECISIONS)}")
-    return dtype
-
-
-def _quantization(quantize: str | None) -> Any:
-    from shoulders.lm.quantized import QUANTIZATIONS
-
-    if quantize not in (None, "none", *QUANTIZATIONS):
-        known = ", ".join(QUANTIZATIONS)
-        raise ShouldersError(f"--quantize {quantize}: use one of {known}, none")
-    return None if quantize == "none" else quantize
-
-
-def _device_map(device_map: str | None) -> Any:
-    if device_map not in (None, "auto"):
-        raise ShouldersError(f"--device-map {device_map}: use auto")
-    return device_map

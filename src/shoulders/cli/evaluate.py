@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from shoulders.cli import readers
+from shoulders.cli import options, readers
 from shoulders.cli.common import (
     check_outputs,
     emit_json,
@@ -69,9 +69,7 @@ def evaluate(
         Path | None, typer.Option(help="Readers: write the passages found, as FiD and DPR do.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Readers: draw the stages (PNG).")] = None,
-    templates: Annotated[
-        Path | None, typer.Option(help="YAML templates. Default: the skill's own.")
-    ] = None,
+    templates: options.TemplateFile = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many rows, spread over the tasks.")
     ] = None,
@@ -82,35 +80,19 @@ def evaluate(
         str, typer.Option(help="What exact match compares: general or squad.")
     ] = "general",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Truncate over-long inputs: keep their 'start' or 'end'."),
-    ] = None,
-    recurse_below: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="Recursion: only where the first answer is less likely right."
-        ),
-    ] = None,
-    lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="The LM's weights: int8, nf4 or none. Default: the skill's.")
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto: what does not fit into memory stays on disk.")
-    ] = None,
-    vllm_url: Annotated[
-        str | None, typer.Option(help="A vLLM server that runs the LM; see docs/vllm.md.")
-    ] = None,
-    vllm_api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the key that it asks for.")
-    ] = None,
+    keep: options.Keep = None,
+    recurse_below: options.RecurseBelow = None,
+    lm: options.LMName = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    device_map: options.DeviceMap = None,
+    vllm_url: options.VllmURL = None,
+    vllm_api_key_file: options.VllmKeyFile = None,
 ) -> None:
     """Score a skill on data: exact match and F1 by task, with 95% bootstrap intervals."""
     from shoulders.data.rows import read_rows
     from shoulders.evaluation import evaluate as evaluation
-    from shoulders.training.monitor import quiet_progress
+    from shoulders.progress import quiet_progress
 
     if normalizer not in ("general", "squad"):
         raise ShouldersError(f"--normalizer {normalizer}: use general or squad")
@@ -119,6 +101,7 @@ def evaluate(
         raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
     _unused(context, skill, reads=reads, text=data.suffix == ".txt")
     check_outputs(json, dump, contexts, plot, read=[data, templates, *files_of(skill)])
+    choice = options.LMChoice(lm, dtype, quantize, device_map)
     if reads:
         reader = readers.open_reader(
             skill,
@@ -128,10 +111,7 @@ def evaluate(
             window=window,
             rerank=not no_rerank,
             abstain_below=abstain_below,
-            lm=lm,
-            dtype=dtype,
-            quantize=quantize,
-            device_map=device_map,
+            choice=choice,
         )
         readers.evaluate_reader(
             reader,
@@ -152,20 +132,14 @@ def evaluate(
             chunk=chunk,
             limit=limit,
             json=json,
-            lm=lm,
-            dtype=dtype,
-            quantize=quantize,
-            device_map=device_map,
+            choice=choice,
         )
         return
     rows = spread(read_rows(data), limit)
     opened, own = open_skill(
         skill,
-        lm=lm,
-        dtype=dtype,
+        choice,
         templates=templates,
-        quantize=quantize,
-        device_map=device_map,
         remote=vllm_url is not None,
     )
     if keep is not None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shoulders.cli import options
 from shoulders.cli.answers import TOGETHER, Kept, read_inputs, rendered, write_answers
 from shoulders.cli.common import (
     BASE,
@@ -50,33 +51,16 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string. Repeatable.")] = None,
-    templates: Annotated[
-        Path | None, typer.Option(help="YAML templates. Default: the skill's own.")
-    ] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Truncate over-long inputs: keep their 'start' or 'end'.")
-    ] = None,
-    recurse_below: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="Recursion: only where the first answer is less likely right."
-        ),
-    ] = None,
+    templates: options.TemplateFile = None,
+    keep: options.Keep = None,
+    recurse_below: options.RecurseBelow = None,
     json: Annotated[Path | None, typer.Option(help="Write the answers to --text as JSON.")] = None,
-    lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="The LM's weights: int8, nf4 or none. Default: the skill's.")
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto: what does not fit into memory stays on disk.")
-    ] = None,
-    vllm_url: Annotated[
-        str | None, typer.Option(help="A vLLM server that runs the LM; see docs/vllm.md.")
-    ] = None,
-    vllm_api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the key that it asks for.")
-    ] = None,
+    lm: options.LMName = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    device_map: options.DeviceMap = None,
+    vllm_url: options.VllmURL = None,
+    vllm_api_key_file: options.VllmKeyFile = None,
 ) -> None:
     """Answer one text, or every row of a file, with a skill."""
     from pydantic import ValidationError
@@ -119,11 +103,8 @@ def generate(
     rows, places = read_inputs(input) if input else ([], [])
     opened, own = open_skill(
         skill,
-        lm=lm,
-        dtype=dtype,
+        options.LMChoice(lm, dtype, quantize, device_map),
         templates=templates,
-        quantize=quantize,
-        device_map=device_map,
         remote=vllm_url is not None,
     )
     if keep is not None:
@@ -159,7 +140,7 @@ def generate(
 
 def _answer_all(answering: Any, texts: list[str], decoding: Any, kept: Kept) -> None:
     """Answer what is not answered yet."""
-    from shoulders.training.monitor import quiet_progress
+    from shoulders.progress import quiet_progress
 
     parts = list(kept.missing(texts, max(1, TOGETHER // decoding.n)))
     with quiet_progress(stderr(), "generating", sum(map(len, parts))) as advance:

@@ -100,7 +100,7 @@ def _ensemble_facts(folder: Path) -> dict[str, Any]:
 def _lm_facts(name: str) -> dict[str, Any]:
     from shoulders.files import cache_folder
     from shoulders.lm.load import load_lm
-    from shoulders.training.run import machine
+    from shoulders.machine import machine
 
     quiet_libraries()
     lm = load_lm(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from shoulders.cli.common import emit_json, one_skill, open_skill, provenance, stderr, stdout
+from shoulders.cli.options import LMChoice
 from shoulders.errors import ShouldersError
 
 
@@ -17,18 +18,13 @@ def evaluate_text(
     chunk: int,
     limit: int | None,
     json: Path | None,
-    lm: str | None,
-    dtype: str | None,
-    quantize: str | None,
-    device_map: str | None,
+    choice: LMChoice,
 ) -> None:
     """Measure perplexity on a text file, in chunks of so many tokens; `limit` counts chunks."""
-    from shoulders.training.monitor import quiet_progress
+    from shoulders.progress import quiet_progress
     from shoulders.training.running_text import RunningText, perplexity
 
-    opened, _ = open_skill(
-        name, lm=lm, dtype=dtype, templates=None, quantize=quantize, device_map=device_map
-    )
+    opened, _ = open_skill(name, choice)
     skill = one_skill(opened, name)
     if skill.proposals is not None:
         raise ShouldersError(f"{name}: answers inputs by proposing text; it predicts no text")

@@ -18,6 +18,7 @@ from shoulders.cli.common import (
     stderr,
     stdout,
 )
+from shoulders.cli.options import LMChoice
 from shoulders.errors import ShouldersError
 
 if TYPE_CHECKING:
@@ -45,10 +46,7 @@ def open_reader(
     window: int | None = None,
     rerank: bool = True,
     abstain_below: float | None = None,
-    lm: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    device_map: str | None = None,
+    choice: LMChoice,
 ) -> Reader:
     """Open a reader folder, a skill folder that reads untrained for it, or `base`.
 
@@ -60,10 +58,7 @@ def open_reader(
         window: most tokens of passages, instead of the reader's.
         rerank: False keeps the retriever's order.
         abstain_below: see `ReadingConfig`.
-        lm: instead of the one that it was trained on.
-        dtype: precision, instead of the one that it was trained in.
-        quantize: how the LM's weights are held, instead of how they were.
-        device_map: `auto` leaves on the disk what does not fit into memory.
+        choice: the LM, instead of the one that it was trained on.
     """
     from shoulders.reader.contexts import Contexts
     from shoulders.reader.engines.opening import open_passages
@@ -102,10 +97,8 @@ def open_reader(
         # A reader searches as it was trained; without one, the index knows what it does best.
         found = opened.retriever(retriever or (search.retriever if is_reader(name) else None))
     reranker = open_reranker(Path(name)) if rerank and is_reader(name) else None
-    skill, _ = open_skill(
-        name, lm=lm, dtype=dtype, templates=None, quantize=quantize, device_map=device_map
-    )
-    skill = one_skill(skill, name)
+    opened_skill, _ = open_skill(name, choice)
+    skill = one_skill(opened_skill, name)
     return Reader(skill, Contexts(found, opened, reranker, k or search.k), reading)
 
 
@@ -123,8 +116,8 @@ def evaluate_reader(
 ) -> None:
     """Score a reader on a file of questions; write and show its report card."""
     from shoulders.evaluation.report_card import dump_answers, plot_report_card, pyplot, report_card
+    from shoulders.progress import quiet_progress
     from shoulders.reader.questions import read_questions, write_questions
-    from shoulders.training.monitor import quiet_progress
 
     if plot is not None:
         pyplot()  # missing, it should be missed now

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoulders.cli.common import precision, quiet_libraries, stderr
+from shoulders.cli import options
+from shoulders.cli.common import quiet_libraries, stderr
 from shoulders.cli.remote import connected, key_of
 from shoulders.errors import ShouldersError, install
 
@@ -57,15 +58,15 @@ def serve(
         bool | None,
         typer.Option(help="The page at /. Default: only where --host is this machine's own."),
     ] = None,
-    lm: Annotated[str | None, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
+    lm: options.LMName = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    device_map: options.DeviceMap = None,
     engine: Annotated[Kind, typer.Option(help="What runs the LM; see docs/vllm.md.")] = Kind.LOCAL,
     vllm_url: Annotated[
         str | None, typer.Option(help="The vLLM server, such as http://host:8001.")
     ] = None,
-    vllm_api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the key that it asks for.")
-    ] = None,
+    vllm_api_key_file: options.VllmKeyFile = None,
 ) -> None:
     """Serve one frozen LM and any number of skills over an OpenAI-compatible API."""
     key = key_of(api_key_file, "--api-key-file")
@@ -75,8 +76,6 @@ def serve(
         raise ShouldersError("--watch needs --skill-root")
     if (engine is Kind.VLLM) != (vllm_url is not None):
         raise ShouldersError("--engine vllm and --vllm-url http://HOST:PORT need each other")
-    if engine is Kind.VLLM and dtype == "int8":
-        raise ShouldersError("--engine vllm serves no int8: use --dtype float32 or bfloat16")
     try:
         import uvicorn
 
@@ -84,7 +83,6 @@ def serve(
         from shoulders.serving.mount import add_playground
     except ImportError as error:
         raise ShouldersError(f"{error.name} is missing: {install('serve')}") from None
-    from shoulders.lm.load import load_lm
     from shoulders.serving.engine import Engine, EngineConfig
     from shoulders.serving.listening import bound, listen
     from shoulders.serving.metrics import Metrics
@@ -98,14 +96,8 @@ def serve(
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     folders = _named(skills or [])
     first = read_first(next(iter(folders.values()))) if folders else None
-    trained_in = first.lm_dtype if first else "auto"
-    if engine is Kind.VLLM and trained_in == "int8":
-        trained_in = "auto"
-    frozen = load_lm(
-        lm or (first.lm.name if first else "embedded"),
-        dtype=precision(dtype or trained_in),
-        quantize=first.lm_quantize if first else None,
-    )
+    choice = options.LMChoice(lm, dtype, quantize, device_map)
+    frozen = choice.load(first, remote=engine is Kind.VLLM)
     remote = None if vllm_url is None else connected(frozen, vllm_url, vllm_api_key_file)
     served = SkillSet(frozen, index=index, root=skill_root)
     for name, folder in folders.items():

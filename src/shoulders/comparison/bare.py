@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from shoulders.comparison.frozen import Rows
 from shoulders.comparison.methods import Method
 from shoulders.comparison.plan import Plan
+from shoulders.comparison.rows import Rows
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill

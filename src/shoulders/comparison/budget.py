@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 
-from rich.console import Console
-
-from shoulders.comparison.frozen import Frozen
-from shoulders.comparison.ledger import Ledger
-from shoulders.comparison.methods import Method
-from shoulders.comparison.plan import BudgetConfig, Plan
-from shoulders.comparison.tuned import Tuned
-from shoulders.training.monitor import quiet_progress
+from shoulders.comparison.plan import BudgetConfig
+from shoulders.comparison.setting import Setting
+from shoulders.progress import quiet_progress
 
 LEAST_STEPS = 10
 RESERVE = 0.25  # of the minutes, for what is not a training step of a known length
 
 
-def with_examples(
-    plan: Plan,
-    methods: Sequence[Method],
-    frozen: Frozen,
-    tuned: Tuned,
-    ledger: Ledger,
-    started: float,
-    console: Console,
-) -> Plan:
-    """Return the plan with its budget in examples: as given, or what its minutes allow.
+def with_examples(setting: Setting, started: float) -> Setting:
+    """Return the setting with its budget in examples: as given, or what its minutes allow.
 
-    A step of every method is timed; all methods get the same number of them.
+    A step of every method is timed; all methods get the same number of them. `started` is when the
+    comparison was (`time.monotonic`).
     """
+    plan, methods, ledger, console = setting.plan, setting.trained, setting.ledger, setting.console
     minutes = plan.budget.minutes
-    if minutes is None:
-        return plan
+    if minutes is None or not methods:
+        return setting
     row = ledger.find(stage="budget", method="all")
     if row is None:
         steps_cost, besides = 0.0, 0.0
@@ -45,9 +34,9 @@ def with_examples(
                 if method.joins:
                     pass  # its members are others' already
                 elif method.family == "frozen":
-                    steps_cost += frozen.step_seconds(method) * often
+                    steps_cost += setting.frozen.step_seconds(method) * often
                 else:
-                    seconds, fixed = tuned.step_seconds(method)
+                    seconds, fixed = setting.tuned.step_seconds(method)
                     steps_cost += seconds * often
                     besides += fixed
                 advance(1)
@@ -65,4 +54,5 @@ def with_examples(
         steps = max(steps, LEAST_STEPS)
         row = {"stage": "budget", "method": "all", "examples": steps * plan.rows_per_step}
         row = ledger.add({**row, "seconds_for_a_step_of_all": steps_cost})
-    return plan.model_copy(update={"budget": BudgetConfig(examples=row["examples"])})
+    budget = BudgetConfig(examples=row["examples"])
+    return replace(setting, plan=plan.model_copy(update={"budget": budget}))

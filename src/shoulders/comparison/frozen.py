@@ -16,14 +16,14 @@ from rich.console import Console
 
 from shoulders.comparison.methods import Method
 from shoulders.comparison.plan import Plan
+from shoulders.comparison.rows import Rows
 from shoulders.data.mixture import Mixture
-from shoulders.data.rows import Row
-from shoulders.data.templates import Templates
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
 from shoulders.files import atomic_directory, remove_partial
 from shoulders.lm.frozen import FrozenLM
+from shoulders.machine import machine
 from shoulders.skills.artefact import ENSEMBLE, FILE, TENSORS, read_artefact, save_skill
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import read_ensemble, save_ensemble
@@ -32,29 +32,11 @@ from shoulders.skills.skill import Skill
 from shoulders.training.ensemble import member_folder, member_seed
 from shoulders.training.fit import fit
 from shoulders.training.recipe import Recipe, make_recipe
-from shoulders.training.run import machine
 from shoulders.training.start import begin_at
 from shoulders.training.textual import run_textual
 
 PROBE = 3  # steps: the fewest after which training checks that every tensor moves
 WARMUP = 0.05  # of the steps
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What every method is trained, selected and measured on.
-
-    Attributes:
-        train: drawn from in the mixture's order.
-        validation: rows that select; none of them is in `train`.
-        test: measured once.
-        templates: how rows become text.
-    """
-
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
-    templates: Templates
 
 
 @dataclass(frozen=True, slots=True)

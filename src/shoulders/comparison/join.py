@@ -9,7 +9,7 @@ from typing import Any
 
 from shoulders.comparison.ledger import GROWING, NAMED
 from shoulders.comparison.plan import make_plan
-from shoulders.comparison.run import rows_of, tasks_of
+from shoulders.comparison.rows import rows_of, tasks_of
 from shoulders.errors import DataError
 
 WANTED = ("plan", "methods", "runs", "trials", "forgetting", "interference", "latency_ms", "lm",

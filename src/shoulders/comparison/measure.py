@@ -11,36 +11,33 @@ from typing import Any
 
 from rich.console import Console
 
-from shoulders.comparison.frozen import Frozen, Rows
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method
-from shoulders.comparison.plan import Plan
+from shoulders.comparison.setting import Setting
 from shoulders.data.templates import Templates
 from shoulders.evaluation.evaluate import dump_predictions, evaluate
 from shoulders.lm.decode import DecodingConfig
+from shoulders.progress import quiet_progress
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.skill import Skill
-from shoulders.training.monitor import quiet_progress
 
 LATENCY_ROWS, LATENCY_TOKENS = 8, 16
 INTERFERENCE_ROWS = 32
 
 
 def measured(
-    skill: Skill | Ensemble,
+    setting: Setting,
     method: Method,
     seed: int,
-    ledger: Ledger,
+    skill: Skill | Ensemble,
     texts: Sequence[str],
-    rows: Rows,
-    decoding: DecodingConfig,
-    console: Console,
     facts: dict[str, Any],
 ) -> None:
-    """Ask the test rows, keep the answers, and note the run."""
-    asked = [replace(row, input=t) for row, t in zip(rows.test, texts, strict=True)]
+    """Ask a method's skill the test rows as `texts`, keep the answers, and note the run."""
+    ledger, console = setting.ledger, setting.console
+    asked = [replace(row, input=t) for row, t in zip(setting.rows.test, texts, strict=True)]
     with quiet_progress(console, f"asking {method.name}", len(asked)) as advance:
-        result = evaluate(skill, asked, Templates(), decoding=decoding, on_rows=advance)
+        result = evaluate(skill, asked, Templates(), decoding=setting.decoding, on_rows=advance)
     dump_predictions(ledger.predictions(method.name, seed), result.predictions)
     score = result.metrics["exact_match"]
     facts = {"trained_parameters": 0, **facts}
@@ -87,14 +84,12 @@ def latencies(
     return [1000 * statistics.median(own[1:]) for own in seconds]  # the first turn warms up
 
 
-def interference(
-    first: Method, frozen: Frozen, ledger: Ledger, plan: Plan, rows: Rows, decoding: DecodingConfig
-) -> dict[str, Any]:
+def interference(setting: Setting, first: Method) -> dict[str, Any]:
     """Ask the skill that was trained first again, after all others: how many answers changed?"""
-    seed = plan.seeds[0]
-    asked = rows.test[:INTERFERENCE_ROWS]
-    skill = frozen.skill(ledger.folder(first.name, seed))
-    again = evaluate(skill, asked, rows.templates, decoding=decoding)
+    ledger, seed = setting.ledger, setting.plan.seeds[0]
+    asked = setting.rows.test[:INTERFERENCE_ROWS]
+    skill = setting.frozen.skill(ledger.folder(first.name, seed))
+    again = evaluate(skill, asked, setting.rows.templates, decoding=setting.decoding)
     then = ledger.answers(first.name, seed)[: len(asked)]
     changed = sum(a != p.prediction for a, p in zip(then, again.predictions, strict=True))
     return {"asked": len(asked), "changed": changed}

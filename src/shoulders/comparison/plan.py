@@ -101,6 +101,7 @@ class Variant(_Part):
         share: of the budget's examples, the first ones.
         epochs: how often it reads them.
         optimizer: its rates where they are not that method's: a longer training likes lower ones.
+            Of a tuned method `lr` alone.
         format: how it reads rows, where not as that method does; of frozen and tuned methods.
         members: so many of a frozen method, from other seeds, that answer together
             (`shoulders.skills.ensemble`).
@@ -160,7 +161,21 @@ class Plan(_Part):
     forgetting: ForgettingConfig = ForgettingConfig()
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
+    def _named_once(self) -> Self:
+        built_in = (*BARE, *FROZEN, *TUNED)
+        for name in (*self.own, *self.variants, *self.ensembles):
+            if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+                raise ValueError(f"'{name}': a method's name is a folder's; leave out / and \\")
+        taken = [f"own.{name}" for name in self.own if name in built_in]
+        taken += [f"variants.{n}" for n in self.variants if n in built_in or n in self.own]
+        others = (*built_in, *self.own, *self.variants)
+        taken += [f"ensembles.{n}" for n in self.ensembles if n in others]
+        if taken:
+            raise ValueError(f"{taken[0]}: that is the name of a method that is there already")
+        return self
+
+    @model_validator(mode="after")
+    def _variants_known(self) -> Self:
         known = (*BARE, *FROZEN, *TUNED, *self.own)
         for name, variant in self.variants.items():
             if variant.of not in known:
@@ -172,12 +187,21 @@ class Plan(_Part):
                     f"variants.{name}.of: '{variant.of}' does not read the budget's examples in "
                     "order, so it has no variants"
                 )
+            rates = variant.optimizer
+            if variant.of in TUNED and rates and rates != OptimizerConfig(lr=rates.lr):
+                raise ValueError(
+                    f"variants.{name}.optimizer: '{variant.of}' is tuned at one rate: give lr alone"
+                )
             if variant.members > 1 and not self._of_one_pass(variant.of):
                 raise ValueError(
                     f"variants.{name}.members: an ensemble is of a frozen method of one pass, "
                     f"which '{variant.of}' is not"
                 )
-        known = (*known, *self.variants)
+        return self
+
+    @model_validator(mode="after")
+    def _ensembles_known(self) -> Self:
+        known = (*BARE, *FROZEN, *TUNED, *self.own, *self.variants)
         for name, members in self.ensembles.items():
             for other in members:
                 if other not in known:
@@ -196,22 +220,20 @@ class Plan(_Part):
                 raise ValueError(
                     f"ensembles.{name}: members begin answers alike (format.answer_prefix)"
                 )
-        for name in (*self.own, *self.variants, *self.ensembles):
-            if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
-                raise ValueError(f"'{name}': a method's name is a folder's; leave out / and \\")
-        known = (*known, *self.ensembles)
+        return self
+
+    @model_validator(mode="after")
+    def _methods_known(self) -> Self:
+        known = (*BARE, *FROZEN, *TUNED, *self.own, *self.variants, *self.ensembles)
         for name in self.methods:
             if name not in known:
                 raise ValueError(f"methods: no method '{name}'{nearest(name, known)}")
         if len(set(self.methods)) < len(self.methods) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("methods and seeds: each may stand there once")
-        built_in = (*BARE, *FROZEN, *TUNED)
-        taken = [f"own.{name}" for name in self.own if name in built_in]
-        taken += [f"variants.{n}" for n in self.variants if n in built_in or n in self.own]
-        others = (*built_in, *self.own, *self.variants)
-        taken += [f"ensembles.{n}" for n in self.ensembles if n in others]
-        if taken:
-            raise ValueError(f"{taken[0]}: that is the name of a method that is there already")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_apart(self) -> Self:
         if not self.data.validation:
             raise ValueError("data.validation: needed, to select on; never the test rows")
         if both := sorted(set(self.test) & {*self.data.train, *self.data.validation}):

@@ -19,9 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from shoulders.comparison.frozen import WARMUP, Rows, Trained
+from shoulders.comparison.frozen import WARMUP, Trained
 from shoulders.comparison.methods import Method
 from shoulders.comparison.plan import Plan
+from shoulders.comparison.rows import Rows
 from shoulders.data.mixture import Mixture
 from shoulders.errors import DivergedError, ShouldersError
 from shoulders.files import write_json, write_text
@@ -29,10 +30,10 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.gguf import converted, embedded_lm
 from shoulders.lm.load import EMBEDDED, load_lm
 from shoulders.lm.processor import fast_bfloat16
+from shoulders.progress import quiet_progress
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.examples import example_at, example_of
-from shoulders.training.monitor import quiet_progress
 from shoulders.training.objective import Example
 
 WEIGHTS, RESULT = "weights", "tuned.json"

@@ -25,12 +25,12 @@ from shoulders.encoders.load import load_encoder
 from shoulders.evaluation.evaluate import EVALUATION_DECODING, Evaluation, evaluate
 from shoulders.files import write_json
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
+from shoulders.progress import quiet_progress
 from shoulders.skills.artefact import save_skill
 from shoulders.skills.skill import Skill
 from shoulders.training.fit import fit
-from shoulders.training.monitor import quiet_progress
 from shoulders.training.recipe import Recipe, make_recipe
-from shoulders.training.run import machine
 
 PROMPT_TEXT = "Read the instruction and give only the short answer."
 METHODS: dict[str, dict[str, Any]] = {

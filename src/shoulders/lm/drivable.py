@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def check_drivable(lm: FrozenLM) -> None:
+def check_drivable(lm: FrozenLM) -> Tensor:
     """Refuse an LM whose logits from embeddings are not its own logits from token ids.
 
     Catches what architectures do outside layers and head (scaled embeddings, capped or
     multiplied logits, projections between body and head), and those where pads before a row change
     what it is.
+
+    Returns:
+        Its own logits `[3, vocabulary]` of the row that is tried, for `packs_apart`.
 
     Raises:
         LMError: it has no head, keeps other states than keys and values, or its logits differ.
@@ -38,9 +41,9 @@ def check_drivable(lm: FrozenLM) -> None:
                 f"{kind}: keeps other states than keys and values ({', '.join(odd)}); only "
                 "attention is supported"
             )
-        ids = torch.arange(1, 4, device=lm.device)[None] % lm.vocab_size
+        ids = _tried(lm)
         expected = lm.model(input_ids=ids, use_cache=False).logits[0].float()
-        found = {"from embeddings": _logits(lm, ids)[0], "behind pads": _behind_pads(lm, ids)}
+        found = {"from embeddings": _logits(lm, ids), "behind pads": _behind_pads(lm, ids)}
     except LMError:
         raise
     except Exception as error:  # whatever an architecture that we do not know may raise
@@ -53,15 +56,18 @@ def check_drivable(lm: FrozenLM) -> None:
                 f"{kind}: logits {where} differ "
                 f"from its own by {difference:.2g}; this architecture is not supported"
             )
+    return expected
 
 
 @torch.no_grad()
-def packs_apart(lm: FrozenLM) -> bool:
+def packs_apart(lm: FrozenLM, alone: Tensor) -> bool:
     """Return whether rows that lie end to end, masked from each other, are what each is alone.
 
-    Not where layers count places themselves (ALiBi's biases, recurrent states).
+    Not where layers count places themselves (ALiBi's biases, recurrent states). `alone` is what
+    `check_drivable` returned.
     """
-    ids = torch.arange(1, 8, device=lm.device)[None] % lm.vocab_size
+    before = torch.arange(4, 8, device=lm.device)[None] % lm.vocab_size
+    ids = torch.cat([before, _tried(lm)], 1)
     mask = torch.full((7, 7), torch.finfo(lm.dtype).min, dtype=lm.dtype, device=lm.device).triu(1)
     mask[4:, :4] = torch.finfo(lm.dtype).min
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=lm.device)
@@ -69,7 +75,11 @@ def packs_apart(lm: FrozenLM) -> bool:
         hidden = lm.hidden(lm.embed(ids), mask[None, None], positions)
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
         return False
-    return _equal(lm, lm.plain_logits(hidden[0, 4:]), _logits(lm, ids[:, 4:])[0])
+    return _equal(lm, lm.plain_logits(hidden[0, 4:]), alone)
+
+
+def _tried(lm: FrozenLM) -> Tensor:
+    return torch.arange(1, 4, device=lm.device)[None] % lm.vocab_size
 
 
 def _behind_pads(lm: FrozenLM, ids: Tensor) -> Tensor:
@@ -82,8 +92,7 @@ def _behind_pads(lm: FrozenLM, ids: Tensor) -> Tensor:
 
 def _logits(lm: FrozenLM, ids: Tensor) -> Tensor:
     positions = torch.arange(ids.shape[1], device=lm.device)[None]
-    hidden = lm.hidden(lm.embed(ids), torch.ones_like(ids), positions)
-    return torch.stack([lm.plain_logits(row) for row in hidden])
+    return lm.plain_logits(lm.hidden(lm.embed(ids), torch.ones_like(ids), positions)[0])
 
 
 def _equal(lm: FrozenLM, found: Tensor, expected: Tensor) -> bool:

@@ -75,8 +75,8 @@ class FrozenLM:
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         # Whether rows may be laid end to end, each with positions of its own.
         self.packs = self.takes_positions and not has_local_places(model.config)
-        check_drivable(self)
-        self.packs = self.packs and packs_apart(self)
+        alone = check_drivable(self)
+        self.packs = self.packs and packs_apart(self, alone)
 
     @functools.cached_property
     def blocks(self) -> Blocks | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -90,38 +92,22 @@ def load_lm(
     if device_map is not None:
         options["device_map"] = device_map
         options |= {"max_memory": max_memory, "offload_folder": offload_folder}
-    source: str | Path = name
-    if name == EMBEDDED:
-        source = embedded_lm()
-    elif name.endswith(".gguf"):
-        source = converted(Path(name))
-    elif Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise LMError(f"{name}: not a model folder: no config.json in it")
-    if revision is not None and (source != name or Path(name).exists()):
-        raise LMError(f"{name}: has no revisions, it is not on the Hub; leave revision out")
-    try:
-        read = functools.partial(
-            AutoModelForCausalLM.from_pretrained, source, revision=revision or "main"
-        )
-        config = AutoConfig.from_pretrained(source, revision=revision or "main")
+    source, at = _source(name, revision), revision or "main"
+    read = functools.partial(AutoModelForCausalLM.from_pretrained, source, revision=at)
+    with _explained(name):
+        config = AutoConfig.from_pretrained(source, revision=at)
         if getattr(config, "is_encoder_decoder", False):
             raise LMError(f"{name}: an encoder and a decoder; a causal LM is needed")
         check_stored(name, config, dtype, quantize)
         model, info = read(**options, output_loading_info=True)
         _check_whole(name, info)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=at)
         rows = model.get_input_embeddings().weight.shape[0]
         if tokenizer.vocab_size > rows:
             raise LMError(
                 f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, the LM embeddings for "
                 f"{rows}: they do not belong together"
             )
-    except LMError:
-        raise
-    except Exception as error:
-        # Anything may go wrong inside (network, missing file, damaged safetensors, unknown
-        # architecture): the user needs the name and the first line of the reason.
-        raise LMError(_explain(name, error)) from error
     if shard:
         fingerprint = lm_fingerprint(model, tokenizer)
         shards = Shards.of(model.requires_grad_(False), place)
@@ -180,6 +166,35 @@ def _precision(dtype: Precision, device: Any) -> Any:
     if dtype == "bfloat16":
         return torch.bfloat16
     return torch.bfloat16 if fast_bfloat16(device.type) else torch.float32
+
+
+def _source(name: str, revision: str | None) -> str | Path:
+    """Return what transformers reads an LM from: a folder, or a Hub id."""
+    source: str | Path = name
+    if name == EMBEDDED:
+        source = embedded_lm()
+    elif name.endswith(".gguf"):
+        source = converted(Path(name))
+    elif Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise LMError(f"{name}: not a model folder: no config.json in it")
+    if revision is not None and (source != name or Path(name).exists()):
+        raise LMError(f"{name}: has no revisions, it is not on the Hub; leave revision out")
+    return source
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while an LM is read into an `LMError` with the name and the reason.
+
+    Anything may (network, missing file, damaged safetensors, unknown architecture): the user needs
+    the first line of it.
+    """
+    try:
+        yield
+    except LMError:
+        raise
+    except Exception as error:
+        raise LMError(_explain(name, error)) from error
 
 
 def _explain(name: str, error: Exception) -> str:

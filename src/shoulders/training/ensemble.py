@@ -13,6 +13,7 @@ from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
 from shoulders.files import only_writer, remove_partial
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.skills.artefact import FILE, read_artefact, saved_in
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import load_ensemble, save_ensemble
@@ -20,7 +21,7 @@ from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, difference
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe, as_now, by_name
-from shoulders.training.run import data_hashes, machine, run_recipe
+from shoulders.training.run import data_hashes, run_recipe
 from shoulders.training.start import FOLDER as PARTS
 from shoulders.training.start import MEMBERS, TEXTUAL, same_recipe, start_hashes, trained_parts
 

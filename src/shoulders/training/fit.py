@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +14,15 @@ from torch import nn
 from shoulders.data.mixture import Mixture
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
-from shoulders.errors import DivergedError, InterruptedTraining, TrainingError
+from shoulders.errors import InterruptedTraining, TrainingError
 from shoulders.files import remove_partial, writing_to
 from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
+from shoulders.training.configs import TrainingConfig
+from shoulders.training.divergence import Movement, check_finite, check_step, check_validation
 from shoulders.training.examples import check_window, example_at, example_of
+from shoulders.training.interrupt import deferred_interrupt
 from shoulders.training.memory import keep_freed_memory
 from shoulders.training.monitor import monitor_of
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
@@ -32,10 +31,6 @@ from shoulders.training.recipe import Recipe
 from shoulders.training.running_text import RunningText
 from shoulders.training.step import gradients
 from shoulders.training.validation import validate
-
-# After this many steps every trained tensor must have moved. (A zero-initialised projection
-# keeps what stands before it still during the first step.)
-MOVED_BY = 3
 
 
 def fit(
@@ -73,13 +68,8 @@ def fit(
             (`DivergedError`); Ctrl-C (`InterruptedTraining`, after a checkpoint); another recipe
             on resume.
     """
-    if skill.trained is None:
-        raise TrainingError("the recipe trains nothing: give a pass a prompt or a link")
-    if recipe.training.recompute and skill.lm.blocks is None:
-        raise TrainingError(f"recompute: the layers of {skill.lm.name} are not fused; leave it out")
-    if skill.lm.shards is not None and (recipe.training.streams or 1) > 1:
-        raise TrainingError("streams: passes through a sharded LM run one by one; leave it out")
-    config, producer, console = recipe.training, skill.trained, console or Console(stderr=True)
+    config, producer = recipe.training, _trainable(skill, recipe.training)
+    console = console or Console(stderr=True)
     processes = processes or Processes()
     stored = {"recipe": recipe.model_dump(mode="json"), **(bound or {})}
     stored["processes"] = processes.count
@@ -100,7 +90,8 @@ def fit(
     else:
         rows = validation
         checked = [example_of(skill, row, templates.render(row, 0), 0) for row in rows]
-    initial, trained = copied(producer), list(producer.parameters())
+    trained = list(producer.parameters())
+    movement = Movement(producer, watched=progress.step == 0)
     if isinstance(mixture, Mixture):
         drawn = range(progress.step * config.rows_per_step, config.steps * config.rows_per_step)
         check_window(skill, mixture, drawn, config.seed)
@@ -120,8 +111,6 @@ def fit(
         Streams.of(skill.lm, config.streams) as passes,
         deferred_interrupt() as interrupted,
     ):
-        # Of a run that goes on this was seen before; late steps may move nothing any more.
-        watched, felt = progress.step == 0, set[str]()
         while progress.step < config.steps:
             step = progress.step
             window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
@@ -129,23 +118,14 @@ def fit(
             loss = gradients(skill, examples, config, passes, processes)
             loss, stopping = processes.summed(trained, loss, interrupted())
             norm = float(torch.nn.utils.clip_grad_norm_(producer.parameters(), config.clip))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = f" (the newest checkpoint is in {out / FOLDER})"
-                raise DivergedError(
-                    f"step {step + 1}: loss is {loss}, gradient norm {norm}: training has "
-                    f"diverged; lower the learning rate{kept if (out / FOLDER).exists() else ''}"
-                )
+            check_step(step + 1, loss, norm, out / FOLDER)
             factor = rate_factor(step, config)
             set_rates(optimizer, factor)
-            if watched and step < MOVED_BY:
-                felt |= {
-                    n for n, p in producer.named_parameters() if p.grad is not None and p.grad.any()
-                }
+            movement.feel()
             optimizer.step()
             progress.step += 1
             monitor.step(progress.step, loss, sum(e.tokens for e in examples), factor, norm)
-            if watched and progress.step == MOVED_BY:
-                check_moved(producer, initial, felt)
+            movement.check()
 
             if checked and (
                 progress.step % config.validate_every == 0 or progress.step == config.steps
@@ -153,15 +133,8 @@ def fit(
                 producer.train(False)
                 entry = validate(skill, rows, templates, checked, config.select)
                 producer.train()
-                if not math.isfinite(entry["loss"]):
-                    raise DivergedError(
-                        f"step {progress.step}: validation loss is {entry['loss']}: training has "
-                        "diverged; lower the learning rate"
-                    )
-                if config.select == "last":
-                    value = -float(progress.step)
-                else:
-                    value = entry["loss"] if config.select == "loss" else -entry["exact_match"]
+                check_validation(progress.step, entry["loss"])
+                value = _ranked(config.select, progress.step, entry)
                 improved = value < progress.best or progress.best_step == 0
                 if improved:
                     progress.best, progress.best_step, best = value, progress.step, copied(producer)
@@ -190,48 +163,24 @@ def fit(
     return progress
 
 
+def _trainable(skill: Skill, config: TrainingConfig) -> nn.Module:
+    """Return what is trained; raises `TrainingError` for what cannot be trained so."""
+    if skill.trained is None:
+        raise TrainingError("the recipe trains nothing: give a pass a prompt or a link")
+    if config.recompute and skill.lm.blocks is None:
+        raise TrainingError(f"recompute: the layers of {skill.lm.name} are not fused; leave it out")
+    if skill.lm.shards is not None and (config.streams or 1) > 1:
+        raise TrainingError("streams: passes through a sharded LM run one by one; leave it out")
+    return skill.trained
+
+
+def _ranked(select: str, step: int, entry: dict[str, Any]) -> float:
+    """Return what weights are selected by: the lower, the better."""
+    if select == "last":
+        return -float(step)
+    return float(entry["loss"] if select == "loss" else -entry["exact_match"])
+
+
 def copied(producer: nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of the producer's tensors."""
     return {name: value.detach().clone() for name, value in producer.state_dict().items()}
-
-
-def check_finite(producer: nn.Module) -> None:
-    """Raise `DivergedError` when the last step has left what is no number (promise 8)."""
-    broken = next((n for n, p in producer.named_parameters() if not p.isfinite().all()), None)
-    if broken is not None:
-        raise DivergedError(f"'{broken}' is not finite at the end; lower the learning rate")
-
-
-def check_moved(producer: nn.Module, initial: dict[str, torch.Tensor], felt: set[str]) -> None:
-    """Raise `DivergedError` when a trained tensor is what it was at the start (promise 8).
-
-    `felt` names those that had a gradient: weight decay alone also moves, but teaches nothing.
-    """
-    named = list(producer.named_parameters())
-    still = [n for n, p in named if torch.equal(p, initial[n]) or n not in felt]
-    if still:
-        raise DivergedError(
-            f"after {MOVED_BY} steps these trained tensors have not moved: {', '.join(still)}; "
-            "they get no gradient, or their learning rate is too small for their precision"
-        )
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the running step finish after Ctrl-C or SIGTERM; a second signal stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def note(_number: int, _frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -120,19 +120,3 @@ def monitor_of(
         tensorboard = config.tensorboard and processes.leads
         monitor = Monitor(out, config.steps, done, console, tensorboard=tensorboard)
         yield stack.enter_context(monitor)
-
-
-@contextmanager
-def quiet_progress(console: Console, description: str, total: int) -> Iterator[Any]:
-    """Yield a function that advances a bar by a number of rows; the bar vanishes at the end."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(description, total=total)
-        yield lambda rows: bar.advance(task, rows)

@@ -22,6 +22,7 @@ from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
 from shoulders.files import atomic_path, remove_partial
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.reader.answers import has_answer
 from shoulders.reader.contexts import Contexts, Ranked
 from shoulders.reader.index.build import Choices, build
@@ -38,7 +39,7 @@ from shoulders.training.confidence import fitted_confidence
 from shoulders.training.reader_recipe import ReaderRecipe
 from shoulders.training.recipe import Recipe
 from shoulders.training.rerank import trained_reranker
-from shoulders.training.run import hashes_of, machine, run_recipe
+from shoulders.training.run import hashes_of, run_recipe
 from shoulders.training.start import same_recipe
 from shoulders.training.textual import run_textual
 

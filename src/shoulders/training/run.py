@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
-from shoulders import __version__
 from shoulders.data.mixture import Mixture, MixtureConfig, select_rows
 from shoulders.data.rows import Row, read_rows, task_of
 from shoulders.data.templates import Templates
@@ -24,6 +21,7 @@ from shoulders.errors import TrainingError
 from shoulders.files import only_writer, sha256_of_path
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
 from shoulders.recursion.first_pass import FirstPass
 from shoulders.skills.artefact import save_skill, saved_in
 from shoulders.skills.skill import Skill
@@ -206,25 +204,3 @@ def hashes_of(names: Sequence[str]) -> dict[str, str]:
         key = short if seen[short] == 1 else f"{short}#{seen[short]}"
         hashes[key] = sha256_of_path(Path(name))
     return hashes
-
-
-def machine() -> dict[str, Any]:
-    """Return what a figure depends on: versions, processor, threads."""
-    return {
-        "shoulders": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -27,16 +27,17 @@ from shoulders.encoders.load import load_encoder
 from shoulders.errors import RecipeError, TrainingError
 from shoulders.files import atomic_path, only_writer, remove_partial, write_json
 from shoulders.lm.load import load_lm
+from shoulders.machine import machine
+from shoulders.progress import quiet_progress
 from shoulders.recursion.candidates import Candidate, merged, shown, stream_of
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill, saved_in
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import CrossFitConfig
 from shoulders.training.gate import gate_of
-from shoulders.training.monitor import quiet_progress
 from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
-from shoulders.training.run import data_hashes, load_data, machine, run_recipe, unseen_rows
+from shoulders.training.run import data_hashes, load_data, run_recipe, unseen_rows
 from shoulders.training.start import MEMBERS, TEXTUAL, same_recipe, trained_parts
 from shoulders.training.validation import choose_rows
 

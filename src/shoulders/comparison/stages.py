@@ -1,0 +1,150 @@
+"""The stages of a comparison between its beginning and its end, each of which can be stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shoulders.comparison.bare import bare
+from shoulders.comparison.frozen import Trained
+from shoulders.comparison.ledger import Ledger
+from shoulders.comparison.measure import interference, latencies, measured, once
+from shoulders.comparison.methods import Method
+from shoulders.comparison.plan import Plan
+from shoulders.comparison.search import best_factor
+from shoulders.comparison.setting import Setting
+from shoulders.comparison.tuned import plain
+from shoulders.errors import ShouldersError
+from shoulders.skills.ensemble import Ensemble
+from shoulders.skills.skill import Skill
+
+
+def ask_untrained(setting: Setting) -> None:
+    """Ask the LM alone, without and with worked examples; examine it before anything is tuned."""
+    for method in setting.methods:
+        if method.family == "bare" and not setting.ledger.find(stage="run", method=method.name):
+            skill, asked = bare(method, setting.lm, setting.plan, setting.rows)
+            measured(setting, method, 0, skill, asked, {})
+    rivals = any(method.family == "tuned" for method in setting.methods)
+
+    def untouched() -> dict[str, Any]:
+        return setting.examine(setting.tuned.original(setting.lm) if rivals else setting.lm)
+
+    once(setting.ledger, "forgetting", "frozen", 0, untouched)
+
+
+def search_rates(setting: Setting, method: Method) -> float:
+    """Return what a method's rates are multiplied by: the best of a few short runs, see `search`.
+
+    An ensemble's are searched with one member: no more effort than for others.
+    """
+    if method.joins:
+        return 1.0
+    one, plan = replace(method, members=1), setting.plan
+
+    def attempt(number: int, factor: float) -> float:
+        folder = setting.ledger.folder(one.name, number, "trials")
+        steps = max(1, round(one.steps(plan) * plan.search.share))
+        settings: dict[str, Any] = {"steps": steps, "seed": 0, "factor": factor}
+        if one.family == "tuned":
+            return setting.tuned.train(one, folder, keep=False, **settings).loss
+        begun = starts(one, setting.ledger, plan.seeds[0])
+        return setting.frozen.train(one, folder, start=begun, **settings).loss
+
+    return best_factor(method, plan.search, setting.ledger, attempt)
+
+
+def train_and_ask(setting: Setting, method: Method, seed: int, factor: float) -> None:
+    """Train a method with one seed, and ask what comes of it the test rows."""
+    steps = method.steps(setting.plan)
+    said = f"of {', '.join(method.joins)}" if method.joins else f"{steps} steps"
+    setting.console.print(f"[bold]{method.name}[/], seed {seed}: {said}")
+    folder = setting.ledger.folder(method.name, seed)
+    settings: dict[str, Any] = {"steps": steps, "seed": seed, "factor": factor}
+    if method.family == "frozen":
+        begun = starts(method, setting.ledger, seed)
+        if method.joins:
+            done = setting.frozen.join(folder, begun)
+        else:
+            done = setting.frozen.train(method, folder, start=begun, **settings)
+        skill = setting.frozen.skill(folder)
+        facts = _facts(method, setting.plan, factor, done, skill.trained_parameters)
+        measured(setting, method, seed, skill, setting.texts, facts)
+        return
+    done = setting.tuned.train(method, folder, keep=True, **settings)
+    sizes = setting.tuned.trained_parameters(folder)
+    facts = _facts(method, setting.plan, factor, done, sizes)
+    with setting.tuned.skill(method, folder) as skill:
+        once(setting.ledger, "forgetting", method.name, seed, lambda: setting.examine(skill.lm))
+        measured(setting, method, seed, skill, setting.texts, facts)
+
+
+def time_answers(setting: Setting) -> None:
+    """Time what an answer takes, of all methods by turns.
+
+    Merged, a tuned LM is as fast as the LM itself in the plan's precision.
+    """
+    ledger = setting.ledger
+    if all(ledger.find(stage="latency", method=method.name) for method in setting.methods):
+        return
+    asked: list[tuple[Skill | Ensemble, list[str]]] = []
+    for method in setting.methods:
+        if method.family == "bare":
+            asked.append(bare(method, setting.lm, setting.plan, setting.rows))
+        elif method.family == "tuned":
+            asked.append((plain(setting.lm, method), setting.texts))
+        else:
+            folder = ledger.folder(method.name, setting.plan.seeds[0])
+            asked.append((setting.frozen.skill(folder), setting.texts))
+    for method, ms in zip(setting.methods, latencies(asked, setting.console), strict=True):
+        ledger.add({"stage": "latency", "method": method.name, "ms": ms})
+
+
+def ask_first_again(setting: Setting) -> None:
+    """Ask the skill that was trained first again: no other has changed it, as is measured here."""
+    first = next((method for method in setting.trained if method.family == "frozen"), None)
+    if first is not None:
+        seed = setting.plan.seeds[0]
+        once(setting.ledger, "interference", first.name, seed, lambda: interference(setting, first))
+
+
+def in_order(methods: Sequence[Method], ledger: Ledger, seeds: Sequence[int]) -> None:
+    """Raise `ShouldersError` for a method that takes up one that will not be there by then."""
+    for place, method in enumerate(methods):
+        before = {other.name for other in methods[:place]}
+        for seed in seeds:
+            if not ledger.find(stage="run", method=method.name, seed=seed):
+                starts(method, ledger, seed, before)
+
+
+def starts(
+    method: Method, ledger: Ledger, seed: int, promised: Collection[str] = ()
+) -> dict[str, Path]:
+    """Return the skills that a method's parts begin at, or that it joins.
+
+    Raises `ShouldersError` where they are not trained, nor `promised`.
+    """
+    found = {}
+    for part, name in (method.start | {name: name for name in method.joins}).items():
+        if name not in promised and not ledger.find(stage="run", method=name, seed=seed):
+            raise ShouldersError(f"{method.name} takes up {name}: list {name} before it")
+        found[part] = ledger.folder(name, seed)
+    return found
+
+
+def _facts(
+    method: Method, plan: Plan, factor: float, done: Trained, trained_parameters: int
+) -> dict[str, Any]:
+    """Return what a training run cost and came to."""
+    return {
+        "trained_parameters": trained_parameters,
+        "examples": method.steps(plan) // method.epochs * plan.rows_per_step,
+        "epochs": method.epochs,
+        "members": method.members,
+        "rate_factor": factor,
+        "training_seconds": done.seconds,
+        "validation_loss": done.loss,
+        "curve": done.curve,
+    }
