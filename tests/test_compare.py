@@ -473,6 +473,13 @@ def test_a_whole_comparison_is_resumable_and_reported(tmp_path: Path, lm_folder:
     others = [ln for ln in kept.splitlines() if '"method": "static_kv", "family"' not in ln]
     assert len(others) == len(kept.splitlines()) - 1
     (out / "runs.jsonl").write_text("\n".join(others) + "\n", encoding="utf-8")
+    part = run_comparison(plan, out, finished=True)
+    assert [r["method"] for r in part["runs"]] == ["zero_shot", "few_shot", "lora_r4"]
+    assert part["unfinished"] == [{"method": "static_kv", "seed": 0}]
+    assert part["interference"] == result["interference"]
+    said = write_report(part, tmp_path / "part")
+    assert said[-1] == "Not finished yet, and not compared: static_kv, seed 0."
+    assert joined([out.parent / "part/compare.json"])["unfinished"] == part["unfinished"]
     mended = {r["method"]: r for r in run_comparison(plan, out, resume=True)["runs"]}
     for key in ("exact_match", "validation_loss", "rate_factor", "curve", "tasks"):
         assert mended["static_kv"][key] == by_name["static_kv"][key]
@@ -540,6 +547,19 @@ def joined_of(folder: Path, *results: dict[str, Any]) -> dict[str, Any]:
     for file, result in zip(files, results, strict=True):
         file.write_text(json.dumps(result), encoding="utf-8")
     return joined(files)
+
+
+def test_a_comparison_of_which_nothing_is_finished_says_so(tmp_path: Path, lm_folder: Path) -> None:
+    plan = plan_for(tmp_path, lm_folder)
+    with pytest.raises(ShouldersError, match="nothing in it is finished yet"):
+        run_comparison(plan, tmp_path / "out", finished=True)
+
+
+def test_what_one_part_has_not_finished_another_may_have(tmp_path: Path) -> None:
+    one = result_of({("static", 0): "1100"})
+    one["unfinished"] = [{"method": "idpt", "seed": 0}, {"method": "full", "seed": 0}]
+    other = result_of({("idpt", 0): "0000"})
+    assert joined_of(tmp_path, one, other)["unfinished"] == [{"method": "full", "seed": 0}]
 
 
 def test_parts_of_a_comparison_are_joined_row_by_row(tmp_path: Path) -> None:

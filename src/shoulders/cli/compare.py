@@ -35,6 +35,9 @@ def compare(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on: finished runs are kept.")
     ] = False,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Train nothing more: compare what is finished.")
+    ] = False,
     join: Annotated[
         list[Path] | None,
         typer.Option(help="Instead of a plan: the compare.json of parts of one. Repeatable."),
@@ -44,7 +47,8 @@ def compare(
     """Is the frozen LM enough? Compare frozen methods with fine-tuning on your own rows.
 
     Trains and measures every method on the same rows, order and seeds, and writes a report
-    (report.html, report.md, compare.json) with a verdict in words. Safe to stop: --resume.
+    (report.html, report.md, compare.json) with a verdict in words. Safe to stop: --resume goes
+    on, and --finished reports what there is.
     """
     from shoulders.comparison.join import joined
     from shoulders.comparison.own_rows import plan_of_rows, untested
@@ -54,7 +58,7 @@ def compare(
 
     if [plan is None, data is None, not join].count(False) != 1:
         raise ShouldersError("give either a plan (YAML), or --data FILE.jsonl, or --join FILEs")
-    if join and (methods or overrides or lm or resume):
+    if join and (methods or overrides or lm or resume or finished):
         raise ShouldersError("--join puts finished runs together: it takes --out and --json only")
     if minutes is not None and data is None:
         raise ShouldersError("--minutes goes with --data; in a plan it is budget.minutes")
@@ -89,7 +93,8 @@ def compare(
             note = f"note: too few inputs to test on, trained on only: {', '.join(small)}"
             stderr().print(note, markup=False, highlight=False)
     quiet_libraries()
-    _report(run_comparison(parsed, out, resume=resume, console=stderr()), out, json)
+    result = run_comparison(parsed, out, resume=resume, finished=finished, console=stderr())
+    _report(result, out, json)
 
 
 def _report(result: dict[str, Any], out: Path, json: Path | None) -> None:

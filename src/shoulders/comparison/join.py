@@ -64,11 +64,14 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
         "trials": [trial for result in results for trial in result["trials"]],
         "latency_ms": {k: v for r in reversed(results) for k, v in r["latency_ms"].items()},
     }  # fmt: skip
+    done = {(run["method"], run["seed"]) for run in several["runs"]}
+    left = _once([{"unfinished": [], **r} for r in results], "unfinished", ("method", "seed"))
     machines = [result["machine"] for result in results]
     return {
         **first,
         **({"rows_sha256": hashed} if hashed else {}),
         **several,
+        "unfinished": [run for run in left if (run["method"], run["seed"]) not in done],
         "plan": plan,
         "lm": next((r["lm"] for r in results if _changed(r["lm"])), first["lm"]),
         "machine": {

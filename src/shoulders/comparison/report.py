@@ -34,6 +34,8 @@ def write_report(result: dict[str, Any], out: Path) -> list[str]:
             f"Put together from {len(parts)} comparisons: seconds of training and milliseconds of "
             "an answer were measured in each, on its machine, and compare within it only."
         )
+    if left := [f"{run['method']}, seed {run['seed']}" for run in result.get("unfinished", [])]:
+        said.append(f"Not finished yet, and not compared: {'; '.join(left)}.")
     first = best([line for line in found if line.family != "bare"])
     against = {
         line.name: str(difference(line, first)) for line in found if first and line is not first

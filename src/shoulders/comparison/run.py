@@ -23,21 +23,28 @@ from shoulders.comparison.stages import (
     search_rates,
     time_answers,
     train_and_ask,
+    unfinished,
 )
 from shoulders.comparison.tuned import Tuned
-from shoulders.errors import TrainingError
+from shoulders.errors import ShouldersError, TrainingError
 from shoulders.files import only_writer
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
 
 
 def run_comparison(
-    plan: Plan, out: Path | str, *, resume: bool = False, console: Console | None = None
+    plan: Plan,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    finished: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Train and measure everything that a plan names, and return every figure.
 
     Finished runs are kept in `out` and not repeated; a run that was stopped goes on (frozen
-    methods from their last checkpoint, rivals from their start).
+    methods from their last checkpoint, rivals from their start). With `finished` nothing more is
+    trained: what is finished is compared, and what is not is listed as `unfinished`.
 
     Raises:
         TrainingError: `out` holds another comparison, or this one without `resume`.
@@ -45,13 +52,15 @@ def run_comparison(
             writes there.
     """
     with only_writer(Path(out)):
-        return _compared(plan, Path(out), resume, console or Console(quiet=True))
+        return _compared(plan, Path(out), resume, finished, console or Console(quiet=True))
 
 
-def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str, Any]:
+def _compared(
+    plan: Plan, out: Path, resume: bool, finished: bool, console: Console
+) -> dict[str, Any]:
     started = time.monotonic()
     ledger = Ledger(out)
-    ledger.begin(plan, resume=resume)
+    ledger.begin(plan, resume=resume or finished)
 
     # 1. One LM in memory, and the rows that every method is trained, selected and measured on.
     lm = load_lm(**plan.lm.model_dump())
@@ -60,6 +69,10 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
     methods = methods_of(plan, lm)
     in_order(methods, ledger, plan.seeds)
     ledger.note()
+    if finished:
+        methods = [method for method in methods if ledger.find(stage="run", method=method.name)]
+        if not methods:
+            raise ShouldersError(f"{out}: nothing in it is finished yet")
     frozen, tuned = Frozen(lm, plan, rows, console), Tuned(lm, plan, rows, console)
     setting = Setting(plan, lm, rows, methods, ledger, frozen, tuned, console)
 
@@ -67,10 +80,10 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
     ask_untrained(setting)
 
     # 3. How many examples: as given, or what the minutes allow on this machine.
-    setting = with_examples(setting, started)
+    setting = setting if finished else with_examples(setting, started)
 
     # 4. The same tuning effort for each, on validation rows; then its runs, measured on test.
-    for method in setting.trained:
+    for method in [] if finished else setting.trained:
         factor = search_rates(setting, method)
         for seed in plan.seeds:
             if not ledger.find(stage="run", method=method.name, seed=seed):
@@ -83,19 +96,20 @@ def _compared(plan: Plan, out: Path, resume: bool, console: Console) -> dict[str
     after = lm.digest()
     if after != before:
         raise TrainingError("the frozen LM changed during the comparison; its figures are void")
-    ask_first_again(setting)
-    return _figures(setting, before, after)
+    left = unfinished(plan, methods_of(plan, lm) if finished else methods, ledger)
+    if not left:  # of others that are trained later it would say nothing
+        ask_first_again(setting)
+    return {**_figures(setting, before, after), "unfinished": left}
 
 
 def _figures(setting: Setting, before: str, after: str) -> dict[str, Any]:
     """Return what was measured, and the digests of the LM's weights before and after."""
-    ledger, rows, lm = setting.ledger, setting.rows, setting.lm
+    ledger, rows, lm, methods = setting.ledger, setting.rows, setting.lm, setting.methods
     return {
         "benchmark": "compare",
-        "plan": setting.plan.model_dump(mode="json"),
+        "plan": {**setting.plan.model_dump(mode="json"), "methods": [m.name for m in methods]},
         "methods": [
-            {"method": m.name, "family": m.family, "rank": m.rank, **_shape(m)}
-            for m in setting.methods
+            {"method": m.name, "family": m.family, "rank": m.rank, **_shape(m)} for m in methods
         ],
         "runs": [
             {**run, "right": ledger.right(run["method"], run["seed"])}

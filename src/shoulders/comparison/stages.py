@@ -96,8 +96,9 @@ def time_answers(setting: Setting) -> None:
         elif method.family == "tuned":
             asked.append((plain(setting.lm, method), setting.texts))
         else:
-            folder = ledger.folder(method.name, setting.plan.seeds[0])
-            asked.append((setting.frozen.skill(folder), setting.texts))
+            done = {run["seed"] for run in ledger.every(stage="run", method=method.name)}
+            seed = next(seed for seed in setting.plan.seeds if seed in done)
+            asked.append((setting.frozen.skill(ledger.folder(method.name, seed)), setting.texts))
     for method, ms in zip(setting.methods, latencies(asked, setting.console), strict=True):
         ledger.add({"stage": "latency", "method": method.name, "ms": ms})
 
@@ -108,6 +109,16 @@ def ask_first_again(setting: Setting) -> None:
     if first is not None:
         seed = setting.plan.seeds[0]
         once(setting.ledger, "interference", first.name, seed, lambda: interference(setting, first))
+
+
+def unfinished(plan: Plan, methods: Sequence[Method], ledger: Ledger) -> list[dict[str, Any]]:
+    """Return the runs that a plan names and that are not finished, by `method` and `seed`."""
+    named = [(m.name, seed) for m in methods for seed in (plan.seeds if m.trained else (0,))]
+    return [
+        {"method": name, "seed": seed}
+        for name, seed in named
+        if not ledger.find(stage="run", method=name, seed=seed)
+    ]
 
 
 def in_order(methods: Sequence[Method], ledger: Ledger, seeds: Sequence[int]) -> None:
