@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from shoulders.benchmark.contender import peer_lm, write_rows
-from shoulders.cli.evaluate import spread
+from shoulders.cli.rows import spread
 from shoulders.data.rows import read_rows
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder

@@ -26,8 +26,8 @@ import torch
 
 from shoulders.benchmark.contender import peer_lm
 from shoulders.benchmark.vllm_server import arguments, vllm_server
-from shoulders.cli.evaluate import spread
 from shoulders.cli.readers import open_reader
+from shoulders.cli.rows import spread
 from shoulders.data.rows import read_rows
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder

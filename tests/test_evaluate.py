@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from shoulders.cli.evaluate import spread
+from shoulders.cli.rows import spread
 from shoulders.data.rows import Row, read_rows
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder

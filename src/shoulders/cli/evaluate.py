@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from shoulders.cli import options, readers
-from shoulders.cli.common import (
-    check_outputs,
-    emit_json,
-    files_of,
-    gated,
-    note_given,
-    open_skill,
-    provenance,
-    stderr,
-    stdout,
-)
+from shoulders.cli.common import check_outputs, files_of, note_given
 from shoulders.cli.perplexity import evaluate_text
-from shoulders.cli.remote import through
+from shoulders.cli.rows import evaluate_rows
 from shoulders.errors import ShouldersError
-
-if TYPE_CHECKING:
-    from shoulders.data.rows import Row
-    from shoulders.evaluation.evaluate import Evaluation
 
 # What each kind of data alone takes, see `_unused`.
 _OF_READERS = ("retriever", "k", "window", "no_rerank", "abstain_below", "contexts", "plot")
@@ -90,10 +74,6 @@ def evaluate(
     vllm_api_key_file: options.VllmKeyFile = None,
 ) -> None:
     """Score a skill on data: exact match and F1 by task, with 95% bootstrap intervals."""
-    from shoulders.data.rows import read_rows
-    from shoulders.evaluation import evaluate as evaluation
-    from shoulders.progress import quiet_progress
-
     if normalizer not in ("general", "squad"):
         raise ShouldersError(f"--normalizer {normalizer}: use general or squad")
     reads = index is not None or readers.is_reader(skill)
@@ -126,55 +106,23 @@ def evaluate(
         )
         return
     if data.suffix == ".txt":
-        evaluate_text(
-            skill,
-            data,
-            chunk=chunk,
-            limit=limit,
-            json=json,
-            choice=choice,
-        )
+        evaluate_text(skill, data, chunk=chunk, limit=limit, json=json, choice=choice)
         return
-    rows = spread(read_rows(data), limit)
-    opened, own = open_skill(
+    evaluate_rows(
         skill,
+        data,
         choice,
         templates=templates,
-        remote=vllm_url is not None,
+        limit=limit,
+        json=json,
+        dump=dump,
+        normalizer="squad" if normalizer == "squad" else "general",
+        max_new_tokens=max_new_tokens,
+        keep=keep,
+        recurse_below=recurse_below,
+        vllm_url=vllm_url,
+        vllm_api_key_file=vllm_api_key_file,
     )
-    if keep is not None:
-        opened = opened.keeping(keep)
-    behind = gated(opened, skill, recurse_below)
-    decoding = evaluation.EVALUATION_DECODING.model_copy(update={"max_new_tokens": max_new_tokens})
-    with (
-        through(behind, vllm_url, vllm_api_key_file) as answering,
-        quiet_progress(stderr(), "evaluating", len(rows)) as advance,
-    ):
-        result = evaluation.evaluate(
-            answering,
-            rows,
-            own,
-            decoding=decoding,
-            normalizer="squad" if normalizer == "squad" else "general",
-            on_rows=advance,
-        )
-    recursed: dict[str, Any] = {}
-    if recurse_below is not None:
-        share = getattr(behind, "recursed", 0) / max(1, len(rows))
-        recursed = {"recurse_below": recurse_below, "recursed": share}
-        stdout().print(f"recursed on {share:.0%} of the rows")
-    if dump is not None:
-        evaluation.dump_predictions(dump, result.predictions)
-    emit_json(
-        json,
-        {
-            **provenance(opened, skill, data),
-            **result.as_dict(),
-            "normalizer": normalizer,
-            **recursed,
-        },
-    )
-    stdout().print(results_table(f"{skill} on {data.name}", result))
 
 
 def _unused(context: typer.Context, skill: str, *, reads: bool, text: bool) -> None:
@@ -192,37 +140,3 @@ def _unused(context: typer.Context, skill: str, *, reads: bool, text: bool) -> N
         note_given(context, (*_OF_ROWS, "dump"), "running text has no answers")
     else:
         note_given(context, ["chunk"], "it is for running text (.txt)")
-
-
-def spread(rows: list[Row], limit: int | None) -> list[Row]:
-    """Return at most `limit` rows, one task after the other in turn, in file order."""
-    if limit is None or limit >= len(rows):
-        return rows
-    turn: dict[str, int] = {}
-    ranked = []
-    for place, row in enumerate(rows):
-        turn[row.task] = turn.get(row.task, 0) + 1
-        ranked.append((turn[row.task], place))
-    return [rows[place] for place in sorted(place for _, place in sorted(ranked)[:limit])]
-
-
-def results_table(title: str, result: Evaluation) -> Table:
-    """Return the scores by task and their macro average as a table."""
-    names = list(result.metrics)
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("task")
-    table.add_column("rows", justify="right")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for task, scores in result.tasks.items():
-        table.add_row(escape(task), str(int(scores["n"])), *(_number(scores.get(n)) for n in names))
-    table.add_section()
-    intervals = [
-        f"{result.metrics[n]:.1f} [{result.ci95[n][0]:.1f}, {result.ci95[n][1]:.1f}]" for n in names
-    ]
-    table.add_row("macro average, 95%", str(result.n), *intervals, style="bold")
-    return table
-
-
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.1f}"
