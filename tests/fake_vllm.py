@@ -47,12 +47,18 @@ class FakeVllm:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path not in ("/health", "/v1/models"):
+                    self._say(404, {"detail": "Not Found"})
+                    return
                 card = {"id": "lm", "root": "/models/lm", "parent": None}
                 card |= {"object": "model", "max_model_len": fake.window}
                 self._say(200, {"object": "list", "data": [card]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path != "/v1/completions":
+                    self._say(404, {"detail": "Not Found"})
+                    return
                 fake.requests.append(body)
                 if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
                     self._say(401, {"error": "Unauthorized"})
@@ -72,7 +78,8 @@ class FakeVllm:
                 for count, piece in enumerate(fake.pieces(body)):
                     if count == fake.broken:
                         return
-                    self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
+                    said = json.dumps(piece, ensure_ascii=False)  # as pydantic writes it
+                    self.wfile.write(f"data: {said}\n\n".encode())
                     self.wfile.flush()
                     time.sleep(fake.pause)
                 self.wfile.write(b"data: [DONE]\n\n")
@@ -124,7 +131,7 @@ class FakeVllm:
         last = i + 1 == len(completion.token_ids)
         return {
             "index": sample,
-            "text": "text that nobody reads",
+            "text": "text that nobody reads: \u2028 \x85 é",
             "logprobs": {
                 "text_offset": [0],
                 "token_logprobs": [completion.logprobs[i]],

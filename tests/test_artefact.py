@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -389,6 +390,9 @@ def test_no_source_file_pickles(file: Path) -> None:
     assert found == []
     assert "allow_pickle" not in text
     assert "weights_only" not in text
+    assert not re.search(r"(gather|broadcast|scatter|send|recv)\w*_object", text), (
+        "pickles are sent"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from conftest import save_lm
@@ -43,6 +44,7 @@ from shoulders.errors import (
     RecipeError,
     ShouldersError,
     TrainingError,
+    WindowError,
 )
 from shoulders.evaluation.metrics import paired_interval
 from shoulders.lm.decode import DecodingConfig
@@ -53,7 +55,9 @@ from shoulders.skills.config import SkillConfig
 from shoulders.skills.ensemble_artefact import load_ensemble
 from shoulders.skills.skill import Skill
 from shoulders.skills.spelling import most_tokens
+from shoulders.training.configs import TrainingConfig
 from shoulders.training.examples import example_at, example_of
+from shoulders.training.optimizer import rate_factor
 from shoulders.training.run import load_data
 from shoulders.training.validation import validate
 
@@ -275,6 +279,21 @@ def test_the_verdict_follows_the_numbers() -> None:
     nothing = verdict([line("few_shot", "bare", 200), line("idpt_kv", "frozen", 200)], None,
                       digest_equal=True)  # fmt: skip
     assert nothing[0].startswith("Train nothing yet: few_shot")
+    assert not any(one.startswith("Use ") for one in nothing)
+    frozen, tuned = line("idpt_kv", "frozen", 100), line("full", "tuned", 90)
+    worse = verdict([line("few_shot", "bare", 200), frozen, tuned], None, digest_equal=True)
+    assert "few_shot" in worse[0]
+    assert "is better than the best trained method, idpt_kv" in worse[0]
+    assert not any(one.startswith(("Use ", "Undecided", "Fine-tuning wins")) for one in worse)
+    f1 = (("few_shot", "bare", 12.0), ("idpt_kv", "frozen", 31.5), ("full", "tuned", 9.0))
+    nowhere = [replace(line(name, family, 0), f1=value) for name, family, value in f1]
+    said = verdict(nowhere, None, digest_equal=True)
+    assert "idpt_kv 31.5, few_shot 12.0, full 9.0" in said[0]
+    assert not any(one.startswith(("Use ", "Train")) for one in said)
+    only = verdict([line("few_shot", "bare", 20), line("zero_shot", "bare", 10)], None,
+                   digest_equal=True)  # fmt: skip
+    assert only[0].startswith("few_shot answers best")
+    assert any("leave two things out" in one and "1 seed" in one for one in wins)
     few = verdict([line("static", "frozen", 20, of=40)], None, digest_equal=False)
     assert any("Only 40 rows" in said for said in few)
     assert not any("Only" in said for said in wins)
@@ -502,7 +521,7 @@ def test_a_whole_comparison_is_resumable_and_reported(tmp_path: Path, lm_folder:
     assert said[0] in (out / "report.md").read_text(encoding="utf-8")
     written = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     again = joined([out / "compare.json"])
-    assert [replace(x, scores={}) for x in lines(again)] == [
+    assert [replace(x, scores={}, perplexity_before=None) for x in lines(again)] == [
         replace(x, scores={}) for x in lines(result)
     ]
     assert write_report(again, tmp_path / "again")[:-1] == said
@@ -555,11 +574,32 @@ def test_a_comparison_of_which_nothing_is_finished_says_so(tmp_path: Path, lm_fo
         run_comparison(plan, tmp_path / "out", finished=True)
 
 
+def test_what_was_forgotten_is_told_from_each_parts_own_text(tmp_path: Path) -> None:
+    one, other = result_of({("static", 0): "1100"}), result_of({("full", 0): "1000"})
+    one["forgetting"][0]["perplexity"] = 50.0
+    other["forgetting"][0]["perplexity"] = 60.0
+    other["runs"][0]["family"] = other["methods"][0]["family"] = "tuned"
+    other["forgetting"].append({"method": "full", "seed": 0, "perplexity": 60.6})
+    said = write_report(joined_of(tmp_path, one, other), tmp_path)
+    assert any("60.00 -> 60.60 (+1%)" in sentence for sentence in said)
+
+
 def test_what_one_part_has_not_finished_another_may_have(tmp_path: Path) -> None:
     one = result_of({("static", 0): "1100"})
     one["unfinished"] = [{"method": "idpt", "seed": 0}, {"method": "full", "seed": 0}]
     other = result_of({("idpt", 0): "0000"})
     assert joined_of(tmp_path, one, other)["unfinished"] == [{"method": "full", "seed": 0}]
+
+
+def test_an_untrained_methods_seed_is_nobodys(tmp_path: Path) -> None:
+    one = result_of({("static", 1): "1100"})
+    one["runs"].append({**one["runs"][0], "method": "few_shot", "family": "bare", "seed": 0})
+    one["methods"].append({"method": "few_shot", "family": "bare", "begins_at": {}})
+    one["latency_ms"]["few_shot"] = 1.0
+    result = joined_of(tmp_path, one, result_of({("static", 2): "1000"}))
+    assert result["plan"]["seeds"] == [1, 2]
+    write_report(result, tmp_path)
+    assert "| 1, 2 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_parts_of_a_comparison_are_joined_row_by_row(tmp_path: Path) -> None:
@@ -1065,3 +1105,100 @@ def test_the_shipped_plan_is_valid_and_trains_on_no_test_row() -> None:
     assert plan.data.templates is not None
     assert Path(plan.data.templates).is_file()
     assert len(plan.seeds) == 3
+
+
+def test_a_rival_that_diverges_is_a_failed_trial(tmp_path: Path, lm_folder: Path) -> None:
+    """Its own process says so; the comparison goes on, and can be resumed."""
+    plan = plan_for(tmp_path, lm_folder)
+    lm = load_lm(str(lm_folder), dtype="float32")
+    rivals = tuned.Tuned(lm, plan, rows_of(plan), Console(quiet=True))
+    wild = Method("wild", "tuned", optimizer={"lr": 1e30}, rank=4)
+    for _ in range(2):  # resumed: known from now on
+        with pytest.raises(DivergedError, match="wild, seed 0: its loss is no number"):
+            rivals.train(wild, tmp_path / "wild", steps=2, seed=0, factor=1.0, keep=True)
+    assert not (tmp_path / "wild/weights").exists()
+    # A run that was killed while its weights were written is made again.
+    mild = replace(wild, optimizer={"lr": 1e-3})
+    (tmp_path / "mild/weights").mkdir(parents=True)
+    (tmp_path / "mild/weights/half").write_text("")
+    rivals.train(mild, tmp_path / "mild", steps=1, seed=0, factor=1.0, keep=True)
+    assert not (tmp_path / "mild/weights/half").exists()
+
+
+def test_rivals_and_frozen_methods_have_one_schedule(
+    tmp_path: Path, lm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from shoulders.comparison import tune
+
+    seen: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    rows = [{"task": "t", "ids": [5, 6, 7], "answer_ids": [8]}] * 20
+    settings = {"rows_per_step": 2, "lr": 0.5, "warmup_steps": 3, "seed": 0, "bfloat16": False}
+    tokenizer = AutoTokenizer.from_pretrained(lm_folder)
+    model = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
+    watch = tune.Watch(model, tokenizer, rows[:1], 10)
+    tune.fitted(model, tokenizer, rows, settings, tmp_path / "out", watch)
+    schedule = TrainingConfig(steps=10, warmup_steps=3, optimizer={"lr": 0.5})  # type: ignore[arg-type]
+    assert seen == pytest.approx([0.5 * rate_factor(i, schedule) for i in range(10)])
+
+
+def test_a_users_own_files_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    own = rows_file(tmp_path).rename(tmp_path / "data/train.jsonl")
+    before = own.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    given = ["shoulders", "compare", "--data", "data/train.jsonl", "--out", "."]
+    for more, said in ((["--set", "length=x"], "length"), ([], "choose another --out")):
+        monkeypatch.setattr(sys, "argv", [*given, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+        assert own.read_bytes() == before
+        assert [file.name for file in (tmp_path / "data").iterdir()] == ["train.jsonl"]
+
+
+def test_inputs_that_differ_in_spaces_and_capitals_stay_together(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    texts = [f"Number {i}{end}" for i in range(40) for end in ("", " ", "  ?".strip("?"))]
+    texts += [text.upper() for text in texts]
+    lines = [json.dumps({"task": "t", "input": t, "targets": ["x"]}) for t in texts]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    plan = plan_of_rows(file, tmp_path / "out", budget={"examples": 8})
+    parts = [{" ".join(r.input.lower().split()) for r in read_rows(Path(f))}
+             for f in (*plan.data.train, *plan.data.validation, *plan.test)]  # fmt: skip
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 40
+
+
+def test_matched_methods_may_be_given_a_size(tmp_path: Path, lm_folder: Path) -> None:
+    names = ["static_kv_matched", "static_lowrank_matched", "lora_matched"]
+    plan = plan_for(tmp_path, lm_folder, methods=names, budget={"examples": 8, "parameters": 9000})
+    lm = load_lm(str(lm_folder), dtype="float32")
+    kv, lowrank, lora = methods_of(plan, lm)
+    for method in (kv, lowrank):
+        found = parameters(method.passes, lm, load_encoder)
+        assert abs(found - 9000) < 900, method.name
+    assert lora.rank is not None
+    assert lora.rank >= 1
+
+
+def test_a_row_too_long_is_named_before_anything_is_trained(
+    tmp_path: Path, lm_folder: Path
+) -> None:
+    plan = plan_for(tmp_path, lm_folder, methods=["static_kv"])
+    test = Path(plan.test[0])
+    long = {"task": "t0", "input": "word " * 900, "targets": ["one"]}
+    test.write_text(test.read_text() + json.dumps(long) + "\n")
+    with pytest.raises(WindowError, match=r"test.jsonl:\d+: "):
+        run_comparison(plan, tmp_path / "fresh")
+    assert not (tmp_path / "fresh/runs").exists()

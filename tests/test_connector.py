@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +319,20 @@ def test_connector_of_another_width_is_refused(lm: FrozenLM, tmp_path: Path) -> 
     file.write_text(json.dumps(values))
     with pytest.raises(ShouldersError, match=r"does not fit skill\.json.*size mismatch"):
         load_skill(tmp_path / "skill", lm, no_encoder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_generation_ends_where_the_longest_pass_does(
+    kind: str, tiny_lm: Callable[[str], FrozenLM]
+) -> None:
+    """An earlier pass with the longer prompt reaches the window before the last one does."""
+    lm = tiny_lm(kind)
+    prompt = {"kind": "static", "length": 20}
+    config = SkillConfig.model_validate({"passes": [{"prompt": prompt, "link": {"heads": 2}}, {}]})
+    skill = Skill.create(lm, config, no_encoder)
+    text = "two"
+    room = lm.max_positions - 20 - len(skill.input_ids([text])[0])
+    decoding = DecodingConfig(max_new_tokens=10_000, min_new_tokens=10_000)
+    (found,) = skill.generate([text], decoding)[0]
+    # One token more than there is room for is written, but never read.
+    assert (len(found.token_ids), found.finish) == (room + 1, "length")

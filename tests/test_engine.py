@@ -28,15 +28,18 @@ from shoulders.lm.load import load_lm
 from shoulders.reader.contexts import Contexts
 from shoulders.serving import answers as answers_module
 from shoulders.serving import worker as worker_module
-from shoulders.serving.answers import Answering, Disconnected
-from shoulders.serving.api import Server, Streamed, create_app
+from shoulders.serving.answers import Answering, Disconnected, TimedOutError
+from shoulders.serving.api import Server, Streamed, conversation, create_app
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
 from shoulders.serving.guards import status_of
 from shoulders.serving.job import Event, Job
 from shoulders.serving.metrics import Metrics
+from shoulders.serving.passes import LAST
 from shoulders.serving.pool import Pool
 from shoulders.serving.rows import Entry
+from shoulders.serving.schema import ChatRequest
 from shoulders.serving.skillset import Served, SkillSet
+from shoulders.serving.tokens import token_bytes, token_name
 from shoulders.serving.watch import Watcher
 from shoulders.skills.artefact import FILE, save_skill
 from shoulders.skills.attended import attended
@@ -56,6 +59,7 @@ TEXTS = [
 ]
 KEY = "a secret"
 OPEN = {"Authorization": f"Bearer {KEY}"}
+JSON = {"Content-Type": "application/json"}
 LINK = {"heads": 2, "skip": False}
 PROPOSE = {"n": 3, "temperature": 1.5, "max_new_tokens": 5}
 
@@ -274,7 +278,7 @@ def test_details_say_what_was_proposed_shown_and_read(
 ) -> None:
     job, answers = ask(engine, skills["textual"], TEXTS[0], max_new_tokens=5)
     assert answers.over.wait(30)
-    (proposed,) = skills["textual"].proposed([TEXTS[0]], 5)
+    (proposed,) = skills["textual"].proposed([TEXTS[0]])
     assert job.details["read"] == [proposed.text]
     assert [c["text"] for c in job.details["candidates"]] == [c.text for c in proposed.candidates]
     assert all(c["shown"] for c in job.details["candidates"])
@@ -442,6 +446,21 @@ def test_what_a_closed_engine_had_no_time_for_is_told(lm: FrozenLM, skills: dict
         assert answers.error is None or "stopped before all" in str(answers.error)
 
 
+def test_what_a_closed_engine_has_not_begun_is_told(lm: FrozenLM, skills: dict[str, Any]) -> None:
+    engine = Engine(lm, EngineConfig(workers=1))
+    held = threading.Event()
+    engine._preparing.submit(held.wait)
+    _, answers = ask(engine, skills["base"], TEXTS[0])
+    assert not engine.close(0)
+    held.set()
+    assert answers.over.wait(30)
+    assert "stopped before all" in str(answers.error)
+    assert engine.jobs == 0
+    _, answers = ask(engine, skills["base"], TEXTS[0])
+    assert "stopped before all" in str(answers.error)
+    assert engine.jobs == 0
+
+
 def test_more_alternatives_than_there_are_tokens(engine: Engine, skills: dict[str, Any]) -> None:
     _, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=2, top_logprobs=10**6)
     assert answers.over.wait(30)
@@ -512,7 +531,8 @@ def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Any]) -> None:
     """With room for two rows or so, the others wait; one that never fits is refused."""
     engine = Engine(lm, EngineConfig(workers=1, cache_bytes=1 << 20))
     (worker,) = engine._workers
-    worker._bytes = worker.passes.size(64) * 2
+    position = worker.passes._pool(LAST).position_bytes
+    worker.passes._most = 64 * position * 2
     several = [ask(engine, skills["base"], text, max_new_tokens=12) for text in TEXTS[:3] * 3]
     most = 0
     while not all(answers.over.is_set() for _, answers in several):
@@ -638,6 +658,8 @@ def test_a_client_that_goes_while_its_answer_is_written_is_noticed(
         return True
 
     class Writing:
+        most = 8
+
         def submit(self, job: Job) -> None:
             threading.Thread(target=self._write, args=(job,)).start()
 
@@ -719,6 +741,28 @@ def test_a_watcher_leaves_what_others_load_and_unload(
     assert after_a_look() == ["alias", "two"]
 
 
+def test_a_watcher_serves_a_skill_as_it_now_is(
+    lm: FrozenLM, skills: dict[str, Any], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    save_skill(skills["static"], root / "one", Templates(), {})
+    watched = SkillSet(lm, root=root)
+    watcher = Watcher(watched)
+    watcher.look()
+    before = watched.get("one")
+    save_skill(skills["static_lowrank"], tmp_path / "other", Templates(), {})
+    (root / "one").rename(tmp_path / "gone")
+    (tmp_path / "other").rename(root / "one")
+    watcher.look()
+    after = watched.get("one")
+    assert after.trained_parameters == skills["static_lowrank"].trained_parameters
+    assert after is not before
+    # What cannot be read leaves what is served as it is.
+    (root / "one" / FILE).write_text("{")
+    watcher.look()
+    assert watched.get("one") is after
+
+
 def test_a_watcher_tries_a_damaged_skill_once(
     lm: FrozenLM, skills: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -762,19 +806,22 @@ def served(lm: FrozenLM, engine: Engine) -> Server:
 
 
 def test_a_stranger_is_refused_before_the_body_is_parsed(served: Server) -> None:
-    client = TestClient(create_app(served), headers={"Content-Type": "application/json"})
+    client = TestClient(create_app(served), headers=JSON)
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/load_adapter"):
         found = client.post(path, content=b"{")
         assert found.status_code == 401, path
         assert "API key" in found.json()["error"]["message"]
         assert found.headers["x-request-id"]
-        assert client.post(path, content=b"{", headers=OPEN).status_code == 422
+        found = client.post(path, content=b"{", headers={**JSON, **OPEN})
+        assert found.status_code == 400
+        assert "no JSON" in found.json()["error"]["message"]
     assert client.get("/v1/models/lm").status_code == client.get("/metrics").status_code == 401
     assert client.get("/v1/models/lm", headers=OPEN).json()["id"] == "lm"
     # As before, what needs no key: health, and what there is not.
     paths = {"/health": 200, "/ready": 200, "/openapi.json": 200, "/v1/completions": 405,
              "/v1/nothing": 404, "/": 404}  # fmt: skip
     assert {path: client.get(path).status_code for path in paths} == paths
+    assert client.get("/v1/nothing").json()["error"]["message"] == "Not Found"
 
 
 def test_a_key_may_hold_letters_of_any_language(served: Server) -> None:
@@ -786,6 +833,9 @@ def test_a_key_may_hold_letters_of_any_language(served: Server) -> None:
 
     assert code("schlüssel €") == 200
     assert code("schlussel €") == code("") == code("ä") == 401
+    key = "schlüssel €".encode()
+    assert client.get("/v1/models", headers={b"Authorization": b"bearer " + key}).status_code == 200
+    assert client.get("/v1/models", headers={b"Authorization": key}).status_code == 401
 
 
 def test_a_body_in_chunks_is_refused_whatever_length_it_claims(served: Server) -> None:
@@ -810,15 +860,15 @@ def test_refused_and_failed_requests_are_counted_and_defects_logged(
 
     assert code({}) == 200
     assert code({"prompt": "word " * 400}) == 400
-    assert code({"prompt": "word " * 400, "stream": True}) == 200
+    assert code({"prompt": "word " * 400, "stream": True}) == 400
     assert code({"timeout": 1e-9}) == 504
     assert code({"model": "nobody"}) == 404
-    assert code({"n": 0}) == 422
+    assert code({"n": 0}) == 400
     assert code({"messages": [{"role": "user", "content": "x"}]}, "/v1/chat/completions") == 400
     assert client.post("/v1/completions", headers={"Authorization": ""}).status_code == 401
     assert client.get("/v1/models/nobody").status_code == 404
     assert [counted(status) for status in (200, 400, 504, 500)] == [1, 3, 1, 0]
-    assert [counted(status, "") for status in (404, 422, 401)] == [1, 1, 1]
+    assert [counted(status, "") for status in (404, 400, 401)] == [1, 1, 1]
     assert b'shoulders_requests_total{skill="lm",status="400"} 3.0' in served.metrics.text()
 
     def broken(*_: Any) -> Any:
@@ -827,10 +877,219 @@ def test_refused_and_failed_requests_are_counted_and_defects_logged(
     monkeypatch.setattr(worker_module, "choose", broken)
     for stream in (True, False):
         caplog.clear()
-        assert code({"stream": stream}) == (200 if stream else 500)
+        assert code({"stream": stream}) == 500
         assert "out of luck" in caplog.text
         assert "Traceback" in caplog.text
     assert counted(500) == 2
+
+
+def test_an_error_in_the_midst_of_a_stream_is_an_event(
+    served: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = TestClient(create_app(served), headers=OPEN)
+    chosen = worker_module.choose
+
+    def breaks(lm: FrozenLM, logits: torch.Tensor, running: Any) -> torch.Tensor:
+        if len(running[0].ids) == 6:
+            raise RuntimeError("out of luck")
+        return chosen(lm, logits, running)
+
+    monkeypatch.setattr(worker_module, "choose", breaks)
+    body = {"model": "lm", "prompt": "two", "max_tokens": 60, "stream": True, "temperature": 0}
+    found = client.post("/v1/completions", json=body)
+    assert found.status_code == 200
+    assert '"code": 500' in found.text
+    assert "[DONE]" not in found.text
+    assert served.metrics.requests.labels("lm", "500")._value.get() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"top_k": 5}, "top_k"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"guided_regex": "a+"}, "guided_regex"),
+        ({"min_tokens": 4}, "min_tokens"),
+        ({"prompt": 5}, "prompt:"),
+        ({"max_tokens": 40_000}, "32768"),
+    ],
+)
+def test_what_is_not_had_is_refused_where_it_is_asked_for(
+    served: Server, change: dict[str, Any], said: str
+) -> None:
+    client = TestClient(create_app(served), headers=OPEN)
+    body = {"model": "lm", "prompt": "two", "max_tokens": 2, **change}
+    found = client.post("/v1/completions", json=body)
+    assert found.status_code == 400
+    assert said in found.json()["error"]["message"]
+    nothing = {"model": "lm", "prompt": "two", **dict.fromkeys(change)}
+    if "prompt" not in change:
+        assert client.post("/v1/completions", json=nothing).status_code == 200
+
+
+def test_null_is_nothing(served: Server) -> None:
+    client = TestClient(create_app(served), headers=OPEN)
+    fields = ("temperature", "top_p", "n", "stream", "stop", "seed", "max_tokens", "logprobs")
+    body = {"model": "lm", "prompt": "two", **dict.fromkeys(fields)}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    found = client.post("/v1/completions", content=b"x=1", headers={"Content-Type": "text/plain"})
+    assert "Content-Type: application/json" in found.json()["error"]["message"]
+
+
+def test_equal_prompts_differ_unless_a_seed_is_given(served: Server) -> None:
+    client = TestClient(create_app(served), headers=OPEN)
+    body: dict[str, Any] = {"model": "lm", "prompt": ["two"] * 4, "temperature": 2.0}
+    texts = [c["text"] for c in client.post("/v1/completions", json=body).json()["choices"]]
+    assert len(set(texts)) > 1
+    body["seed"] = 3
+    texts = [c["text"] for c in client.post("/v1/completions", json=body).json()["choices"]]
+    assert len(set(texts)) == 1
+
+
+def test_log_probabilities_name_every_token_apart(served: Server) -> None:
+    client = TestClient(create_app(served), headers=OPEN)
+    body = {"model": "lm", "prompt": "two", "max_tokens": 12, "temperature": 1.5, "logprobs": 5}
+    for seed in range(4):
+        reply = client.post("/v1/completions", json={**body, "seed": seed}).json()
+        found = reply["choices"][0]["logprobs"]
+        for token, own, top in zip(
+            found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True
+        ):
+            assert top[token] == own
+            assert len(top) >= 5
+
+
+def test_a_token_is_named_by_what_it_stands_for() -> None:
+    embedded: FrozenLM = load_lm("embedded")
+    text = "party 🎉🎉 é"
+    ids = embedded.tokenize([text])[0]
+    parts = [token_bytes(embedded, i) for i in ids]
+    assert any("�" in embedded.text([i]) for i in ids), "some are parts of a character"
+    assert b"".join(part or b"" for part in parts) == text.encode()
+    end = embedded.end_ids[0]
+    assert token_bytes(embedded, end) is None
+    assert token_name(embedded, end) == embedded.tokenizer.convert_ids_to_tokens(end)
+    names = [token_name(embedded, i) for i in range(300)]
+    assert len(set(names)) == len(names)
+
+
+TEMPLATES = {
+    "drops": (
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }};{% endfor %}",
+        "user: BB;",
+    ),
+    "moves": ("{{ messages[1].content }} | {{ messages[0].content }}", "BB | AA"),
+    "repeats": ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "AAAABBBB"),
+    "refuses": ("{{ raise_exception('system role not supported') }}", None),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_chat_template_may_do_as_it_likes_with_messages(
+    served: Server, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template, wanted = TEMPLATES[kind]
+    lm = served.skills.lm
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+    turns = [("system", "AA"), ("user", "BB")]
+    body = {"model": "lm", "messages": [{"role": r, "content": c} for r, c in turns]}
+    if wanted is not None:
+        _, ids = conversation(served, served.skills.get("lm"), ChatRequest.model_validate(body))
+        assert ids is not None
+        assert lm.text(ids) == lm.text(lm.tokenize([wanted])[0])
+        return
+    client = TestClient(create_app(served), headers=OPEN)
+    found = client.post("/v1/chat/completions", json=body)
+    assert found.status_code == 400
+    assert "system role not supported" in found.json()["error"]["message"]
+
+
+def test_a_conversation_too_long_does_not_name_the_folder(
+    served: Server, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm.tokenizer, "chat_template", "{{ messages[0].content }}")
+    client = TestClient(create_app(served), headers=OPEN)
+    messages = [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": None}]
+    found = client.post("/v1/chat/completions", json={"model": "lm", "messages": messages})
+    assert found.status_code == 400
+    said = found.json()["error"]["message"]
+    assert f"{lm.max_positions} fit" in said
+    assert lm.name not in said
+
+
+def test_more_prompts_than_the_queue_takes_are_refused_for_good(lm: FrozenLM) -> None:
+    engine = Engine(lm, EngineConfig(workers=1, max_queue=3))
+    client = TestClient(create_app(Server(SkillSet(lm), engine, Metrics(engine))))
+    found = client.post("/v1/completions", json={"model": "lm", "prompt": ["two"] * 4})
+    assert found.status_code == 400
+    assert "takes 3 at once" in found.json()["error"]["message"]
+    engine.close(30)
+
+
+def test_a_deadline_is_kept_wherever_one_waits(lm: FrozenLM, skills: dict[str, Any]) -> None:
+    engine = Engine(lm, EngineConfig(workers=1, max_rows=1))
+    (worker,) = engine._workers
+    held = threading.Event()
+    step = worker._step
+
+    def slow() -> None:
+        step()
+        held.wait(0.05)
+
+    worker._step = slow  # type: ignore[method-assign]
+    first, _ = ask(engine, skills["base"], "two", max_new_tokens=100, min_new_tokens=100)
+    second, _ = ask(engine, skills["base"], "two", max_new_tokens=100, min_new_tokens=100)
+
+    async def third() -> float:
+        served = Served("base", skills["base"], None, 0)
+        answering = Answering(engine, served, [("two", None)], DecodingConfig(), 0.4)
+        began = time.monotonic()
+        with pytest.raises(TimedOutError):
+            await answering.completions(never_gone)
+        return time.monotonic() - began
+
+    assert asyncio.run(third()) < 2
+    until = time.monotonic() + 2
+    while worker.load > 2:  # the third waits no more, behind the second that does
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    first.cancelled.set()
+    second.cancelled.set()
+    held.set()
+    engine.close(30)
+
+
+async def never_gone() -> bool:
+    return False
+
+
+def test_a_long_row_does_not_take_memory_for_others(lm: FrozenLM, skills: dict[str, Any]) -> None:
+    """Its room is every slot's: the pool stays within its bytes, and gives the room back."""
+    engine = Engine(lm, EngineConfig(workers=1, max_rows=64))
+    (worker,) = engine._workers
+    limit = worker.passes._most = worker.passes._pool(LAST).position_bytes * 64 * 16
+    seen: list[tuple[int, int, int]] = []
+    read = worker.passes.read
+
+    def watched(rows: Any, pieces: Any) -> Any:
+        pool = worker.passes.pools[LAST]
+        seen.append((sum(p.bytes for p in worker.passes.pools.values()), pool.room, len(rows)))
+        return read(rows, pieces)
+
+    worker.passes.read = watched  # type: ignore[method-assign]
+    short = {"max_new_tokens": 20, "min_new_tokens": 20}
+    jobs = [ask(engine, skills["base"], f"two {i}", **short) for i in range(30)]
+    jobs.append(ask(engine, skills["base"], "long", max_new_tokens=220, min_new_tokens=220))
+    jobs += [ask(engine, skills["base"], f"two {i}", **short) for i in range(60)]
+    for _, answers in jobs:
+        assert answers.over.wait(60)
+        assert answers.error is None
+    assert max(taken for taken, _, _ in seen) <= limit
+    last_long = max(i for i, (_, room, _) in enumerate(seen) if room > 64)
+    assert max(rows for _, _, rows in seen[last_long:]) > 8
+    engine.close(30)
 
 
 def test_what_the_playground_refuses_is_counted(served: Server) -> None:
@@ -850,6 +1109,8 @@ def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Any]) -> N
     """Also where the client goes while an event is being sent, and its generator lives on."""
 
     class Idle:
+        most = 8
+
         def submit(self, job: Job) -> None:
             pass
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoulders.errors import ShouldersError
+from shoulders.errors import LMError, ShouldersError
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills import ensemble as ensemble_module
@@ -100,6 +100,45 @@ def test_scores_are_those_of_the_mean(lm: FrozenLM) -> None:
             assert score.logprob == pytest.approx(float(wanted.sum()), abs=2e-4)
             assert score.tokens == len(ids)
             assert score.greedy == (logprobs.argmax(-1).tolist() == ids)
+
+
+@pytest.mark.parametrize("keep", [None, "end"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_score_does_not_depend_on_other_rows_candidates(
+    tiny_lm: Any, keep: Any, several: bool
+) -> None:
+    """Each row leaves room for its own longest candidate, not for a neighbour's."""
+    lm = tiny_lm("llama")
+    asked = member(lm, 1, keep=keep)
+    asked = Ensemble([asked, member(lm, 2, keep=keep)]) if several else asked
+    text, other = TEXTS[1], TEXTS[2]
+    free = lm.max_positions - len(member(lm, 1).input_ids([text])[0]) - 5
+    long = "x"
+    while len(member(lm, 1).answer_ids([long])[0]) <= free:  # beside it `text` would not fit
+        long += " x"
+    if keep is not None:
+        text *= 20
+    options = [["yes", "no"], [long]]
+    (alone,) = asked.score([text], options[:1])
+    beside = asked.score([text, other], options)[0]
+    assert [s.logprob for s in beside] == pytest.approx([s.logprob for s in alone], abs=1e-4)
+
+
+def test_no_candidates_have_no_scores(tiny_lm: Any) -> None:
+    skill = member(tiny_lm("llama"), 2)
+    assert skill.score(["a"], [[]]) == [[]]
+    with pytest.raises(ShouldersError, match="give a list of texts"):
+        skill.score(["a"], ["paris"])
+
+
+def test_an_lm_without_an_end_token_teaches_no_answers(
+    tiny_lm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skill = member(tiny_lm("llama"), 2)
+    monkeypatch.setitem(skill.lm.__dict__, "end_ids", ())
+    assert skill.generate(["a"], GREEDY)
+    with pytest.raises(LMError, match="no end token"):
+        skill.score(["a"], [["b"]])
 
 
 def test_all_members_rows_count_as_read_together(

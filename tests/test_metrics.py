@@ -191,7 +191,7 @@ def test_the_interval_matches_one_from_resampled_rows() -> None:
 
 def test_the_interval_is_stratified_by_task() -> None:
     # Each task is constant, so resampling within tasks cannot change the average.
-    assert bootstrap_interval({"a": [1.0] * 5, "b": [0.0] * 50}) == (50.0, 50.0)
+    assert bootstrap_interval({"a": [1.0] * 6, "b": [0.0] * 50}) == (50.0, 50.0)
 
 
 def test_the_interval_is_deterministic_and_blind_to_task_order() -> None:
@@ -256,3 +256,12 @@ def test_a_task_of_one_row_has_width_too() -> None:
     assert high - low > 20
     assert bootstrap_interval({"a": [1]}) == (0, 100)
     assert paired_interval({"a": [1]}, {"a": [0]}) == (100, -100, 100)
+
+
+def test_two_rows_of_a_task_make_nothing_sure() -> None:
+    """Methods that differ in both rows of one small task of many, and in nothing else."""
+    first = {f"t{i}": [1.0, 1.0] if i == 0 else [0.0, 0.0] for i in range(30)}
+    second = {f"t{i}": [0.0, 0.0] for i in range(30)}
+    difference, low, high = paired_interval(first, second)
+    assert difference == pytest.approx(100 / 30)
+    assert low < 0 < high

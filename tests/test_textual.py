@@ -24,6 +24,7 @@ from shoulders.lm.load import load_lm
 from shoulders.recursion.candidates import (
     Candidate,
     ProposeConfig,
+    check_some,
     chosen,
     merged,
     shown,
@@ -71,9 +72,36 @@ def test_equal_answers_are_merged_and_the_frequent_come_first() -> None:
     assert found == merged(said("paris", "rome\nmore", " paris ", "", "\n rome", "oslo"))
 
 
-def test_no_candidates_is_an_error_that_names_the_row() -> None:
-    with pytest.raises(ShouldersError, match="row 7: none of the 2 samples"):
-        merged(said("", " \n "), 7)
+def test_samples_that_say_nothing_are_no_candidates() -> None:
+    assert merged(said("", " \n ")) == []
+    check_some([[], merged(said("paris"))])
+    with pytest.raises(ShouldersError, match="no sample of the first pass says anything"):
+        check_some([[], []])
+    assert chosen([], "majority").text == chosen([], "likeliest").text == ""
+
+
+def test_a_row_without_candidates_is_read_as_it_is(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skill = skill_of(lm)
+    assert skill.proposals is not None
+    short = DecodingConfig(max_new_tokens=5)
+    wanted = skill.generate(TEXTS[:1], short)
+    generate = skill.proposals.skill.generate
+
+    def silent(texts: Any, decoding: DecodingConfig, **settings: Any) -> Any:
+        found = generate(texts, decoding, **settings)
+        for text, several in zip(texts, found, strict=True):
+            for one in several:
+                one.text = one.text if text == TEXTS[0] else " "
+        return found
+
+    monkeypatch.setattr(skill.proposals.skill, "generate", silent)
+    found = skill.generate(TEXTS[:2], short)
+    assert found[0][0].text == wanted[0][0].text
+    assert found[1][0].token_ids == skill.last.generate(TEXTS[1:2], short)[0][0].token_ids
+    with pytest.raises(ShouldersError, match="no sample of the first pass"):
+        skill.generate(TEXTS[1:2], short)
 
 
 def test_what_is_shown() -> None:
@@ -209,6 +237,9 @@ def test_rounds_make_new_candidates(lm: FrozenLM) -> None:
     thrice = skill_of(lm, rounds=3).proposed(TEXTS)
     assert [p.candidates for p in once] != [p.candidates for p in thrice]
     assert all(sum(c.count for c in p.candidates) <= PROPOSE["n"] for p in thrice)
+    for settings in ({"rounds": 2}, {"rounds": 2, "subset": 50}):  # all samples read one text
+        (found,) = skill_of(lm, temperature=2.0, **settings).proposed(TEXTS[:1])
+        assert len(found.candidates) > 1
 
 
 @pytest.mark.parametrize("chooser", ["majority", "likeliest"])
@@ -217,6 +248,8 @@ def test_choosers_answer_without_a_second_pass(lm: FrozenLM, chooser: Any) -> No
     answers = skill.generate(TEXTS, DecodingConfig(max_new_tokens=5))
     for found, (answer,) in zip(skill.proposed(TEXTS), answers, strict=True):
         assert answer.text == chosen(found.candidates, chooser).text
+    with pytest.raises(ShouldersError, match="n must be 1"):
+        skill.generate(TEXTS, DecodingConfig(n=3, temperature=1.0))
     (delta,) = skill.stream(TEXTS[0], DecodingConfig(max_new_tokens=5))
     assert delta.text == answers[0][0].text
 
@@ -224,10 +257,12 @@ def test_choosers_answer_without_a_second_pass(lm: FrozenLM, chooser: Any) -> No
 def test_candidates_beyond_the_window_are_reported(lm: FrozenLM) -> None:
     skill = skill_of(lm, max_new_tokens=40)
     text = "the capital of france " * 12
-    (found,) = skill.proposed([text], 5)
+    (found,) = skill.proposed([text])
     assert found.left_out
     assert set(found.left_out) < {*found.candidates, None}
-    skill.generate([text], DecodingConfig(max_new_tokens=5))  # and it fits
+    # And it fits, whatever the answer may come to: what is read does not depend on that.
+    short, long = (skill.generate([text], DecodingConfig(max_new_tokens=n)) for n in (5, 10_000))
+    assert long[0][0].token_ids[:5] == short[0][0].token_ids
 
 
 # -- training ----------------------------------------------------------------------------
@@ -281,7 +316,7 @@ def test_training_leaves_a_skill_of_two_passes(trained: Path) -> None:
     assert skill.proposals is not None
     own = skill.proposals.skill.generate(TEXTS, DecodingConfig(max_new_tokens=4))
     assert own == first.generate(TEXTS, DecodingConfig(max_new_tokens=4))
-    read = [p.text for p in skill.proposed(TEXTS, 4)]
+    read = [p.text for p in skill.proposed(TEXTS)]
     assert skill.generate(TEXTS, DecodingConfig(max_new_tokens=4)) == second.generate(
         read, DecodingConfig(max_new_tokens=4)
     )

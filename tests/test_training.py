@@ -401,6 +401,27 @@ def test_a_run_that_goes_on_is_not_asked_to_move_again(
     assert (tmp_path / "out" / FILE).is_file()
 
 
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_run_that_goes_on_is_asked_to_move_all_the_same(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    """Stopped before it was seen that nothing moves: promise 8 holds as undisturbed."""
+    recipe = _recipe(lm, tmp_path, steps=6, save_every=1, optimizer={"lr": 1e-30})
+    with pytest.raises(DivergedError, match="have not moved"):
+        run_recipe(recipe, tmp_path / "whole")
+    _stopped(recipe, tmp_path / "out", stopped, monkeypatch)
+    with pytest.raises(DivergedError, match="have not moved"):
+        run_recipe(recipe, tmp_path / "out", resume=True)
+    assert not (tmp_path / "out" / FILE).exists()
+
+
+def test_what_has_nothing_to_train_is_refused(lm: FrozenLM, tmp_path: Path) -> None:
+    values = recipe_values(Path(lm.name), tmp_path / "data", steps=3)
+    values["skill"] = {"passes": [{"link": {"kind": "latent"}}, {}]}
+    with pytest.raises(TrainingError, match="the recipe trains nothing"):
+        run_recipe(make_recipe(values), tmp_path / "out")
+
+
 def test_a_folder_with_other_things_is_left_alone(lm: FrozenLM, tmp_path: Path) -> None:
     recipe = _recipe(lm, tmp_path)
     (tmp_path / "mine").mkdir()

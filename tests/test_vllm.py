@@ -229,7 +229,8 @@ def test_an_lm_without_fused_layers_answers_through_vllm_alone(
 def test_everything_that_changes_an_answer_is_sent(
     engine: Engine, fake: FakeVllm, skills: dict[str, Skill], lm: FrozenLM
 ) -> None:
-    decoding = {"n": 2, "temperature": 0.7, "top_p": 0.9, "seed": 5, "stop": ("zz",)}
+    # But a stop string that vLLM might find in what stands before an answer is found here alone.
+    decoding = {"n": 2, "temperature": 0.7, "top_p": 0.9, "seed": 5, "stop": ("zz", " ", " z")}
     answers = ask(engine, skills["static"], "two", max_new_tokens=6, top_logprobs=3, **decoding)
     assert len(answers.completions) == 2
     assert all(len(top) == 3 for c in answers.completions for top in c.top)
@@ -515,6 +516,13 @@ def test_what_goes_to_no_vllm_is_refused(saved: Path, tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(app, [*options, "--vllm-url", "http://127.0.0.1:9"])
         assert message in str(result.exception), options
+
+
+def test_a_clients_base_url_will_do(lm: FrozenLM, fake: FakeVllm) -> None:
+    assert UpstreamConfig(url=f"{fake.url}/v1/").url == fake.url
+    engine = VllmEngine(lm, UpstreamConfig(url=f"{fake.url}/v1"))
+    assert engine.healthy()
+    engine.close()
 
 
 def test_an_address_that_is_none(folder: Path, lm: FrozenLM) -> None:

@@ -80,11 +80,13 @@ def compare(
     else:
         assert data is not None
         settings: dict[str, Any] = {
-            "budget": {"minutes": minutes or 10},
+            "budget": {} if minutes is None else {"minutes": minutes},
             "lm": {"dtype": "int8" if lm is None else "auto"},
         }
         for one in given:
             override(settings, one)
+        if not {"examples", "minutes"} & settings["budget"].keys():
+            settings["budget"]["minutes"] = 10
         if unknown := [key for key in settings if key not in Plan.model_fields]:
             known = nearest(unknown[0], Plan.model_fields)
             raise RecipeError(f"--set {unknown[0]}: a plan has no such key{known}")

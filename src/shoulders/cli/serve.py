@@ -165,6 +165,7 @@ def loopback(host: str) -> bool:
 def _say(served: SkillSet, host: str, port: int, playground: bool) -> None:
     """Tell what is served, and where."""
     names = ", ".join(served.names())
-    text = f"serving {names} on http://{host}:{port}/v1"
-    text += f", a playground on http://{host}:{port}/" if playground else ""
+    at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    text = f"serving {names} on {at}/v1"
+    text += f", a playground on {at}/" if playground else ""
     stderr().print(text, highlight=False, markup=False)

@@ -54,5 +54,5 @@ def with_examples(setting: Setting, started: float) -> Setting:
         steps = max(steps, LEAST_STEPS)
         row = {"stage": "budget", "method": "all", "examples": steps * plan.rows_per_step}
         row = ledger.add({**row, "seconds_for_a_step_of_all": steps_cost})
-    budget = BudgetConfig(examples=row["examples"])
+    budget = BudgetConfig(examples=row["examples"], parameters=plan.budget.parameters)
     return replace(setting, plan=plan.model_copy(update={"budget": budget}))

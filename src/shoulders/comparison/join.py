@@ -55,8 +55,16 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
             plan[key] = {name: value for own in reversed(values) for name, value in own.items()}
         else:
             plan[key] = list(dict.fromkeys(one for own in values for one in own))
-    seen = {run["seed"] for result in results for run in result["runs"]}
-    plan["seeds"] = sorted(seen | set(plan["seeds"]))
+    for result in results:  # of a text of its own, where its plan names none
+        base = next(
+            (f["perplexity"] for f in result["forgetting"] if f["method"] == "frozen"), None
+        )
+        for one in result["forgetting"]:
+            if base is not None and one["method"] != "frozen":
+                one.setdefault("before", base)
+    trained = [run for result in results for run in result["runs"] if run["family"] != "bare"]
+    seen = {run["seed"] for run in trained}
+    plan["seeds"] = sorted(seen) or plan["seeds"]
     several = {
         "methods": _once(results, "methods", ("method",)),
         **{key: _once(results, key, ("method", "seed"))

@@ -87,10 +87,13 @@ def latencies(
 def interference(setting: Setting, first: Method) -> dict[str, Any]:
     """Ask the skill that was trained first again, after all others: how many answers changed?"""
     ledger, seed = setting.ledger, setting.plan.seeds[0]
-    asked = setting.rows.test[:INTERFERENCE_ROWS]
+    test = setting.rows.test
+    places = range(0, len(test), max(1, len(test) // INTERFERENCE_ROWS))[:INTERFERENCE_ROWS]
+    asked = [test[place] for place in places]
     skill = setting.frozen.skill(ledger.folder(first.name, seed))
     again = evaluate(skill, asked, setting.rows.templates, decoding=setting.decoding)
-    then = ledger.answers(first.name, seed)[: len(asked)]
+    answers = ledger.answers(first.name, seed)
+    then = [answers[place] for place in places]
     changed = sum(a != p.prediction for a, p in zip(then, again.predictions, strict=True))
     return {"asked": len(asked), "changed": changed}
 

@@ -87,7 +87,7 @@ def methods_of(plan: Plan, lm: FrozenLM) -> list[Method]:
     """Return the methods of a plan in its order; matched ones are given their size here.
 
     `static_kv_matched` is as long, and `static_lowrank_matched` and `lora_matched` are of the rank,
-    that comes nearest to the trained parameters of `idpt_kv`.
+    that comes nearest to `budget.parameters`, or the trained parameters of `idpt_kv`.
     """
     encoder = functools.cache(load_encoder)
     found = []
@@ -172,23 +172,30 @@ def parameters(
     return Skill.create(lm, config, encoder).trained_parameters
 
 
+def _wanted(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
+    """Return how many parameters the matched methods are to have."""
+    if plan.budget.parameters is not None:
+        return plan.budget.parameters
+    return parameters([{"prompt": prompt("idpt_kv", plan)}], lm, encoder)
+
+
 def _matching_length(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
     """Return how long a static prefix must be to have as many parameters as `idpt_kv`."""
-    wanted = parameters([{"prompt": prompt("idpt_kv", plan)}], lm, encoder)
+    wanted = _wanted(plan, lm, encoder)
     here = parameters([{"prompt": prompt("static_kv", plan)}], lm, encoder)
-    return max(plan.length, round(wanted * plan.length / here))
+    return max(1, round(wanted * plan.length / here))
 
 
 def _matching_updates(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
     """Return the rank at which a static prefix with updates has as many parameters as `idpt_kv`."""
-    wanted = parameters([{"prompt": prompt("idpt_kv", plan)}], lm, encoder)
+    wanted = _wanted(plan, lm, encoder)
     prefix = parameters([{"prompt": prompt("static_kv", plan)}], lm, encoder)
     return max(1, round((wanted - prefix) / (2 * lm.layers * lm.hidden_size)))
 
 
 def _matching_rank(plan: Plan, lm: FrozenLM, encoder: Callable[[str], FrozenEncoder]) -> int:
     """Return the rank at which LoRA on all layers' products trains as many as `idpt_kv`."""
-    wanted = parameters([{"prompt": prompt("idpt_kv", plan)}], lm, encoder)
+    wanted = _wanted(plan, lm, encoder)
     with torch.device("meta"):  # shapes only: here the LM itself may be quantised or fused
         plain = type(lm.model)(lm.model.config)
     tied = plain.get_output_embeddings()

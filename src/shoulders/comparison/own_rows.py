@@ -19,15 +19,20 @@ SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
     """Return a plan for a file of rows, split by input into `out/data`.
 
-    Rows with the same task and input stay together, so that nothing of the test is trained on.
+    Rows with the same task and input stay together, so that nothing of the test is trained on; so
+    do inputs that differ in capitals and spaces alone.
     Every task is split alike, by a hash of its inputs: the same file gives the same split.
 
     Raises:
-        DataError: the file, too few different rows, or `out` holds those of another file.
+        DataError: the file, too few different rows, or `out` holds other rows.
+        RecipeError: a setting.
     """
     groups: dict[str, dict[str, list[Row]]] = {}
+    alike: dict[tuple[str, str], str] = {}  # the first input of those that are nearly the same
     for row in read_rows(file):
-        groups.setdefault(row.task, {}).setdefault(row.input, []).append(row)
+        same = " ".join(row.input.casefold().split())
+        text = alike.setdefault((row.task, same), row.input)
+        groups.setdefault(row.task, {}).setdefault(text, []).append(row)
     inputs = sum(len(own) for own in groups.values())
     if inputs < LEAST_ROWS:
         raise DataError(f"{file}: {inputs} different inputs; a comparison needs {LEAST_ROWS}")
@@ -43,17 +48,7 @@ def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
             splits[name] += [row for text in texts for row in groups[task][text]]
     if not splits["test"]:
         raise DataError(f"{file}: its tasks have too few rows to test on; three each at least")
-    written = {out / "data" / f"{name}.jsonl": "".join(map(as_line, own))
-             for name, own in splits.items()}  # fmt: skip
-    if (out / "plan.json").is_file() and all(part.is_file() for part in written):
-        # One that was begun keeps its split: earlier versions split small tasks otherwise.
-        there = "".join(part.read_text(encoding="utf-8") for part in written)
-        if sorted(there.split("\n")) != sorted("".join(written.values()).split("\n")):
-            raise DataError(f"{out}: holds a comparison of other rows; choose another --out")
-    else:
-        for part, text in written.items():
-            write_text(part, text)
-    return make_plan(
+    plan = make_plan(
         {
             "data": {
                 "train": [str(out / "data/train.jsonl")],
@@ -64,6 +59,20 @@ def plan_of_rows(file: Path, out: Path, **settings: Any) -> Plan:
             **settings,
         }
     )
+    written = {out / "data" / f"{name}.jsonl": "".join(map(as_line, own))
+             for name, own in splits.items()}  # fmt: skip
+    if (out / "plan.json").is_file() and all(part.is_file() for part in written):
+        # One that was begun keeps its split: earlier versions split small tasks otherwise.
+        there = "".join(part.read_text(encoding="utf-8") for part in written)
+        if sorted(there.split("\n")) != sorted("".join(written.values()).split("\n")):
+            raise DataError(f"{out}: holds a comparison of other rows; choose another --out")
+    else:
+        for part, text in written.items():
+            if part.exists() and part.read_text(encoding="utf-8") != text:
+                raise DataError(f"{part}: is there, and of other rows; choose another --out")
+        for part, text in written.items():
+            write_text(part, text)
+    return plan
 
 
 def untested(plan: Plan) -> list[str]:

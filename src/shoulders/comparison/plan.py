@@ -34,10 +34,13 @@ class BudgetConfig(_Part):
         examples: that number, counted with repetition; or
         minutes: for everything, so that the number follows from what a step of each method takes
             on this machine.
+        parameters: trained ones that the methods named `*_matched` are given, as nearly as their
+            length or rank allows; those of `idpt_kv` where it is not said.
     """
 
     examples: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    parameters: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _one(self) -> Self:

@@ -36,7 +36,7 @@ def write_report(result: dict[str, Any], out: Path) -> list[str]:
         )
     if left := [f"{run['method']}, seed {run['seed']}" for run in result.get("unfinished", [])]:
         said.append(f"Not finished yet, and not compared: {'; '.join(left)}.")
-    first = best([line for line in found if line.family != "bare"])
+    first = best([line for line in found if line.family != "bare"]) or best(found)
     against = {
         line.name: str(difference(line, first)) for line in found if first and line is not first
     }
@@ -88,6 +88,8 @@ def _figures(line: Line) -> dict[str, Any]:
         "exact_match": line.exact_match,
         "ci95": list(line.ci95),
         "by_seed": line.by_seed,
+        "seeds": list(line.seeds),
+        "f1": line.f1,
         "trained_parameters": line.trained_parameters,
         "examples": line.examples,
         "epochs": line.epochs,
@@ -104,11 +106,13 @@ def _figures(line: Line) -> dict[str, Any]:
 def _markdown(
     found: Sequence[Line], said: Sequence[str], against: dict[str, str], result: dict[str, Any]
 ) -> str:
-    names = ("method", "exact match, 95%", "to the best", "trained", "examples", "training, s")
+    names = ("method", "exact match, 95%", "to the best", "seeds", "trained", "examples",
+             "training, s")  # fmt: skip
     head = f"| {' | '.join([*names, 'ms an answer'])} |"
     rows = [
         f"| {x.name} | {x.exact_match:.1f} [{x.ci95[0]:.1f}, {x.ci95[1]:.1f}] "
-        f"| {against.get(x.name, 'best').removesuffix(' points')} | {x.trained_parameters:,} "
+        f"| {against.get(x.name, 'best').removesuffix(' points')} "
+        f"| {', '.join(map(str, x.seeds))} | {x.trained_parameters:,} "
         f"| {x.examples_read} | {x.training_seconds:.0f} | {x.latency_ms:.0f} |"
         for x in found
     ]
@@ -118,7 +122,7 @@ def _markdown(
             *(f"- {sentence}" for sentence in said),
             "",
             head,
-            "|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
             f"{result['lm']['name']}, {result['lm']['parameters']:,} parameters; "

@@ -24,12 +24,14 @@ class Rows:
         validation: rows that select; none of them is in `train`.
         test: measured once.
         templates: how rows become text.
+        seen: test rows that were left out, since they are trained on.
     """
 
     train: list[Row]
     validation: list[Row]
     test: list[Row]
     templates: Templates
+    seen: int = 0
 
 
 def rows_of(plan: Plan) -> Rows:
@@ -45,7 +47,7 @@ def rows_of(plan: Plan) -> Rows:
     validation = choose_rows(unseen_rows(validation, [*train, *test]), plan.validation_rows)
     if not validation:
         raise DataError("data.validation: all of its rows are trained or tested on; give others")
-    return Rows(train, validation, unseen, templates)
+    return Rows(train, validation, unseen, templates, len(test) - len(unseen))
 
 
 def tasks_of(rows: Rows) -> list[tuple[str, int]]:

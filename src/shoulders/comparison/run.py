@@ -19,6 +19,7 @@ from shoulders.comparison.setting import Setting
 from shoulders.comparison.stages import (
     ask_first_again,
     ask_untrained,
+    check_windows,
     in_order,
     search_rates,
     time_answers,
@@ -66,6 +67,8 @@ def _compared(
     lm = load_lm(**plan.lm.model_dump())
     before = lm.digest()
     rows = rows_of(plan)
+    if rows.seen:
+        console.print(f"note: {rows.seen} test rows are trained on, and left out", markup=False)
     methods = methods_of(plan, lm)
     in_order(methods, ledger, plan.seeds)
     ledger.note()
@@ -75,6 +78,8 @@ def _compared(
             raise ShouldersError(f"{out}: nothing in it is finished yet")
     frozen, tuned = Frozen(lm, plan, rows, console), Tuned(lm, plan, rows, console)
     setting = Setting(plan, lm, rows, methods, ledger, frozen, tuned, console)
+
+    check_windows(setting)
 
     # 2. The LM alone, without and with worked examples; what it is before anything is tuned.
     ask_untrained(setting)
@@ -124,6 +129,7 @@ def _figures(setting: Setting, before: str, after: str) -> dict[str, Any]:
             "train": len(rows.train),
             "validation": len(rows.validation),
             "test": len(rows.test),
+            **({"test_seen": rows.seen} if rows.seen else {}),
         },
         "rows_sha256": {"train": digest_of(rows.train), "test": digest_of(rows.test)},
         "lm": {

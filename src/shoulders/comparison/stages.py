@@ -16,7 +16,8 @@ from shoulders.comparison.plan import Plan
 from shoulders.comparison.search import best_factor
 from shoulders.comparison.setting import Setting
 from shoulders.comparison.tuned import plain
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, placed
+from shoulders.skills.config import SkillConfig
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.skill import Skill
 
@@ -33,6 +34,18 @@ def ask_untrained(setting: Setting) -> None:
         return setting.examine(setting.tuned.original(setting.lm) if rivals else setting.lm)
 
     once(setting.ledger, "forgetting", "frozen", 0, untouched)
+
+
+def check_windows(setting: Setting) -> None:
+    """Raise `WindowError`, naming file and line, for a test row that is too long for the LM.
+
+    Now, not when hours of training are over. What prompts take of the window is not counted here.
+    """
+    places = [row.where or "" for row in setting.rows.test]
+    with placed(setting.texts, places):
+        for form in {method.format for method in setting.trained}:
+            skill = Skill.base(setting.lm, SkillConfig(format=form))
+            skill.asking_ids(setting.texts, setting.decoding)
 
 
 def search_rates(setting: Setting, method: Method) -> float:

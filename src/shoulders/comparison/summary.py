@@ -31,6 +31,11 @@ class Line:
         training_seconds: mean over seeds.
         latency_ms: of one answer, see `latencies`.
         scores: of each test row from 0 to 1, the mean over seeds, by task.
+        perplexity, zero_shot: what a tuned LM has on other text and tasks.
+        seeds: that it was trained with.
+        f1: macro average over tasks, mean over seeds, in percent.
+        perplexity_before: of the LM that it is a copy of, on the same text; None where it is the
+            comparison's own.
     """
 
     name: str
@@ -48,6 +53,9 @@ class Line:
     scores: Mapping[str, Sequence[float]]
     perplexity: float | None
     zero_shot: float | None
+    seeds: tuple[int, ...] = ()
+    f1: float | None = None
+    perplexity_before: float | None = None
 
     @property
     def bytes_per_task(self) -> int:
@@ -94,6 +102,9 @@ def lines(result: dict[str, Any]) -> list[Line]:
                 scores=scores,
                 perplexity=mean([f["perplexity"] for f in forgot]) if forgot else None,
                 zero_shot=mean(zero) if zero else None,
+                seeds=tuple(run["seed"] for run in runs),
+                f1=mean(f1) if (f1 := [r["f1"] for r in runs if "f1" in r]) else None,
+                perplexity_before=forgot[0].get("before") if forgot else None,
             )
         )
     return found

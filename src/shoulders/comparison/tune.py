@@ -9,6 +9,7 @@ documentation shows it; writes `tuned.json` and, where asked, the merged weights
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ from transformers import (
 )
 
 from shoulders.files import atomic_directory, write_json
+from shoulders.training.configs import OptimizerConfig, TrainingConfig
+from shoulders.training.optimizer import rate_factor
 
 SHORT = 512  # tokens
 
@@ -54,7 +57,8 @@ def main() -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     watch = Watch(model, tokenizer, checked, settings["validate_every"])
     fitted(model, tokenizer, rows, settings, folder, watch)
-    if settings["weights"]:
+    diverged = not all(math.isfinite(loss) for _, loss in watch.validations)
+    if settings["weights"] and not diverged:
         if settings["rank"] is not None:
             model = model.float().merge_and_unload()  # what its users do before they serve it
         with atomic_directory(folder / settings["weights"]) as temporary:
@@ -67,7 +71,10 @@ def main() -> None:
             "trained_parameters": trained,
             "seconds": watch.seconds,
             "besides_seconds": total - watch.seconds,
-            "validations": watch.validations,
+            # JSON has no number for a loss that is none.
+            "validations": [
+                (step, loss if math.isfinite(loss) else None) for step, loss in watch.validations
+            ],
         },
     )
 
@@ -120,7 +127,6 @@ def fitted(
         gradient_accumulation_steps=settings["rows_per_step"] // together,
         num_train_epochs=1,
         learning_rate=settings["lr"],
-        warmup_steps=settings["warmup_steps"],
         train_sampling_strategy="sequential",
         save_strategy="no",
         logging_strategy="no",
@@ -139,6 +145,18 @@ def fitted(
         features,
         callbacks=[watch],
         compute_loss_func=answer_loss,
+    )
+    # The frozen methods' schedule: transformers' own begins at a rate of 0, so that of a few steps
+    # the first would teach nothing.
+    schedule = TrainingConfig(
+        steps=len(features) // settings["rows_per_step"],
+        rows_per_step=settings["rows_per_step"],
+        optimizer=OptimizerConfig(lr=settings["lr"]),
+        warmup_steps=settings["warmup_steps"],
+    )
+    trainer.create_optimizer()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: rate_factor(step, schedule)
     )
     trainer.train()
 

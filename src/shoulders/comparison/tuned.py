@@ -24,8 +24,8 @@ from shoulders.comparison.methods import Method
 from shoulders.comparison.plan import Plan
 from shoulders.comparison.rows import Rows
 from shoulders.data.mixture import Mixture
-from shoulders.errors import DivergedError, ShouldersError
-from shoulders.files import write_json, write_text
+from shoulders.errors import DivergedError, InterruptedTraining, ShouldersError
+from shoulders.files import remove_partial, write_json, write_text
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.gguf import converted, embedded_lm
 from shoulders.lm.load import EMBEDDED, load_lm
@@ -65,12 +65,16 @@ class Tuned:
             DivergedError: its loss is not finite.
         """
         result = folder / RESULT
-        if not result.is_file() or (keep and not (folder / WEIGHTS).is_dir()):
+        kept = (folder / WEIGHTS).is_dir() or not keep
+        if not result.is_file() or not (kept or _diverged(result)):
             self._run(method, folder, steps, seed, factor, keep=keep)
         found = json.loads(result.read_text(encoding="utf-8"))
+        if _diverged(result):
+            raise DivergedError(
+                f"{method.name}, seed {seed}: its loss is no number any more; lower its rate, or "
+                "report what is finished with --finished"
+            )
         curve = [(int(step), float(loss)) for step, loss in found["validations"]]
-        if not all(loss < float("inf") for _, loss in curve):
-            raise DivergedError(f"{method.name}: the loss is no longer finite")
         # Its last weights are what is kept, as a frozen method's: the Trainer's own way.
         return Trained(found["seconds"], curve[-1][1], curve)
 
@@ -106,6 +110,9 @@ class Tuned:
     ) -> None:
         data = method.data(self._plan, steps)
         mixture = Mixture(self._rows.train, self._rows.templates, data, seed)
+        if folder.is_dir():  # of a run that was killed while it saved its weights
+            remove_partial(folder)
+        shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
         count, skill = steps * self._plan.rows_per_step, plain(self._tokens_of, method)
         examples = [example_at(skill, mixture, i, seed) for i in range(count)]
         checked = [
@@ -155,6 +162,11 @@ def watched(command: Sequence[str], advance: Any, name: str) -> None:
             for line in process.stdout:
                 if line.startswith("step "):
                     advance(1)
+        except KeyboardInterrupt:
+            process.terminate()
+            raise InterruptedTraining(
+                f"stopped while {name} was tuned, which begins again; go on with --resume"
+            ) from None
         except BaseException:
             process.terminate()
             raise
@@ -162,6 +174,12 @@ def watched(command: Sequence[str], advance: Any, name: str) -> None:
             said.seek(0)
             words = said.read().strip() or "nothing"
             raise ShouldersError(f"{name} failed: {words.splitlines()[-1]}")
+
+
+def _diverged(result: Path) -> bool:
+    """Tell whether a run came to a loss that is no number: no weights are kept."""
+    found = json.loads(result.read_text(encoding="utf-8"))
+    return any(loss is None for _, loss in found["validations"])
 
 
 def _lines(examples: Sequence[Example]) -> str:

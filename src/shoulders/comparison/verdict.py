@@ -21,20 +21,28 @@ def verdict(lines: Sequence[Line], base_perplexity: float | None, digest_equal: 
     """
     family = {f: [x for x in lines if x.family == f] for f in ("bare", "frozen", "tuned")}
     bare, frozen, tuned = (best(family[f]) for f in ("bare", "frozen", "tuned"))
+    trained = best([*family["frozen"], *family["tuned"]])
+    gain = difference(trained, bare) if trained and bare else None
     said = []
+    if lines and not any(line.exact_match for line in lines):
+        return [_nothing_exact(lines), *_forgetting(family["tuned"], base_perplexity, digest_equal)]
+    if bare and not trained:
+        said.append(f"{bare.name} answers best: {_score(bare)} exact match. Nothing was trained.")
+    elif bare and trained and gain and gain.sure <= 0:
+        than = "is better than" if gain.sure < 0 else "is not surely beaten by"
+        said.append(f"Train nothing yet: {bare.name} ({_score(bare)}) {than} the best trained "
+                    f"method, {trained.name} ({gain}).")  # fmt: skip
     if frozen and tuned:
         gap = difference(frozen, tuned)
-        said += [_recommended(frozen, tuned, gap), _which(frozen, tuned, gap)]
+        if gain is None or gain.sure > 0:
+            said.append(_recommended(frozen, tuned, gap))
+        said.append(_which(frozen, tuned, gap))
         said += _few_tasks(frozen, tuned, gap)
-    elif winner := frozen or tuned:
-        said.append(f"Use {winner.name}: {_score(winner)} exact match, the best that was tried.")
-    if bare and (winner := best([*family["frozen"], *family["tuned"]])):
-        gain = difference(winner, bare)
-        if gain.sure <= 0:
-            said.insert(0, f"Train nothing yet: {bare.name} ({_score(bare)}) is not surely beaten "
-                           f"by the best trained method, {winner.name} ({gain}).")  # fmt: skip
-        else:
-            said.append(f"Training pays: {winner.name} beats {bare.name} by {gain}.")
+    elif trained and (gain is None or gain.sure > 0):
+        said.append(f"Use {trained.name}: {_score(trained)} exact match, the best that was tried.")
+    if bare and trained and gain and gain.sure > 0:
+        said.append(f"Training pays: {trained.name} beats {bare.name} by {gain}.")
+    said += _picked(family["frozen"], family["tuned"])
     said += _more_parameters(lines)
     said += _cheaper(family["frozen"], frozen)
     said += _forgetting(family["tuned"], base_perplexity, digest_equal)
@@ -42,6 +50,28 @@ def verdict(lines: Sequence[Line], base_perplexity: float | None, digest_equal: 
     if rows < FEW_ROWS:
         said.append(f"Only {rows} rows were tested, so intervals are wide: more rows, surer words.")
     return said
+
+
+def _nothing_exact(lines: Sequence[Line]) -> str:
+    by_f1 = sorted((x for x in lines if x.f1 is not None), key=lambda x: -(x.f1 or 0.0))
+    told = ", ".join(f"{x.name} {x.f1:.1f}" for x in by_f1)
+    return (
+        "No answer is exactly a target, so that exact match cannot tell these methods apart; "
+        f"F1, without intervals: {told or 'not measured'}."
+    )
+
+
+def _picked(frozen: Sequence[Line], tuned: Sequence[Line]) -> list[str]:
+    """The best of several is the luckier one, too; and a seed is a draw as rows are."""
+    if not frozen or not tuned:
+        return []
+    seeds = {len(line.by_seed) for line in (best(frozen), best(tuned)) if line is not None}
+    counted = " and ".join(str(n) for n in sorted(seeds)) + (" seed" if seeds == {1} else " seeds")
+    return [
+        f"Intervals draw test rows anew, and leave two things out: the best of {len(frozen)} "
+        f"frozen and of {len(tuned)} tuned was picked on these rows, and each was trained with "
+        f"{counted}; another may differ by a point or two."
+    ]
 
 
 def _recommended(frozen: Line, tuned: Line, gap: Difference) -> str:
@@ -138,10 +168,12 @@ def _forgetting(tuned: Sequence[Line], base: float | None, digest_equal: bool) -
     for line in tuned:
         if base is None or line.perplexity is None:
             continue
-        change = line.perplexity / base - 1
+        before = line.perplexity_before or base
+        change = line.perplexity / before - 1
         if change > NOTICEABLE:
             said.append(
-                f"{line.name} forgot: perplexity of other text {base:.2f} -> {line.perplexity:.2f} "
+                f"{line.name} forgot: perplexity of other text {before:.2f} -> "
+                f"{line.perplexity:.2f} "
                 f"({change:+.0%})."
             )
     return said

@@ -104,8 +104,8 @@ def bootstrap_interval(
 
     The percentile bootstrap (Efron 1979, "Bootstrap methods: another look at the jackknife"),
     stratified, see `_resampled`. It covers the choice of test rows, but neither the choice of tasks
-    nor the seed of training; and a task of several rows that all score alike adds no width,
-    however few they are. Deterministic in `seed`, whatever the order of the tasks. Raises as
+    nor the seed of training; and a task of `LEAST` rows or more that all score alike adds no width.
+    Deterministic in `seed`, whatever the order of the tasks. Raises as
     `macro_average`, and `ValueError` for other bad arguments.
     """
     if resamples < 1 or not 0 < level < 1:
@@ -143,29 +143,29 @@ def _resampled(
     """Return the interval of the mean over tasks of the means over their rows, times 100.
 
     Rows are drawn within each task. Among the rows of a task their mean varies too little by
-    `(n - 1) / n`, which is made up for (Davison and Hinkley 1997, on several samples). A single
-    row shows no variation of its own: rows of all tasks that have one are drawn as those of one
-    task; where only one has, from the rows of all. Fewer than `LEAST` rows in all that agree say
-    nothing: no bounds.
+    `(n - 1) / n`, which is made up for (Davison and Hinkley 1997, on several samples). Fewer than
+    `LEAST` rows show too little variation of their own, often none: they are drawn from the rows of
+    all tasks that have so few; where only one has, from the rows of all. Fewer than `LEAST` rows in
+    all that agree say nothing: no bounds.
     """
     every = np.concatenate(list(tasks))
     if len(every) < LEAST and (every == every[0]).all():
         return -100.0, 100.0
     random = np.random.default_rng(seed)
-    single = [scores for scores in tasks if len(scores) == 1]
-    strata = [(scores, 1) for scores in tasks if len(scores) > 1]
-    if len(single) > 1:
-        strata.append((np.concatenate(single), len(single)))
+    few = [scores for scores in tasks if len(scores) < LEAST]
+    # (drawn from, rows drawn for a task, tasks)
+    strata = [(scores, len(scores), 1) for scores in tasks if len(scores) >= LEAST]
+    pooled = np.concatenate(few) if len(few) > 1 else every
+    strata += [(pooled, n, count) for n, count in Counter(map(len, few)).items()]
     total = np.full(resamples, float(sum(scores.mean() for scores in tasks)))
-    for scores, weight in strata:
+    for scores, n, count in strata:
         # How often each distinct score occurs among n rows drawn with replacement is
         # multinomial: the same as drawing rows, without a [resamples, rows] matrix.
         values, counts = np.unique(scores, return_counts=True)
-        n = len(scores)
-        drawn = random.multinomial(n, counts / n, size=resamples)
-        total += weight * math.sqrt(n / (n - 1)) * (drawn @ values / n - scores.mean())
-    if len(single) == 1:
-        total += random.choice(every, resamples) - every.mean()
+        own = len(scores)
+        drawn = random.multinomial(n * count, counts / own, size=resamples)
+        wider = math.sqrt(own / (own - 1)) if own > 1 else 1.0
+        total += wider * (drawn @ values / n - count * scores.mean())
     tail = (1 - level) / 2
     low, high = np.quantile(100 * total / len(tasks), [tail, 1 - tail])
     return float(low), float(high)

@@ -27,7 +27,8 @@ class DecodingConfig(BaseModel):
     `temperature` 0 is greedy; `n` samples share one prefill; generation ends at the LM's end
     token (not before `min_new_tokens`), at a `stop` string (not part of the text), after
     `max_new_tokens`, or where the LM's window ends. `top_logprobs` alternatives to every token are
-    noted with their log-probabilities.
+    noted with their log-probabilities. Stop strings are looked for behind `answer_prefix`, where an
+    answer begins with it: skills take it off.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +41,11 @@ class DecodingConfig(BaseModel):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int = Field(default=0, ge=0)
     top_logprobs: int = Field(default=0, ge=0)
+    answer_prefix: str = ""
+
+    def behind(self, prefix: str) -> DecodingConfig:
+        """Return the same for answers that begin with a prefix."""
+        return self.model_copy(update={"answer_prefix": prefix})
 
 
 @dataclass(slots=True)
@@ -239,11 +245,12 @@ def advance(lm: FrozenLM, state: Running) -> Delta:
     config = state.config
     at_end = state.ids[-1] in lm.end_ids
     text = lm.text(state.ids[:-1] if at_end else state.ids)
-    cuts = [at for s in config.stop if (at := text.find(s)) >= 0]
+    begin = _behind(text, config.answer_prefix)
+    cuts = [at for s in config.stop if (at := text.find(s, begin)) >= 0]
     finish = "stop" if at_end or cuts else "length" if len(state.ids) >= state.room else None
     if cuts:
         text = text[: min(cuts)]
-    certain = len(text) if finish else _certain(text, config.stop)
+    certain = len(text) if finish else begin + _certain(text[begin:], config.stop)
     new = text[state.shown : certain]
     state.shown = max(state.shown, certain)
     ended = None
@@ -251,6 +258,13 @@ def advance(lm: FrozenLM, state: Running) -> Delta:
         noted = tuple(state.logprobs), tuple(state.top)
         ended = Completion(text, state.ids, state.logprob, finish, *noted)
     return Delta(state.row, state.sample, new, ended)
+
+
+def _behind(text: str, prefix: str) -> int:
+    """Return where an answer begins behind its prefix; at its end while that may still come."""
+    if text.startswith(prefix):
+        return len(prefix)
+    return len(text) if prefix.startswith(text) else 0
 
 
 def _certain(text: str, stop: Sequence[str]) -> int:

@@ -22,6 +22,11 @@ from shoulders.lm.reading import begun
 class Source(Protocol):
     """Writes the embeddings that a pass reads, for rows that grow token by token."""
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """Most positions that each row takes of an earlier pass, `[b]`; None without one."""
+        ...
+
     def begin(self, token_ids: Sequence[Sequence[int]], room: int) -> Tensor:
         """Return the embeddings of `b` rows end to end, `[t, d]`; they may grow by `room`."""
         ...
@@ -41,6 +46,8 @@ class Source(Protocol):
 
 class TokenTable:
     """The LM's own embeddings: a source that remembers nothing."""
+
+    lengths = None
 
     def __init__(self, lm: FrozenLM) -> None:
         self._lm = lm
@@ -88,8 +95,9 @@ class Decoder:
 
     @property
     def lengths(self) -> Tensor:
-        """Positions of the last pass that each row takes so far, prompt and tokens: `[b]`."""
-        return self._reading.lengths
+        """Positions that each row takes so far, prompt and tokens: `[b]`, of its longest pass."""
+        own, earlier = self._reading.lengths, self._source.lengths
+        return own if earlier is None else torch.maximum(own, earlier)
 
     def repeat(self, n: int) -> None:
         """Make every row `n` rows that share what was read."""

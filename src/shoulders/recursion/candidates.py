@@ -9,7 +9,7 @@ the last (recursive self-aggregation, arXiv 2509.26626).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -20,6 +20,9 @@ from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig
 
 Chooser = Literal["second_pass", "majority", "likeliest"]
+
+
+_APART = 1_000_003  # between the seeds of a round's samples: more than there are rounds
 
 
 class ProposeConfig(BaseModel):
@@ -65,14 +68,17 @@ class ProposeConfig(BaseModel):
             raise ValueError(f"n is {self.n} at temperature 0: all samples would be the same")
         return self
 
-    def decoding(self, n: int | None = None, seed: int = 0) -> DecodingConfig:
-        """Return how to sample, by default `n` answers; `seed` counts further rounds."""
+    def decoding(self, round_number: int = 0, sample: int = 0) -> DecodingConfig:
+        """Return how to sample: `n` answers, or one sample of a further round.
+
+        Those of a round may read the same text, so that each draws with a seed of its own.
+        """
         return DecodingConfig(
-            n=n or self.n,
+            n=1 if round_number else self.n,
             temperature=self.temperature,
             top_p=self.top_p,
             max_new_tokens=self.max_new_tokens,
-            seed=self.seed + seed,
+            seed=self.seed + round_number + _APART * sample,
         )
 
 
@@ -85,22 +91,17 @@ class Candidate:
     logprob: float
 
 
-def merged(samples: Sequence[Completion], row: int = 1) -> list[Candidate]:
+def merged(samples: Sequence[Completion]) -> list[Candidate]:
     """Merge equal answers (first lines, without surrounding space), the most frequent first.
 
-    Of equally frequent ones the likeliest comes first. Raises `ShouldersError`, naming the row,
-    where no sample says anything.
+    Of equally frequent ones the likeliest comes first. There are none where no sample says
+    anything: the next pass then reads the input as it is.
     """
     found: dict[str, list[float]] = {}
     for sample in samples:
         lines = sample.text.strip().splitlines()
         if lines and (text := lines[0].strip()):
             found.setdefault(text, []).append(sample.logprob / max(1, len(sample.token_ids)))
-    if not found:
-        raise ShouldersError(
-            f"row {row}: none of the {len(samples)} samples of the first pass says anything, so "
-            "there are no candidates; sample more of them, or train the first pass longer"
-        )
     every = [Candidate(text, len(l), sum(l) / len(l)) for text, l in found.items()]  # noqa: E741
     return sorted(every, key=lambda c: (-c.count, -c.logprob, c.text))
 
@@ -147,8 +148,20 @@ def shown(
         kept.pop()
 
 
+def check_some(proposed: Iterable[Sequence[Candidate]]) -> None:
+    """Raise `ShouldersError` where no input has any candidate: the first pass says nothing."""
+    every = list(proposed)
+    if every and not any(every):
+        raise ShouldersError(
+            "no sample of the first pass says anything, so that there are no candidates; sample "
+            "more of them, or train the first pass longer"
+        )
+
+
 def chosen(candidates: Sequence[Candidate], chooser: Chooser) -> Candidate:
-    """Return the candidate that a chooser without a second pass takes."""
+    """Return the candidate that a chooser without a second pass takes; an empty one of none."""
+    if not candidates:
+        return Candidate("", 0, 0.0)
     if chooser == "likeliest":
         return max(candidates, key=lambda c: (c.logprob, c.count, c.text))
     return candidates[0]  # merged: the most frequent, then the likeliest

@@ -124,6 +124,12 @@ class Hops:
             self._memories.append(memory)
         return current
 
+    @property
+    def lengths(self) -> Tensor | None:
+        """See `Source`."""
+        lengths = [reading.lengths for reading in self._readings]
+        return torch.stack(lengths).amax(0) if lengths else None
+
     @torch.no_grad()
     def append(self, tokens: Tensor) -> Tensor:
         """See `Source`."""

@@ -47,10 +47,11 @@ class Answering:
         inputs: one text, or row of token ids with the text they stand for, per job.
         decoding: how to answer.
         timeout: seconds after which the request is dropped, or None.
+        seeded: whether the seed was asked for; without, every input draws with one of its own.
 
     Raises:
         ShouldersError: the skill gives one answer, and several are asked for; or the engine takes
-            no more.
+            no more, or not so many.
     """
 
     def __init__(
@@ -60,7 +61,11 @@ class Answering:
         inputs: Sequence[tuple[str, list[int] | None]],
         decoding: DecodingConfig,
         timeout: float | None,
+        *,
+        seeded: bool = True,
     ) -> None:
+        if len(inputs) > engine.most:
+            raise ShouldersError(f"{len(inputs)} prompts: this server takes {engine.most} at once")
         before = served.skill.proposals
         if decoding.n > 1 and before is not None and before.config.chooser != "second_pass":
             raise ShouldersError(
@@ -70,12 +75,14 @@ class Answering:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.started = time.monotonic()
         self.first: float | None = None
-        deadline = None if timeout is None else self.started + timeout
+        self._deadline = deadline = None if timeout is None else self.started + timeout
         self._timeout, self._n = timeout, decoding.n
         self._expected = len(inputs) * decoding.n
         self.jobs: list[Job] = []
         try:
             for number, (text, ids) in enumerate(inputs):
+                if not seeded:
+                    decoding = decoding.model_copy(update={"seed": new_seed()})
                 job = Job(served.name, served.answers, text, decoding, self._teller(number),
                           deadline, ids)  # fmt: skip
                 engine.submit(job)
@@ -105,19 +112,24 @@ class Answering:
                     look = time.monotonic() + POLL
                     if await gone():
                         raise Disconnected("the client has gone")
+                wait = POLL if self._deadline is None else self._deadline - time.monotonic()
                 try:
-                    number, event = await asyncio.wait_for(self._events.get(), POLL)
+                    number, event = await asyncio.wait_for(self._events.get(), min(POLL, wait))
                 except TimeoutError:
+                    self._in_time()
                     continue
                 if isinstance(event, Exception):
-                    if self._timeout and time.monotonic() > self.started + self._timeout:
-                        raise TimedOutError(f"not answered within {self._timeout:g} s")
+                    self._in_time()
                     raise event
                 self.first = self.first or time.monotonic()
                 ended += event.completion is not None
                 yield Piece(number * self._n + event.sample, event.text, event.completion)
         finally:
             self.cancel()
+
+    def _in_time(self) -> None:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise TimedOutError(f"not answered within {self._timeout:g} s")
 
     async def completions(self, gone: Gone) -> list[Completion]:
         """Return all choices, each finished; raises as `pieces` does."""

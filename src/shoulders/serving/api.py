@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+import jinja2
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from shoulders import __version__
 from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.serving import replies
-from shoulders.serving.answers import Answering, Disconnected, new_seed
+from shoulders.serving.answers import Answering, Disconnected, Piece, new_seed
 from shoulders.serving.engine import Engine
-from shoulders.serving.guards import LOG, handle_errors, status_of, watch_requests
+from shoulders.serving.guards import LOG, bearer, handle_errors, status_of, watch_requests
+from shoulders.serving.leaving import Leaving
 from shoulders.serving.metrics import Metrics
 from shoulders.serving.schema import (
     ChatRequest,
@@ -54,11 +59,8 @@ def create_app(server: Server) -> FastAPI:
     app = FastAPI(title="shoulders", version=__version__, docs_url="/docs", redoc_url=None)
 
     def authorised(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        wanted = server.api_key
-        # What came is bytes, which were read as Latin-1; the key is UTF-8.
-        came = given.encode("latin-1")
-        if wanted is not None and not hmac.compare_digest(came, wanted.encode()):
+        came, wanted = bearer(request.headers.get("authorization", "")), server.api_key
+        if wanted is not None and not hmac.compare_digest(came or b"", wanted.encode()):
             raise HTTPException(401, "a valid API key is needed: Authorization: Bearer KEY")
 
     def ended(request: Request, status: int) -> None:
@@ -114,7 +116,8 @@ def create_app(server: Server) -> FastAPI:
         served = _asked(server, request, body)
         top = max(1, body.top_logprobs or 0) if body.logprobs else 0
         decoding = body.decoding(body.most, top, new_seed())
-        inputs = [conversation(server, served, body)]
+        # Long ones take their time, in which others are to be answered.
+        inputs = [await asyncio.to_thread(conversation, server, served, body)]
         form = Form("chatcmpl", replies.chat_reply, bool(body.logprobs))
         return await _answer(server, request, body, served, inputs, decoding, form)
 
@@ -171,12 +174,17 @@ async def _answer(
     decoding: DecodingConfig,
     form: Form,
 ) -> Any:
-    answering = Answering(server.engine, served, inputs, decoding, body.timeout)
+    seeded = body.seed is not None
+    answering = Answering(server.engine, served, inputs, decoding, body.timeout, seeded=seeded)
     frame = replies.frame_of(form.kind, request.state.id, served.name)
-    if body.stream:
-        events = _stream(server, request, body, served, answering, frame, form)
-        return Streamed(events, answering)
-    found = await answering.completions(request.is_disconnected)
+    with Leaving(request) as gone:
+        if body.stream:
+            # What is refused before the first piece is refused with its own status.
+            pieces = answering.pieces(gone)
+            first = await anext(pieces)
+            events = _stream(server, body, served, answering, first, pieces, frame, form)
+            return Streamed(events, answering)
+        found = await answering.completions(gone)
     count(server, served, answering, found)
     reply = form.reply(server.skills.lm, frame, found, logprobs=form.logprobs)
     reply["usage"] = replies.usage(answering.prompt_tokens, found)
@@ -187,10 +195,11 @@ async def _answer(
 
 async def _stream(
     server: Server,
-    request: Request,
     body: Common,
     served: Served,
     answering: Answering,
+    first: Piece,
+    pieces: AsyncGenerator[Piece, None],
     frame: dict[str, Any],
     form: Form,
 ) -> AsyncIterator[str]:
@@ -200,7 +209,7 @@ async def _stream(
     found: list[Completion] = []
     begun: set[int] = set()
     try:
-        async for piece in answering.pieces(request.is_disconnected):
+        async for piece in _from(first, pieces):
             finish = piece.completion.finish if piece.completion else None
             choice: dict[str, Any] = {"index": piece.index, "finish_reason": finish}
             if chat:
@@ -234,10 +243,19 @@ async def _stream(
     yield "data: [DONE]\n\n"
 
 
+async def _from(first: Piece, pieces: AsyncGenerator[Piece, None]) -> AsyncIterator[Piece]:
+    yield first
+    async for piece in pieces:
+        yield piece
+
+
 def conversation(server: Server, served: Served, body: ChatRequest) -> tuple[str, list[int] | None]:
     """Return a conversation as an input; the LM itself reads it in its own template, once.
 
     A skill reads one input: the messages' texts, in order. With one message, exactly that.
+
+    Raises:
+        ShouldersError: the LM has no chat template, or it refuses these messages.
     """
     text = "\n".join(message.text for message in body.messages)
     lm = server.skills.lm
@@ -247,18 +265,21 @@ def conversation(server: Server, served: Served, body: ChatRequest) -> tuple[str
         raise ShouldersError(f"{served.name} has no chat template; use /v1/completions")
     turns = [{"role": m.role, "content": m.text} for m in body.messages]
     marks = [f"\x00{i}\x00" for i in range(len(turns))]
-    framed = lm.tokenizer.apply_chat_template(
-        [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    # The frame's special tokens are special; what users write never is.
+    try:
+        framed = lm.tokenizer.apply_chat_template(
+            [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except jinja2.TemplateError as error:
+        raise ShouldersError(f"{served.name}'s chat template: {error}") from None
+    # The frame's special tokens are special; what users write never is. Templates may move
+    # messages, leave some out, or repeat one.
     ids: list[int] = []
-    for mark, turn in zip(marks, turns, strict=True):
-        before, _, framed = framed.partition(mark)
-        ids += lm.tokenize([before], markup=True)[0] if before else []
-        ids += lm.tokenize([turn["content"]])[0] if turn["content"] else []
-    ids += lm.tokenize([framed], markup=True)[0] if framed else []
+    for place, piece in enumerate(re.split("\x00([0-9]+)\x00", framed)):
+        written = place % 2 == 1
+        said = turns[int(piece)]["content"] if written else piece
+        ids += lm.tokenize([said], markup=not written)[0] if said else []
     return text, ids
 
 

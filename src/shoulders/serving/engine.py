@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, WindowError
 from shoulders.lm.cache import Cache
-from shoulders.lm.combine import check_window
 from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
@@ -104,7 +102,7 @@ class Engine:
             raise ShouldersError(
                 f"{lm.name}: the local engine serves Llama-style LMs on CPUs; use --engine vllm"
             )
-        self.lm, self._most, self._remote = lm, config.max_queue, remote
+        self.lm, self.most, self._remote = lm, config.max_queue, remote
         threads = torch.get_num_threads()
         count = (config.workers or min(threads, MOST)) if lm.blocks is not None else 0
         self._workers = [
@@ -170,10 +168,10 @@ class Engine:
             QueueFullError: there are as many jobs as the engine takes.
         """
         with self._lock:
-            if self._jobs >= self._most:
+            if self._jobs >= self.most:
                 raise QueueFullError(f"{self._jobs} requests are waiting; try again later")
             self._jobs += 1
-        self._preparing.submit(self._begin, job)
+        self._later(job, self._begin, job)
 
     def close(self, timeout: float | None = None) -> bool:
         """Finish what is running, then stop; tell whether all was finished in time."""
@@ -185,6 +183,20 @@ class Engine:
         if self._remote is not None:
             self._remote.close()
         return finished
+
+    def _later(self, job: Job, prepare: Callable[..., None], *given: object) -> None:
+        """Prepare something beside decoding; a job that is not come to any more is told so."""
+
+        def stopped() -> None:
+            self._end()
+            job.on_event(ShouldersError("the server was stopped before all was answered"))
+
+        try:
+            future = self._preparing.submit(prepare, *given)
+        except RuntimeError:  # closed, and its time was over; what was shown has been told
+            stopped()
+            return
+        future.add_done_callback(lambda done: stopped() if done.cancelled() else None)
 
     def _begin(self, job: Job) -> None:
         self._continue(job, plan(job), None)
@@ -228,17 +240,13 @@ class Engine:
                 job.on_event(result)
                 return
             every = [answers[i] for i in range(len(asks))]
-            try:
-                self._preparing.submit(self._continue, job, stages, every)
-            except RuntimeError:  # closed, and its time was over; what was shown has been told
-                self._end()
-                job.on_event(ShouldersError("the server was stopped before all was answered"))
+            self._later(job, self._continue, job, stages, every)
 
         entries = []
         for number, ask in enumerate(asks):
             skill = ask.skill
             ids = ask.ids or skill.asking_ids([ask.text], ask.decoding)[0]
-            check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
+            self._check(ids)
             prompt = None
             here = self._remote is None or bool(skill.parts.earlier or ask.others)
             if self._remote is not None and not here:
@@ -262,10 +270,18 @@ class Engine:
             entries.append(Entry(job, ask, ids, prompt, hops, told, here, fellows))
         return entries
 
+    def _check(self, ids: Sequence[int]) -> None:
+        """Raise `WindowError` for an input that the LM cannot read, which it does not name.
+
+        A folder's path is nobody's business but the server's.
+        """
+        if not 0 < len(ids) <= self.lm.max_positions:
+            raise WindowError(f"the input has {len(ids)} tokens, {self.lm.max_positions} fit")
+
     def _fellow(self, job: Job, ask: Ask, skill: Skill) -> Entry:
         """Prepare what another member of an ensemble reads; its first member's entry answers."""
         ids = skill.asking_ids([ask.text], ask.decoding)[0]
-        check_window(self.lm, Prompt.empty(1), np.array([len(ids)]))
+        self._check(ids)
         if ask.shown:
             job.prompt_tokens += len(ids)
         prompt = self._prompt(skill, -1, ask.text, read=True)

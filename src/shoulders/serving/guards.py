@@ -10,11 +10,12 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
@@ -63,8 +64,15 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return reply(422, "invalid_request_error", f"{where}: {first['msg']}")
+        if first["type"] == "json_invalid":
+            said = f"the body is no JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
+        elif first["type"] == "model_attributes_type":
+            said = "the body is no JSON object; send one, with Content-Type: application/json"
+        else:
+            # Of a union each branch has its own name in the place, which is not the client's.
+            where = ".".join(str(part) for part in first["loc"][1:] if not _is_branch(part))
+            said = f"{where or 'body'}: {first['msg']}"
+        return reply(400, "invalid_request_error", said)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -89,6 +97,18 @@ def handle_errors(app: FastAPI) -> None:
     async def unknown(_: Request, error: Exception) -> JSONResponse:
         LOG.exception("internal error", exc_info=error)
         return reply(500, "internal_error", "internal error; the server's log says more")
+
+
+def _is_branch(part: str | int) -> bool:
+    """Tell whether a part of an error's place names a branch of a union, such as `list[...]`."""
+    return isinstance(part, str) and (part == "str" or "[" in part or "-" in part)
+
+
+def bearer(header: str) -> bytes | None:
+    """Return the key of an `Authorization: Bearer` header as it came; None for another one."""
+    scheme, _, value = header.partition(" ")
+    # What came is bytes, which were read as Latin-1; the key is UTF-8.
+    return value.strip().encode("latin-1") if scheme.lower() == "bearer" else None
 
 
 async def _drain(request: Request) -> None:

@@ -43,7 +43,9 @@ class Ask:
     unprefixed: Unprefixed = field(init=False)
 
     def __post_init__(self) -> None:
-        self.unprefixed = Unprefixed(self.skill.config.format.answer_prefix)
+        prefix = self.skill.config.format.answer_prefix
+        self.decoding = self.decoding.behind(prefix)
+        self.unprefixed = Unprefixed(prefix)
 
 
 @dataclass(slots=True)
@@ -107,8 +109,7 @@ def _answers(
     asks = []
     for skill, text, decoding in wanted:
         if skill.proposals is not None:
-            room = skill.input_room(decoding.max_new_tokens)
-            gathering = skill.proposals.gather(text, skill.last, room)
+            gathering = skill.proposals.gather(text, skill.last)
             found = yield from _gathered(job, gathering)
             job.details["candidates"] = [
                 {

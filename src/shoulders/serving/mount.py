@@ -18,6 +18,7 @@ from starlette.routing import Mount
 
 from shoulders.errors import install
 from shoulders.serving.api import Server
+from shoulders.serving.guards import bearer
 
 PATH = "/playground"
 MISSING = f"The playground needs gradio: {install('playground')}, then start again.\n"
@@ -129,9 +130,10 @@ def refusal(request: Request, key: str | None) -> Response | None:
 
 def _given(request: Request) -> bytes:
     """Return the key that a request brings, or nothing."""
-    kind, _, value = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "bearer":
-        return value.encode("latin-1")  # as it came
+    header = request.headers.get("authorization", "")
+    if (key := bearer(header)) is not None:
+        return key
+    kind, _, value = header.partition(" ")
     try:
         named = base64.b64decode(value, validate=True) if kind.lower() == "basic" else b""
     except ValueError:

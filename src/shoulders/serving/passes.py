@@ -22,10 +22,11 @@ class Passes:
 
     Args:
         lm: with fused layers.
+        most: bytes that all slots may take.
     """
 
-    def __init__(self, lm: FrozenLM) -> None:
-        self._lm = lm
+    def __init__(self, lm: FrozenLM, most: int) -> None:
+        self._lm, self._most = lm, most
         self.pools: dict[int, Pool] = {}
         self.memories: dict[tuple[int, int], Memory] = {}
 
@@ -37,7 +38,7 @@ class Passes:
         slots: list[int] = []
         try:
             for i, prompt in enumerate([*(hop.prompt for hop in entry.hops), entry.prompt]):
-                slots.append(self._pool(_level(entry, i)).enter(prompt, room))
+                slots.append(self._growing(_level(entry, i)).enter(prompt, room))
         except Exception:
             self._give_back(entry, slots)
             raise
@@ -47,7 +48,7 @@ class Passes:
         """Return the slots of `count` further rows, in each pass, that hold what one row's hold."""
         entry = row.entry
         copies = [
-            self._pool(_level(entry, i)).copy(slot, count) for i, slot in enumerate(row.slots)
+            self._growing(_level(entry, i)).copy(slot, count) for i, slot in enumerate(row.slots)
         ]
         for number, hop in enumerate(entry.hops):
             if copies[number]:
@@ -66,10 +67,23 @@ class Passes:
         """Forget all rows."""
         self.pools, self.memories = {}, {}
 
-    def size(self, positions: int) -> int:
-        """Return the bytes of one slot that has at least so many positions."""
-        last = self._pool(LAST)
-        return max(positions, last.room) * last.position_bytes
+    def fits(self, entry: Entry, rows: Collection[Row]) -> bool:
+        """Tell whether all slots stay within their bytes where an entry joins rows."""
+        taken = sum(
+            self._pool(level).bytes_with(
+                sum(_slots(own, level) * own.rows for own in entry.every)
+                + sum(_slots(r.entry, level) * (r.entry.rows - 1) for r in rows if not r.running),
+                max((own.positions(self._lm.max_positions) for own in entry.every), default=0),
+            )
+            for level in {*self.pools, *range(len(entry.hops)), LAST}
+        )
+        return taken <= self._most
+
+    def trim(self, rows: Collection[Row]) -> None:
+        """Let go of what rows that have left took, see `Pool.trim`."""
+        for level, pool in self.pools.items():
+            own = [row.entry for row in rows if _slots(row.entry, level)]
+            pool.trim(max((one.positions(self._lm.max_positions) for one in own), default=0))
 
     # -- reading -------------------------------------------------------------------------
 
@@ -141,11 +155,22 @@ class Passes:
         for i, slot in enumerate(slots):
             self._pool(_level(entry, i)).leave(slot)
 
+    def _growing(self, level: int) -> Pool:
+        """Return a pool that may grow into what others leave."""
+        pool = self._pool(level)
+        pool.most = self._most - sum(one.bytes for one in self.pools.values() if one is not pool)
+        return pool
+
     def _pool(self, level: int) -> Pool:
         if level not in self.pools:
             assert self._lm.blocks is not None  # the engine gives workers no other LM
             self.pools[level] = Pool(self._lm.blocks)
         return self.pools[level]
+
+
+def _slots(entry: Entry, level: int) -> int:
+    """Return how many slots one row of an entry takes of a pass's pool."""
+    return int(level == LAST or level < len(entry.hops))
 
 
 def _level(entry: Entry, number: int) -> int:

@@ -31,7 +31,11 @@ KINDS = {
     "static": "static prompt",
     "static_kv": "static prefix",
     "idpt": "input-dependent prompt",
+    "idspam": "prompt from the input's own embeddings",
     "idpt_kv": "input-dependent prefix",
+    "static_lowrank": "static prefix and low-rank updates",
+    "idpt_lowrank": "input-dependent prefix, low-rank updates",
+    "static_lora": "static prefix and low-rank factors",
 }
 _QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 

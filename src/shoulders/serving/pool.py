@@ -5,6 +5,8 @@ Rows of different skills lie side by side and are read in one call; what a row s
 
 from __future__ import annotations
 
+import heapq
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from shoulders.lm.prompt import Prompt
 from shoulders.lm.updates import Updates
 
 STEP = 64  # positions by which the room of slots grows
+WORTH = 0.75  # a pool is made smaller where it comes to at most this share
 
 
 class Pool:
@@ -28,7 +31,8 @@ class Pool:
         layers, kv_heads, width = blocks.cache_shape
         self._values = torch.zeros(layers, 2, 0, 0, kv_heads, width, dtype=blocks.dtype)
         self._lengths = torch.zeros(0, dtype=torch.long)
-        self._free: list[int] = []
+        self._free: list[int] = []  # a heap: the lowest is taken, so that the end may be cut off
+        self.most = 0  # bytes that it may grow to where that is more than it needs
 
     @property
     def room(self) -> int:
@@ -39,6 +43,18 @@ class Pool:
     def used(self) -> int:
         """Number of slots that rows have taken."""
         return self._values.shape[2] - len(self._free)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that its slots take."""
+        return self._values.nbytes
+
+    def bytes_with(self, more: int, room: int) -> int:
+        """Return the bytes that it comes to with `more` slots taken, of so many positions each."""
+        if not more:
+            return self.bytes
+        slots = self._values.shape[2] + max(0, more - len(self._free))
+        return slots * max(self.room, _rounded(room)) * self.position_bytes
 
     @property
     def position_bytes(self) -> int:
@@ -75,10 +91,25 @@ class Pool:
     def leave(self, slot: int) -> None:
         """Give a slot back."""
         self._lengths[slot] = 0
-        self._free.append(slot)
+        heapq.heappush(self._free, slot)
         if len(self._free) == self._values.shape[2]:  # nobody is here: let the memory go
             self._values = self._values[:, :, :0, :0].clone()
             self._lengths, self._free = self._lengths[:0], []
+
+    def trim(self, room: int) -> None:
+        """Let go of slots at the end, and of positions beyond `room`, that nobody needs any more.
+
+        A long row has given room to every slot: without this it would stay for as long as anybody
+        is there. What is hardly smaller stays: it would have to be copied.
+        """
+        slots = self._values.shape[2]
+        free = set(self._free)
+        top = next((one + 1 for one in reversed(range(slots)) if one not in free), 0)
+        wanted = min(self.room, _rounded(room))
+        if top * wanted <= WORTH * slots * self.room:
+            self._values = self._values[:, :, :top, :wanted].clone()
+            self._lengths = self._lengths[:top].clone()
+            self._free = [one for one in sorted(free) if one < top]
 
     def read(
         self,
@@ -103,8 +134,11 @@ class Pool:
     def _take(self, room: int) -> int:
         slots, had = self._values.shape[2], self.room
         if room > had or not self._free:
-            more = 0 if self._free else max(4, slots // 2)
-            wanted = max(had, -(-room // STEP) * STEP)
+            wanted = max(had, _rounded(room))
+            more = 0
+            if not self._free:
+                affordable = self.most // (wanted * self.position_bytes) - slots
+                more = max(1, min(max(4, slots // 2), affordable))
             layers, _, _, _, kv_heads, width = self._values.shape
             values = torch.zeros(
                 layers, 2, slots + more, wanted, kv_heads, width, dtype=self._values.dtype
@@ -113,4 +147,8 @@ class Pool:
             self._values = values
             self._lengths = torch.cat([self._lengths, torch.zeros(more, dtype=torch.long)])
             self._free += range(slots, slots + more)
-        return self._free.pop()
+        return heapq.heappop(self._free)
+
+
+def _rounded(room: int) -> int:
+    return -(-room // STEP) * STEP

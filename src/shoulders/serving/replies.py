@@ -9,6 +9,7 @@ from typing import Any
 
 from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
+from shoulders.serving.tokens import token_bytes, token_name
 
 
 def completion_reply(
@@ -44,16 +45,24 @@ def chat_reply(
 
 
 def completion_logprobs(lm: FrozenLM, completion: Completion) -> dict[str, Any]:
-    """Return what `logprobs` is in a completion."""
-    tokens = [lm.text([i]) for i in completion.token_ids]
-    offsets, at = [], 0
-    for token in tokens:
-        offsets.append(at)
-        at += len(token)
+    """Return what `logprobs` is in a completion.
+
+    Offsets are those in the text that was answered: what was taken off its front lies at 0.
+    """
+    texts = [lm.text([i]) for i in completion.token_ids]
+    at = -max(0, "".join(texts).find(completion.text))
+    offsets = []
+    for text in texts:
+        offsets.append(max(0, at))
+        at += len(text)
+    both = zip(completion.token_ids, completion.logprobs, completion.top, strict=True)
     return {
-        "tokens": tokens,
+        "tokens": [token_name(lm, i) for i in completion.token_ids],
         "token_logprobs": list(completion.logprobs),
-        "top_logprobs": [{lm.text([i]): value for i, value in top} for top in completion.top],
+        "top_logprobs": [
+            {token_name(lm, i): value for i, value in dict([*top, (token, own)]).items()}
+            for token, own, top in both
+        ],
         "text_offset": offsets,
     }
 
@@ -62,8 +71,9 @@ def chat_logprobs(lm: FrozenLM, completion: Completion) -> dict[str, Any]:
     """Return what `logprobs` is in a chat completion."""
 
     def entry(token: int, value: float) -> dict[str, Any]:
-        text = lm.text([token])
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        own = token_bytes(lm, token)
+        named = token_name(lm, token)
+        return {"token": named, "logprob": value, "bytes": None if own is None else list(own)}
 
     both = zip(completion.token_ids, completion.logprobs, completion.top, strict=True)
     return {
@@ -91,7 +101,8 @@ def frame_of(kind: str, request_id: str, model: str) -> dict[str, Any]:
 
 def event(value: dict[str, Any]) -> str:
     """Return a server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    # In ASCII: some clients end lines at U+2028 and U+0085 as well.
+    return f"data: {json.dumps(value)}\n\n"
 
 
 def error_body(message: str, kind: str, code: int) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shoulders.lm.decode import DecodingConfig
 
-MAX_TOKENS, MAX_SAMPLES, MAX_PROMPTS, MAX_TEXT = 1024, 32, 32, 200_000
+MAX_SAMPLES, MAX_PROMPTS, MAX_TEXT = 32, 32, 200_000
+MAX_TOKENS = 32_768  # of an answer; the LM's window ends it, too
+CHAT_TOKENS = 512  # of a chat's answer, where the request does not say
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
@@ -19,9 +21,17 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+class Plain(BaseModel):
+    """The only form that answers have: text."""
+
+    type: Literal["text"]
+
+
 class Common(BaseModel):
-    """What both endpoints take. Fields of OpenAI's that are not here are ignored, as vLLM does;
-    those that would change the answer are refused.
+    """What both endpoints take; `null` is as good as nothing.
+
+    Fields of OpenAI's and vLLM's that would change the answer, and are not had here, are refused
+    where they ask for it; all others are ignored, as vLLM does.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -39,6 +49,27 @@ class Common(BaseModel):
     presence_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     timeout: Annotated[float, Field(gt=0, le=3600)] | None = None
+    response_format: Plain | None = None
+    top_k: Literal[-1, 0] | None = None
+    min_p: Literal[0] | None = None
+    repetition_penalty: Literal[1] | None = None
+    length_penalty: Literal[1] | None = None
+    min_tokens: Literal[0] | None = None
+    ignore_eos: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=0)] | None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    structured_outputs: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None}
 
     def decoding(self, most: int, top: int, seed: int) -> DecodingConfig:
         """Return how to answer, `most` tokens long; `seed` where the request names none."""
@@ -81,14 +112,18 @@ class Message(BaseModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+    content: (
+        Annotated[str, Field(max_length=MAX_TEXT)]
+        | Annotated[list[TextPart], Field(max_length=64)]
+        | None
+    ) = None
 
     @property
     def text(self) -> str:
         """What it says."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 class ChatRequest(Common):
@@ -110,7 +145,7 @@ class ChatRequest(Common):
     @property
     def most(self) -> int:
         """Longest answer, in tokens."""
-        return self.max_completion_tokens or self.max_tokens or 128
+        return self.max_completion_tokens or self.max_tokens or CHAT_TOKENS
 
 
 class LoadRequest(BaseModel):

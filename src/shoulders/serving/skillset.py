@@ -88,8 +88,11 @@ class SkillSet:
             )
         return found
 
-    def load(self, name: str, folder: Path) -> Served:
+    def load(self, name: str, folder: Path, instead_of: Served | None = None) -> Served:
         """Load a skill folder under a name.
+
+        `instead_of` is what is served under it so far and goes when the new one is there; what it
+        is answering it finishes.
 
         Raises:
             ShouldersError: the name is taken, or none.
@@ -100,14 +103,14 @@ class SkillSet:
                 f"'{name[:100]}' is no name for a skill: use letters, digits and . _ - /"
             )
         with self._lock:
-            if name in self._served:
+            if self._served.get(name) is not instead_of:
                 raise ShouldersError(f"a skill named '{name}' is served already")
             answers: Skill | Reader | Ensemble
             answers, _ = load(folder, self.lm, self._encoder)
             if (folder / READER_FILE).is_file() and isinstance(answers, Skill):
                 answers = self._reader(folder, answers)
             made = str(provenance_of(folder).get("created", ""))
-            served = Served(name, answers, folder, _timestamp(made))
+            served = Served(name, answers, folder, _timestamp(made) or _changed(folder))
             self._served = {**self._served, name: served}
         return served
 
@@ -147,6 +150,10 @@ def skill_folders(folder: Path) -> dict[str, Path]:
     """Return the skills and ensembles in a folder of their folders, by name."""
     found = {f.parent for file in (FILE, ENSEMBLE) for f in folder.glob(f"*/{file}")}
     return {one.name: one for one in sorted(found)}
+
+
+def _changed(folder: Path) -> int:
+    return int(saved_in(folder).stat().st_mtime)
 
 
 def _timestamp(created: str) -> int:

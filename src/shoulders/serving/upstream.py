@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from shoulders.errors import ShouldersError, install
 
@@ -35,7 +35,7 @@ class UpstreamConfig(BaseModel):
     """Where the vLLM server is.
 
     Attributes:
-        url: without `/v1`.
+        url: a `/v1` at its end, as clients' base URLs have it, is taken off.
         api_key: that it asks for, or None.
         silence: seconds without a token after which a request is given up.
     """
@@ -45,6 +45,11 @@ class UpstreamConfig(BaseModel):
     url: str = Field(pattern=r"^https?://\S+$")
     api_key: str | None = None
     silence: float = Field(default=300.0, gt=0)
+
+    @field_validator("url")
+    @classmethod
+    def _root(cls, url: str) -> str:
+        return url.rstrip("/").removesuffix("/v1")
 
 
 class _Logprobs(BaseModel):
@@ -103,7 +108,7 @@ class Upstream:
         key = config.api_key  # in bytes: the client takes no other letters than ASCII's
         headers = {b"Authorization": f"Bearer {key}".encode()} if key else {}
         self._client: httpx2.AsyncClient = httpx2.AsyncClient(
-            base_url=config.url.rstrip("/"),
+            base_url=config.url,
             headers=headers,
             timeout=httpx2.Timeout(config.silence, connect=10.0),
             # As many streams at once as the gateway's queue lets in.
@@ -150,22 +155,22 @@ class Upstream:
                 if reply.status_code != 200:
                     text = (await reply.aread()).decode(errors="replace")
                     raise self._refusal(reply.status_code, text)
-                async for line in reply.aiter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if not line.startswith("data:") or data == "[DONE]":
+                async for line in _lines(reply.aiter_bytes()):
+                    data = line.removeprefix(b"data:").strip()
+                    if not line.startswith(b"data:") or data == b"[DONE]":
                         continue
                     for chunk in self._chunks(data):
                         yield chunk
         except self._http.HTTPError as error:
             raise self._failure(error) from error
 
-    def _chunks(self, data: str) -> list[Chunk]:
+    def _chunks(self, data: bytes) -> list[Chunk]:
         try:
             value = json.loads(data)
             if "error" in value:
                 error = value["error"]
                 code = error.get("code") if isinstance(error, dict) else None
-                raise self._refusal(code if isinstance(code, int) else 500, data)
+                raise self._refusal(code if isinstance(code, int) else 500, str(value))
             return [Chunk.model_validate(choice) for choice in value["choices"]]
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise self._foreign() from error
@@ -192,3 +197,13 @@ class Upstream:
 
     def _foreign(self) -> UpstreamError:
         return UpstreamError("the server behind --vllm-url does not answer as vLLM does")
+
+
+async def _lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Split at line feeds alone: other separators (U+2028, U+0085) may stand within a text."""
+    rest = b""
+    async for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest

@@ -175,7 +175,8 @@ def request_of(model: str, entry: Entry, row: Encoded, room: int) -> dict[str, A
     """Return the body of a request to vLLM.
 
     Everything that changes an answer is said: vLLM otherwise takes it from the LM's own
-    generation_config.json.
+    generation_config.json. But stop strings that it might find in the answer's prefix are not: all
+    are found here, too.
     """
     config = entry.ask.decoding
     return {
@@ -192,10 +193,16 @@ def request_of(model: str, entry: Entry, row: Encoded, room: int) -> dict[str, A
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "seed": config.seed,
-        "stop": list(config.stop),
+        "stop": [s for s in config.stop if not _begins_in(s, config.answer_prefix)],
         "stop_token_ids": list(entry.ask.skill.lm.end_ids),
         "logprobs": config.top_logprobs,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "stream": True,
     }
+
+
+def _begins_in(stop: str, prefix: str) -> bool:
+    """Tell whether a stop string may begin in the prefix of an answer."""
+    tails = [prefix[i:] for i in range(len(prefix))]
+    return any(tail.startswith(stop) or stop.startswith(tail) for tail in tails)

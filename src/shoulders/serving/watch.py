@@ -1,4 +1,7 @@
-"""A watched folder: skills that appear in it are served, those that vanish are not."""
+"""A watched folder: skills that appear in it are served, those that vanish are not.
+
+What changes is served as it now is, from the moment when it is read.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,11 @@ class Watcher(threading.Thread):
         there = skill_folders(root)
         for name, folder in there.items():
             stamp = _stamp(folder)
-            if name not in self._skills.names() and self._known.get(name) != stamp:
-                self._load(name, folder)
+            if self._known.get(name) != stamp:
+                mine, served = self._loaded.get(name), self._skills.every()
+                mine = mine if any(mine is one for one in served) else None
+                if mine is not None or name not in self._skills.names():
+                    self._load(name, folder, mine)
             self._known[name] = stamp
         self._known = {name: stamp for name, stamp in self._known.items() if name in there}
         # What was unloaded by request is let go; its name may be another's by now.
@@ -58,10 +64,10 @@ class Watcher(threading.Thread):
                 self._skills.unload(name)
                 LOG.info(json.dumps({"unloaded": name}))
 
-    def _load(self, name: str, folder: Path) -> None:
+    def _load(self, name: str, folder: Path, before: Served | None) -> None:
         try:
-            self._loaded[name] = self._skills.load(name, folder)
-            LOG.info(json.dumps({"loaded": name}))
+            self._loaded[name] = self._skills.load(name, folder, before)
+            LOG.info(json.dumps({"loaded" if before is None else "changed": name}))
         except (ShouldersError, OSError) as error:  # it may vanish while it is read
             LOG.warning(json.dumps({"refused": name, "why": str(error)}))
 

@@ -45,11 +45,11 @@ class Worker(threading.Thread):
     ) -> None:
         super().__init__(name=f"worker-{number}", daemon=True)
         self._lm, self._threads = lm, threads
-        self._bytes, self._max_rows = cache_bytes, max_rows
+        self._max_rows = max_rows
         self._wake = threading.Condition()
         self._inbox: deque[Entry] = deque()
         self._rows: list[Row] = []
-        self.passes = Passes(lm)
+        self.passes = Passes(lm, cache_bytes)
         self._closed = False
         self.tokens = self.steps = 0  # for metrics: new tokens, and steps that made them
 
@@ -99,11 +99,9 @@ class Worker(threading.Thread):
         while self._inbox:
             entry, refused = self._inbox[0], None
             try:
-                over, fits = entry.job.over, self._fits(entry)
-                if not over and not fits and self._rows:
+                fits = self._fits(entry)
+                if not fits and self._rows:
                     return  # others leave first
-                if over:
-                    raise ShouldersError("cancelled")
                 if not fits:
                     raise ShouldersError("the request needs more memory than the server has")
                 self._enter(entry)
@@ -132,14 +130,21 @@ class Worker(threading.Thread):
         rows += entry.rows * len(entry.every)
         if self._rows and rows > self._max_rows:
             return False
-        room = max(own.positions(self._lm.max_positions) for own in entry.every)
-        passes = 1 + max([len(entry.hops), *(len(row.entry.hops) for row in self._rows)])
-        return rows * self.passes.size(room) * passes <= self._bytes
+        if self.passes.fits(entry, self._rows):
+            return True
+        self.passes.trim(self._rows)
+        return self.passes.fits(entry, self._rows)
 
     def _drop_cancelled(self) -> None:
         over = [row.entry for row in self._rows if row.entry.job.over and row.leads]
         for entry in {id(entry): entry for entry in over}.values():
             self._break(entry, ShouldersError("cancelled"))
+        with self._wake:  # wherever they wait: nobody may be told late because another is long
+            waiting = [entry for entry in self._inbox if entry.job.over]
+            for entry in waiting:
+                self._inbox.remove(entry)
+        for entry in waiting:
+            _tell(entry, ShouldersError("cancelled"))
 
     def _break(self, entry: Entry, error: Exception) -> None:
         """Let all rows of an entry go and say why; others go on."""

@@ -133,10 +133,11 @@ class Ensemble:
         if not any_texts(texts):
             return []
         candidates = [self.members[0].answer_ids(several) for several in answers]
-        longest = max((len(c) for own in candidates for c in own), default=1)
+        longest = [max(map(len, own), default=1) for own in candidates]
         width = max([1, *map(len, candidates)]) * len(self.members)  # whole rows for each of them
         ids = [one.input_ids(texts, longest) for one in self.members]
-        lengths = [max(map(len, own)) + longest for own in zip(*ids, strict=True)]
+        every = zip(longest, zip(*ids, strict=True), strict=True)
+        lengths = [max(map(len, own)) + room for room, own in every]
         results: list[list[Score]] = [[] for _ in texts]
         limits = max(1, BATCH_TOKENS // width), max(1, BATCH_ROWS // width)
         for rows in length_grouped(lengths, *limits):
@@ -156,6 +157,7 @@ class Ensemble:
     def _streamed(
         self, texts: Sequence[str], ids: Sequence[list[list[int]]], decoding: DecodingConfig
     ) -> Iterator[Delta]:
+        decoding = decoding.behind(self.config.format.answer_prefix)
         with torch.no_grad():
             together = Together(self.lm, self.prompts(texts), ids, decoding.max_new_tokens)
         yield from streamed(self.lm, together, ids[0], decoding)

@@ -24,18 +24,21 @@ class Framing:
     def __init__(self, lm: FrozenLM, form: TextFormat, prompt_length: int) -> None:
         self._lm, self._form, self._prompt_length = lm, form, prompt_length
 
-    def input_ids(self, texts: Sequence[str], answer_room: int = 1) -> list[list[int]]:
+    def input_ids(
+        self, texts: Sequence[str], answer_room: int | Sequence[int] = 1
+    ) -> list[list[int]]:
         """Return each text's token ids with the separator, as they stand before the answer.
 
-        Raises `WindowError`, naming the row, for a text that with the prompt and
-        `answer_room` positions does not fit, unless the format says what to keep of it.
+        Raises `WindowError`, naming the row, for a text that with the prompt and `answer_room`
+        positions (of all rows, or one by one) does not fit, unless the format says what to keep.
         """
         head, tail = self._frame()
-        limit = self.input_room(answer_room)
+        rooms = [answer_room] * len(texts) if isinstance(answer_room, int) else answer_room
         rows = []
         ahead = self._ahead(texts)
         for i, ids in enumerate(self._lm.tokenize(texts)):
-            which = i + 1, texts[i]
+            which, answer_room = (i + 1, texts[i]), rooms[i]
+            limit = self.input_room(answer_room)
             if limit < 1:
                 letters = f", letters {most_tokens(n)}" if (n := self._form.spelling) else ""
                 raise WindowError(
@@ -76,6 +79,8 @@ class Framing:
 
     def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
         """Return each answer's token ids, with the LM's end token."""
+        if not self._lm.end_ids:
+            raise LMError(f"{self._lm.name}: has no end token that answers could end with")
         ids = self._lm.tokenize([self._form.answer_prefix + a for a in answers])
         return [[*row, self._lm.end_ids[0]] for row in ids]
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from shoulders.lm.decode import Completion, DecodingConfig
-from shoulders.recursion.candidates import Candidate, ProposeConfig, merged, shown, subsets
+from shoulders.recursion.candidates import (
+    Candidate,
+    ProposeConfig,
+    check_some,
+    merged,
+    shown,
+    subsets,
+)
 
 if TYPE_CHECKING:
     from shoulders.skills.skill import Skill
@@ -53,47 +60,62 @@ class Proposals:
     def __init__(self, skill: Skill, config: ProposeConfig) -> None:
         self.skill, self.config = skill, config
 
-    def gather(self, text: str, reader: Skill, room: int, row: int = 1) -> Gathering:
+    def gather(self, text: str, reader: Skill) -> Gathering:
         """Say what is to be answered to propose answers for one text, round after round.
 
         Args:
             text: the input.
-            reader: the passes that read candidates; they answer again in further rounds.
-            room: tokens that they have for an input.
-            row: its number, for errors.
-
-        Raises:
-            ShouldersError: no sample says anything.
+            reader: the passes that read candidates; they answer again in further rounds. What they
+                read leaves room for an answer as long as a sample may be, as in training.
         """
         config, count = self.config, reader.count_tokens
+        room = reader.input_room(config.max_new_tokens)
         (samples,) = yield [Wanted(self.skill, text, config.decoding())]
-        candidates = merged(samples, row)
+        candidates = merged(samples)
         for number in range(1, config.rounds):
+            if not candidates:
+                break
             asked = []
-            for chosen in subsets(text, len(candidates), config, number):
+            for sample, chosen in enumerate(subsets(text, len(candidates), config, number)):
                 part = [candidates[i] for i in chosen]
                 read = shown(text, part, config, count, room).text
-                asked.append(Wanted(reader, read, config.decoding(1, number)))
+                asked.append(Wanted(reader, read, config.decoding(number, sample)))
             answers = yield asked
-            candidates = merged([several[0] for several in answers], row)
+            candidates = merged([several[0] for several in answers])
         show = shown(text, candidates, config, count, room)
         return Proposed(show.text, tuple(candidates), show.left_out)
 
     def propose(
-        self, texts: Sequence[str], reader: Skill, *, room: int, on_rows: OnRows | None = None
+        self, texts: Sequence[str], reader: Skill, *, on_rows: OnRows | None = None
     ) -> list[Proposed]:
-        """Propose answers for every text; see `gather`. `on_rows` is told of finished rows."""
-        found: list[Proposed] = []
-        rows = [self.gather(text, reader, room, row) for row, text in enumerate(texts, 1)]
-        wanted = [next(row) for row in rows]
-        while len(found) < len(rows):
-            # All rows are in the same round: one skill answers, in one way.
-            skill, _, decoding = wanted[0][0]
-            every = [one.text for own in wanted for one in own]
-            answers = iter(skill.generate(every, decoding, on_rows=on_rows))
-            for i, row in enumerate(rows):
+        """Propose answers for every text; see `gather`. `on_rows` is told of finished rows.
+
+        Raises:
+            ShouldersError: no sample of any text says anything.
+        """
+        rows = [self.gather(text, reader) for text in texts]
+        wanted = {i: next(row) for i, row in enumerate(rows)}
+        found: dict[int, Proposed] = {}
+        while wanted:
+            answers = _answered([one for own in wanted.values() for one in own], on_rows)
+            for i in list(wanted):
                 try:
-                    wanted[i] = row.send([next(answers) for _ in wanted[i]])
+                    wanted[i] = rows[i].send([next(answers) for _ in wanted[i]])
                 except StopIteration as stop:
-                    found.append(stop.value)
-        return found
+                    found[i] = stop.value
+                    del wanted[i]
+        proposed = [found[i] for i in range(len(rows))]
+        check_some(one.candidates for one in proposed)
+        return proposed
+
+
+def _answered(wanted: Sequence[Wanted], on_rows: OnRows | None) -> Iterator[list[Completion]]:
+    """Yield the answers of texts in order; those of one skill and one way are made together."""
+    together: dict[tuple[Skill, DecodingConfig], list[int]] = {}
+    for place, (skill, _, decoding) in enumerate(wanted):
+        together.setdefault((skill, decoding), []).append(place)
+    answers: dict[int, list[Completion]] = {}
+    for (skill, decoding), places in together.items():
+        texts = [wanted[place].text for place in places]
+        answers |= zip(places, skill.generate(texts, decoding, on_rows=on_rows), strict=True)
+    yield from (answers[place] for place in range(len(wanted)))

@@ -23,8 +23,7 @@ def scored(
 ) -> list[list[Score]]:
     """Return each text's candidates' scores, through the passes after the last text."""
     candidates = [skill.answer_ids(several) for several in answers]
-    longest = max((len(c) for row in candidates for c in row), default=1)
-    ids = skill.input_ids(texts, answer_room=longest)
+    ids = skill.input_ids(texts, [max(map(len, row), default=1) for row in candidates])
     return scored_ids(skill, texts, ids, candidates, on_rows)
 
 
@@ -48,7 +47,7 @@ def scored_ids(
         most: candidates that are computed together.
     """
     results: list[list[Score]] = [[] for _ in texts]
-    width = max((len(row) for row in candidates), default=1)
+    width = max([1, *map(len, candidates)])
     # Continuations as long as a window (running text) count as what is read.
     lengths = [
         max(len(i), max((len(c) for c in own), default=0))

@@ -184,7 +184,9 @@ class Skill:
         earlier = enumerate(self.parts.earlier)
         return [Hop(self.written(number, texts), one.link) for number, one in earlier]
 
-    def input_ids(self, texts: Sequence[str], answer_room: int = 1) -> list[list[int]]:
+    def input_ids(
+        self, texts: Sequence[str], answer_room: int | Sequence[int] = 1
+    ) -> list[list[int]]:
         """Return each text's token ids as they stand before the answer; see `Framing`."""
         return self._framing.input_ids(texts, answer_room)
 
@@ -203,7 +205,6 @@ class Skill:
     def proposed(
         self,
         texts: Sequence[str],
-        answer_room: int = 1,
         *,
         on_rows: Callable[[int], None] | None = None,
     ) -> list[Proposed]:
@@ -213,8 +214,7 @@ class Skill:
         """
         if self.proposals is None:
             raise ShouldersError("this skill has no pass that proposes text")
-        room = self.input_room(answer_room)
-        return self.proposals.propose(texts, self.last, room=room, on_rows=on_rows)
+        return self.proposals.propose(texts, self.last, on_rows=on_rows)
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of an input text."""
@@ -245,22 +245,26 @@ class Skill:
             on_rows: called with the number of rows after each batch, for a progress bar.
 
         Returns:
-            For every text, in order, `decoding.n` answers.
+            For every text, in order, `decoding.n` answers. A chooser that takes a sample as it is
+            has one, whose length and end were `propose`'s.
 
         Raises:
             WindowError: names the row (from 1) that does not fit.
-            ShouldersError: `texts` is one text and no list.
+            ShouldersError: `texts` is one text and no list; several answers of a chooser.
         """
         if not any_texts(texts):
             return []
         if self.proposals is not None:
-            found = self.proposed(texts, decoding.max_new_tokens)
             chooser = self.proposals.config.chooser
+            if chooser != "second_pass" and decoding.n > 1:
+                raise ShouldersError(f"chooser {chooser} has one answer: n must be 1")
+            found = self.proposed(texts)
             if chooser != "second_pass":
                 if on_rows is not None:
                     on_rows(len(texts))
                 return [[_as_completion(chosen(p.candidates, chooser))] for p in found]
             return self.last.generate([p.text for p in found], decoding, on_rows=on_rows)
+        decoding = decoding.behind(self.config.format.answer_prefix)
         answers = generated(self, texts, self.asking_ids(texts, decoding), decoding, on_rows)
         return [[self.stripped(c) for c in several] for several in answers]
 
@@ -273,8 +277,9 @@ class Skill:
             if self.proposals.config.chooser != "second_pass":
                 completion = self.generate([text], decoding)[0][0]
                 return iter([Delta(0, 0, completion.text, completion)])
-            read = self.proposed([text], decoding.max_new_tokens)[0].text
+            read = self.proposed([text])[0].text
             return self.last.stream(read, decoding)
+        decoding = decoding.behind(self.config.format.answer_prefix)
         with torch.no_grad():
             prompt, source = self.prompt([text]), self.source([text])
         ids = self.asking_ids([text], decoding)
@@ -307,9 +312,10 @@ class Skill:
             raise ShouldersError(f"{len(texts)} texts and candidates for {len(answers)} of them")
         if not any_texts(texts):
             return []
+        for several in answers:
+            any_texts(several)
         if self.proposals is not None:
-            longest = max((len(c) for own in answers for c in self.answer_ids(own)), default=1)
-            texts = [found.text for found in self.proposed(texts, longest)]
+            texts = [found.text for found in self.proposed(texts)]
         return scored(self, texts, answers, on_rows)
 
     def stripped(self, completion: Completion) -> Completion:

@@ -47,17 +47,23 @@ class Movement:
     A gradient too: weight decay alone also moves a tensor, but teaches it nothing.
 
     Args:
-        producer: before its first step.
-        watched: not for a run that goes on, of which this was seen before: its late steps may move
-            nothing any more.
+        producer: as it is initialised.
     """
 
-    def __init__(self, producer: nn.Module, *, watched: bool) -> None:
+    def __init__(self, producer: nn.Module) -> None:
         self._producer = producer
-        named = producer.named_parameters() if watched else ()
-        self._initial = {name: p.detach().clone() for name, p in named}
+        self._initial = {name: p.detach().clone() for name, p in producer.named_parameters()}
         self._felt: set[str] = set()
         self._steps = 0
+
+    def resumed(self, steps: int) -> None:
+        """Go on after so many steps; what was seen then is not looked at again.
+
+        The late steps of a run may move nothing any more.
+        """
+        self._steps = steps
+        if steps >= MOVED_BY:
+            self._initial = {}
 
     def feel(self) -> None:
         """Note which tensors have a gradient; before a step."""

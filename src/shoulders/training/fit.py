@@ -80,10 +80,11 @@ def fit(
             remove_partial(folder)
     processes.wait()
     optimizer = make_optimizer(producer.named_parameters(), config.optimizer)
-    progress, best = Progress(), copied(producer)
+    progress, best, movement = Progress(), copied(producer), Movement(producer)
     if resume and (found := load_checkpoint(out, optimizer, stored)):
         progress, weights, best = found
         producer.load_state_dict(weights)
+        movement.resumed(progress.step)
     rows: Sequence[Row] = []
     if isinstance(validation, RunningText):
         checked = validation.examples(config.validation_rows)
@@ -91,7 +92,6 @@ def fit(
         rows = validation
         checked = [example_of(skill, row, templates.render(row, 0), 0) for row in rows]
     trained = list(producer.parameters())
-    movement = Movement(producer, watched=progress.step == 0)
     if isinstance(mixture, Mixture):
         drawn = range(progress.step * config.rows_per_step, config.steps * config.rows_per_step)
         check_window(skill, mixture, drawn, config.seed)
@@ -165,8 +165,8 @@ def fit(
 
 def _trainable(skill: Skill, config: TrainingConfig) -> nn.Module:
     """Return what is trained; raises `TrainingError` for what cannot be trained so."""
-    if skill.trained is None:
-        raise TrainingError("the recipe trains nothing: give a pass a prompt or a link")
+    if skill.trained is None or not any(True for _ in skill.trained.parameters()):
+        raise TrainingError("the recipe trains nothing: give a pass a prompt or a link to train")
     if config.recompute and skill.lm.blocks is None:
         raise TrainingError(f"recompute: the layers of {skill.lm.name} are not fused; leave it out")
     if skill.lm.shards is not None and (config.streams or 1) > 1:

@@ -29,7 +29,7 @@ from shoulders.files import atomic_path, only_writer, remove_partial, write_json
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
 from shoulders.progress import quiet_progress
-from shoulders.recursion.candidates import Candidate, merged, shown, stream_of
+from shoulders.recursion.candidates import Candidate, check_some, merged, shown, stream_of
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill, saved_in
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
@@ -199,11 +199,12 @@ def _candidates(
                     lm = load_lm(**recipe.lm.model_dump())
                     skill, _ = load_skill(folder, lm, functools.cache(load_encoder))
                 samples = skill.generate(part, propose.decoding())
-                own = [merged(several, start + i) for i, several in enumerate(samples, 1)]
+                own = [merged(several) for several in samples]
                 write_json(file, [[[c.text, c.count, c.logprob] for c in row] for row in own])
             for row in json.loads(file.read_text(encoding="utf-8")):
                 found.append([Candidate(*values) for values in row])
             advance(len(part))
+    check_some(found)
     return found
 
 
