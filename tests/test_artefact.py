@@ -28,7 +28,7 @@ from shoulders.lm.load import load_lm
 from shoulders.prompts.build import producer_kinds
 from shoulders.skills import artefact
 from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill
-from shoulders.skills.config import PassConfig, SkillConfig
+from shoulders.skills.config import PassConfig, SkillConfig, TextFormat
 from shoulders.skills.skill import Skill
 from shoulders.training.recipe import make_recipe
 from shoulders.training.run import run_recipe
@@ -168,6 +168,30 @@ def test_another_process_computes_the_same_bits(
 
 
 # -- promise 6: bound to its LM ----------------------------------------------------------
+
+
+def test_another_chat_template_is_refused_where_it_is_read(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no part of the LM's fingerprint, and a repository may revise it."""
+    template = "{% for m in messages %}{{ m.content }}%s{% endfor %}"
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template.replace("%s", "!"))
+    prompt = PassConfig(prompt={"kind": "static", "length": 2})
+    for chat in (True, False):
+        config = SkillConfig(passes=(prompt,), format=TextFormat(chat=chat))
+        skill = Skill.create(lm, config, load_encoder)
+        save_skill(skill, tmp_path / str(chat), Templates(), {})
+        load_skill(tmp_path / str(chat), lm)
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template.replace("%s", "?"))
+    load_skill(tmp_path / "False", lm)
+    with pytest.raises(ArtefactError, match="trained in another chat template"):
+        load_skill(tmp_path / "True", lm)
+    # Earlier versions did not note it.
+    file = tmp_path / "True" / FILE
+    values = json.loads(file.read_text())
+    del values["chat_template_sha256"]
+    file.write_text(json.dumps(values))
+    load_skill(tmp_path / "True", lm)
 
 
 def test_another_lm_is_refused_with_both_fingerprints(saved: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -35,8 +37,11 @@ from shoulders.lm.sampling import likeliest, next_tokens, sample_stream
 from shoulders.lm.score import score
 from shoulders.lm.shard import decoder_layers
 from shoulders.lm.updates import Matrices
+from shoulders.skills.config import SkillConfig, TextFormat
+from shoulders.skills.scoring import scored_ids
 from shoulders.skills.skill import Skill
 from shoulders.training.objective import Example, answer_losses
+from shoulders.training.running_text import RunningText
 
 TOLERANCE = 1e-4
 # Vectors and prefix positions of one row's prompt; nothing, one form, the other, both. A third
@@ -434,6 +439,40 @@ def test_special_tokens_come_from_the_frame_and_never_from_a_text(
     assert lm.text(ids) == f"a{end}b", "it is read as the text it is"
     (row,) = Skill.base(lm).input_ids([f"a{end}b"])
     assert lm.tokenizer.eos_token_id not in row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_every_text_begins_as_the_lms_own_tokenizer_has_it(
+    arch: str, tiny_lm: Callable[[str], FrozenLM], tmp_path: Path
+) -> None:
+    """As Llama's, Mistral's and Gemma's: their plain texts begin with a token of its own, once."""
+    plain = tiny_lm(arch)
+    assert plain.start_ids == (), "an end that a tokenizer adds is no beginning"
+    tokenizer = copy.deepcopy(plain.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", 1)]
+    )
+    tokenizer.chat_template = "<pad>{% for m in messages %}{{ m.content }}{% endfor %}"
+    lm = FrozenLM(plain.model, tokenizer, "with a beginning")
+    assert lm.start_ids == (1,)
+    text, separator = "the capital of france", SkillConfig().format.separator
+    skill = Skill.base(lm, SkillConfig())
+    (ids,) = skill.input_ids([text])
+    assert ids == tokenizer(text)["input_ids"] + lm.tokenize([separator])[0]
+    own = lm.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+    (whole,) = skill.score([text], [["two"]])[0]
+    first = skill.answer_ids(["two"])[0][0]
+    (alone,) = scored_ids(skill, [text], [ids], [[[first]]])[0]
+    assert alone.logprob == pytest.approx(float(own.log_softmax(-1)[first]), abs=1e-4)
+    assert whole.logprob < alone.logprob
+    chat = Skill.base(lm, SkillConfig(format=TextFormat(chat=True)))
+    assert chat.input_ids([text])[0].count(1) == 1
+    assert skill.input_room() == Skill.base(plain, SkillConfig()).input_room() - 1
+    (tmp_path / "t.txt").write_text("one two three four five six seven eight nine ten\n")
+    for example in RunningText(lm, [str(tmp_path / "t.txt")], 4).examples():
+        assert example.input_ids[0] == 1
+        assert len(example.input_ids) == 2
 
 
 def test_too_long_row_is_named(tiny_lm: Callable[[str], FrozenLM]) -> None:

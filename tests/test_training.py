@@ -50,6 +50,7 @@ from shoulders.training.optimizer import make_optimizer, rate_factor
 from shoulders.training.recipe import Recipe, make_recipe
 from shoulders.training.run import load_data, run_recipe
 from shoulders.training.start import same_recipe, trained_parts
+from shoulders.training.validation import choose_rows
 from tiny_models import (
     environment,
     prompt_spec,
@@ -420,6 +421,15 @@ def test_what_has_nothing_to_train_is_refused(lm: FrozenLM, tmp_path: Path) -> N
     values["skill"] = {"passes": [{"link": {"kind": "latent"}}, {}]}
     with pytest.raises(TrainingError, match="the recipe trains nothing"):
         run_recipe(make_recipe(values), tmp_path / "out")
+
+
+def test_how_many_rows_select() -> None:
+    """Of a single task as many as tell two checkpoints apart, of many a few each."""
+    one = [Row("t", f"{i}", ("x",)) for i in range(500)]
+    many = [Row(f"t{i % 50}", f"{i}", ("x",)) for i in range(1000)]
+    few = [Row(f"t{i % 4}", f"{i}", ("x",)) for i in range(400)]
+    assert [len(choose_rows(rows, None)) for rows in (one, many, few)] == [200, 400, 200]
+    assert len(choose_rows(one, 8)) == 8
 
 
 def test_a_folder_with_other_things_is_left_alone(lm: FrozenLM, tmp_path: Path) -> None:

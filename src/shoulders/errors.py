@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 class ShouldersError(Exception):
@@ -76,6 +77,13 @@ def placed(texts: Sequence[str], places: Sequence[str]) -> Iterator[None]:
 def install(extra: str) -> str:
     """Return the command that brings what an extra holds; no package index has this project yet."""
     return f"pip install -e '.[{extra}]' in a clone of shoulders"
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise `ShouldersError` now for what is missing later: hours of work may lie between."""
+    for module in modules:
+        if find_spec(module) is None:
+            raise ShouldersError(f"{module} is not installed; run: {install(extra)}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

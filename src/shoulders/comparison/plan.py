@@ -262,6 +262,15 @@ class Plan(_Part):
         other = (*self.test, *self.forgetting.text, *self.forgetting.rows)
         return [*self.data.train, *self.data.validation, *templates, *other]
 
+    @property
+    def libraries(self) -> list[str]:
+        """What it needs beside the library itself: for its report, rivals and search."""
+        plain = {self.variants[n].of if n in self.variants else n for n in self.methods}
+        tuned = plain & set(TUNED)
+        wanted = {"matplotlib": True, "accelerate": bool(tuned), "peft": bool(tuned - {"full"}),
+                  "optuna": self.search.trials > 0}  # fmt: skip
+        return [name for name, needed in wanted.items() if needed]
+
     def steps(self, share: float = 1.0, epochs: int = 1) -> int:
         """Optimizer steps to read a share of the budget's examples so many times.
 

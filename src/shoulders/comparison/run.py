@@ -27,7 +27,7 @@ from shoulders.comparison.stages import (
     unfinished,
 )
 from shoulders.comparison.tuned import Tuned
-from shoulders.errors import ShouldersError, TrainingError
+from shoulders.errors import ShouldersError, TrainingError, require
 from shoulders.files import only_writer
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
@@ -60,6 +60,7 @@ def _compared(
     plan: Plan, out: Path, resume: bool, finished: bool, console: Console
 ) -> dict[str, Any]:
     started = time.monotonic()
+    require("compare", *plan.libraries)
     ledger = Ledger(out)
     ledger.begin(plan, resume=resume or finished)
 

@@ -54,11 +54,12 @@ class Templates:
             raise DataError(f"{source}: no templates; add at least '*': ['{{{{ input }}}}']")
 
     @classmethod
-    def read(cls, path: Path) -> Templates:
+    def read(cls, path: Path | str) -> Templates:
         """Read a YAML file: a mapping from task name to a list of templates.
 
         Raises `DataError` naming the file, and the line or the task with the template's number.
         """
+        path = Path(path)
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except OSError as error:

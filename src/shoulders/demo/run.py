@@ -22,6 +22,7 @@ from shoulders.data.templates import Templates
 from shoulders.demo.plot import plot_tasks
 from shoulders.demo.tasks import demo_rows
 from shoulders.encoders.load import load_encoder
+from shoulders.errors import require
 from shoulders.evaluation.evaluate import EVALUATION_DECODING, Evaluation, evaluate
 from shoulders.files import write_json
 from shoulders.lm.load import load_lm
@@ -45,6 +46,9 @@ DECODING = EVALUATION_DECODING.model_copy(update={"max_new_tokens": 12})
 def run_demo(out: Path, *, steps: int, seed: int, console: Console) -> dict[str, Any]:
     """Run the demo and return its scores; writes skills, a plot and `demo.json` to `out`."""
     started = time.monotonic()
+    require("demo", "matplotlib")
+    encoder = functools.cache(load_encoder)
+    encoder("embedded")  # missing, it should be missed now
 
     # 1. One frozen LM. Its hash is taken before anything else happens.
     console.print("[bold]1.[/] Loading the frozen LM (the first time converts it, under a minute)")
@@ -71,7 +75,7 @@ def run_demo(out: Path, *, steps: int, seed: int, console: Console) -> dict[str,
         assert recipe.data is not None  # the demo trains on tasks
         mixture = Mixture(train, templates, recipe.data, seed)
         random = torch.Generator().manual_seed(seed)
-        skill = Skill.create(lm, recipe.skill, functools.cache(load_encoder), random)
+        skill = Skill.create(lm, recipe.skill, encoder, random)
         progress = fit(skill, mixture, [], templates, recipe, out / method, console=console)
         facts = {"steps": progress.step, "training_seconds": round(progress.seconds, 1)}
         save_skill(skill, out / method, templates, {**facts, "machine": machine()})

@@ -285,6 +285,20 @@ class FrozenLM:
             )["input_ids"]
         return ids
 
+    @functools.cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """Token ids that every text begins with, as the LM's own tokenizer has it.
+
+        Llama's, Mistral's and Gemma's put `<s>` there, SmolLM2's and Qwen's nothing; LMs that were
+        taught with it answer far worse without. A chat template brings its own.
+        """
+        with self._asking:
+            whole: list[int] = self.tokenizer("a")["input_ids"]
+        (plain,) = self.tokenize(["a"])
+        width = len(plain)
+        found = (k for k in range(len(whole)) if whole[k : k + width] == plain)
+        return tuple(whole[: next(found, 0)])
+
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; special tokens are left out, spaces kept as they are."""
         text: str = self.tokenizer.decode(

@@ -28,7 +28,7 @@ EMBEDDED = "embedded"
 
 
 def load_lm(
-    name: str = EMBEDDED,
+    name: str | Path = EMBEDDED,
     *,
     dtype: Precision = "auto",
     device: str | None = None,
@@ -75,7 +75,7 @@ def load_lm(
     from shoulders.lm.rounding import round_to_int8
     from shoulders.lm.shard import Shards, check_shardable
 
-    place = _place(device)
+    name, place = str(name), _place(device)
     precision = _precision(dtype, place)
     check_options(dtype, quantize, device_map, device)
     if device_map is None and (max_memory is not None or offload_folder is not None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ class Bound(BaseModel):
 
 
 class Artefact(BaseModel):
-    """What `skill.json` holds."""
+    """What `skill.json` holds.
+
+    `chat_template_sha256` is of a skill in the LM's chat format, whose frame is no part of the LM's
+    fingerprint and may change with a revision on the Hub; earlier versions did not note it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,11 +63,12 @@ class Artefact(BaseModel):
     trained_parameters: int
     gate: Platt | None = None
     provenance: dict[str, Any]
+    chat_template_sha256: str | None = None
 
 
 def save_skill(
     skill: Skill,
-    folder: Path,
+    folder: Path | str,
     templates: Templates,
     provenance: dict[str, Any],
     gate: Platt | None = None,
@@ -83,6 +89,7 @@ def save_skill(
         ArtefactError: the folder already holds a skill, or the skill has nothing trained.
         ShouldersError: the folder cannot be written.
     """
+    folder = Path(folder)
     if not skill.networks():
         raise ArtefactError("the bare LM has nothing to save")
     if saved_in(folder).exists():
@@ -111,6 +118,7 @@ def save_skill(
         trained_parameters=skill.trained_parameters,
         gate=gate,
         provenance=provenance,
+        chat_template_sha256=_chat_template(skill),
     )
     write_text(folder / "README.md", model_card(folder.name, artefact.model_dump(mode="json")))
     write_json(folder / FILE, artefact.model_dump(mode="json"))
@@ -174,21 +182,28 @@ def load_skill(
     artefact = read_artefact(folder)
     _check_bound(folder, "LM", artefact.lm, lm.name, lm.fingerprint)
     skill = Skill.create(lm, artefact.skill, encoder)
+    noted, found = artefact.chat_template_sha256, _chat_template(skill)
+    if noted is not None and noted != found:
+        raise ArtefactError(
+            f"{folder}: was trained in another chat template of '{lm.name}' (SHA-256 "
+            f"{noted[:16]}..., this one's is {str(found)[:16]}...); load the LM's revision that "
+            "has it"
+        )
     encoders = list(skill.encoders())
     if len(artefact.encoders) != len(encoders):
         raise ArtefactError(
             f"{folder / FILE}: names {len(artefact.encoders)} encoders, its passes have "
             f"{len(encoders)}; it was edited"
         )
-    for bound, found in zip(artefact.encoders, encoders, strict=True):
-        _check_bound(folder, "encoder", bound, found.name, found.fingerprint)
+    for bound, own in zip(artefact.encoders, encoders, strict=True):
+        _check_bound(folder, "encoder", bound, own.name, own.fingerprint)
     try:
         tensors = load_file(folder / TENSORS)
         if broken := next((n for n, v in tensors.items() if not v.isfinite().all()), None):
             raise RuntimeError(f"'{broken}' is not finite")
         for network in skill.networks():
-            own = {name: tensors.pop(name) for name in network.state_dict() if name in tensors}
-            network.load_state_dict(own)
+            held = {name: tensors.pop(name) for name in network.state_dict() if name in tensors}
+            network.load_state_dict(held)
             network.train(False)
         if tensors:
             raise RuntimeError(f"unexpected {', '.join(sorted(tensors))}")
@@ -196,6 +211,13 @@ def load_skill(
         reason = " ".join(str(error).split())
         raise ArtefactError(f"{folder / TENSORS}: does not fit {FILE}: {reason}") from error
     return skill, Templates.from_dict(artefact.templates, source=str(folder / FILE))
+
+
+def _chat_template(skill: Skill) -> str | None:
+    """Return the hash of the chat template that a skill reads inputs in, None for another one."""
+    if not skill.config.format.chat:
+        return None
+    return hashlib.sha256(str(skill.lm.tokenizer.chat_template).encode()).hexdigest()
 
 
 def _bound(frozen: FrozenLM | FrozenEncoder) -> Bound:

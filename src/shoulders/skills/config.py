@@ -19,6 +19,8 @@ BATCH_ROWS = 96
 class TextFormat(BaseModel):
     """How a row becomes tokens: `input + separator`, then `answer_prefix + answer + end`.
 
+    Ahead of it stands what the LM's own tokenizer begins a text with (`<s>` of Llama's, say).
+
     With `chat`, the LM's own chat template stands around the input (as one user turn) in place
     of the separator.
 

@@ -92,13 +92,14 @@ class Ensemble:
     def generate(
         self,
         texts: Sequence[str],
-        decoding: DecodingConfig,
+        decoding: DecodingConfig | None = None,
         *,
         on_rows: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """Generate `decoding.n` answers per text, see `Skill.generate`."""
         if not any_texts(texts):
             return []
+        decoding = decoding or DecodingConfig()
         ids = self.asking_ids(texts, decoding)
 
         def one(rows: list[int]) -> list[list[Completion]]:

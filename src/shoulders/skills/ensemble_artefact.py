@@ -54,7 +54,7 @@ class EnsembleArtefact(BaseModel):
 
 
 def save_ensemble(
-    folder: Path, members: Sequence[str], provenance: dict[str, Any]
+    folder: Path | str, members: Sequence[str], provenance: dict[str, Any]
 ) -> EnsembleArtefact:
     """Join skills that lie in `folder` to an ensemble; `members` are the names of their folders.
 
@@ -63,6 +63,7 @@ def save_ensemble(
             they do not go together.
         ShouldersError: it cannot be written.
     """
+    folder = Path(folder)
     if saved_in(folder).exists():
         raise ArtefactError(f"{folder}: already holds a skill or an ensemble")
     for name in members:

@@ -103,7 +103,7 @@ class Framing:
         lm, form = self._lm, self._form
         if not form.chat:
             tail = lm.tokenize([form.separator], markup=True)[0] if form.separator else []
-            return [], tail
+            return list(lm.start_ids), tail
         if not lm.tokenizer.chat_template:
             raise LMError(f"{lm.name} has no chat template; set format.chat to false")
         mark = "\x00"  # stands where the input goes; no template contains it

@@ -26,12 +26,13 @@ TENSORS = "adapter_model.safetensors"
 KEY = "prompt_embeddings"
 
 
-def export_to_peft(skill: Skill, folder: Path) -> None:
+def export_to_peft(skill: Skill, folder: Path | str) -> None:
     """Write a static prompt of input vectors as a PEFT PromptTuning adapter.
 
     PEFT loads it with `PeftModel.from_pretrained(model, folder)`. The text format (separator,
     answer prefix) is not part of that layout. Raises `ArtefactError` for another producer.
     """
+    folder = Path(folder)
     if not isinstance(skill.producer, static.Producer) or len(skill.config.passes) > 1:
         raise ArtefactError("only a static prompt of vectors (kind: static) has a PEFT layout")
     vectors = skill.prompt([""]).vectors[0].detach().cpu().contiguous()
@@ -53,13 +54,14 @@ def export_to_peft(skill: Skill, folder: Path) -> None:
         (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def import_from_peft(folder: Path, lm: FrozenLM, form: TextFormat | None = None) -> Skill:
+def import_from_peft(folder: Path | str, lm: FrozenLM, form: TextFormat | None = None) -> Skill:
     """Read a PEFT PromptTuning adapter as a skill with a static prompt.
 
     `form` should be the text format that it was trained with; by default there is no
     separator and no answer prefix. Raises `ArtefactError` when the folder is not such an
     adapter, or is for a LM of another width.
     """
+    folder = Path(folder)
     try:
         described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         vectors = load_file(folder / TENSORS)[KEY]

@@ -233,7 +233,7 @@ class Skill:
     def generate(
         self,
         texts: Sequence[str],
-        decoding: DecodingConfig,
+        decoding: DecodingConfig | None = None,
         *,
         on_rows: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
@@ -241,7 +241,7 @@ class Skill:
 
         Args:
             texts: inputs as they stand in the data (the format is applied here).
-            decoding: greedy or sampled, and how long.
+            decoding: greedy or sampled, and how long; greedy without.
             on_rows: called with the number of rows after each batch, for a progress bar.
 
         Returns:
@@ -254,6 +254,7 @@ class Skill:
         """
         if not any_texts(texts):
             return []
+        decoding = decoding or DecodingConfig()
         if self.proposals is not None:
             chooser = self.proposals.config.chooser
             if chooser != "second_pass" and decoding.n > 1:

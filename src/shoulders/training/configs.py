@@ -63,7 +63,8 @@ class TrainingConfig(BaseModel):
         clip: largest norm of the gradient.
         seed: of initial values and of the order of examples.
         validate_every: steps between validations; the last step always validates.
-        validation_rows: rows per task that select the best checkpoint.
+        validation_rows: rows per task that select the best checkpoint (of running text, chunks);
+            by default some 200 in all, of many tasks 8 each.
         select: what the best checkpoint is best at, averaged over tasks; `last` takes the last
             weights. Read several times, rows are answered better and better while the loss on
             others rises already: then `loss` stops too early.
@@ -87,7 +88,7 @@ class TrainingConfig(BaseModel):
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
     validate_every: int = Field(default=200, ge=1)
-    validation_rows: int = Field(default=8, ge=1)
+    validation_rows: int | None = Field(default=None, ge=1)
     select: Select = "loss"
     save_every: int = Field(default=50, ge=1)
     tensorboard: bool = False

@@ -30,7 +30,7 @@ from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.running_text import RunningText
 from shoulders.training.step import gradients
-from shoulders.training.validation import validate
+from shoulders.training.validation import SELECTING, validate
 
 
 def fit(
@@ -87,7 +87,7 @@ def fit(
         movement.resumed(progress.step)
     rows: Sequence[Row] = []
     if isinstance(validation, RunningText):
-        checked = validation.examples(config.validation_rows)
+        checked = validation.examples(config.validation_rows or SELECTING)
     else:
         rows = validation
         checked = [example_of(skill, row, templates.render(row, 0), 0) for row in rows]

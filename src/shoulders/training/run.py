@@ -17,7 +17,7 @@ from shoulders.data.mixture import Mixture, MixtureConfig, select_rows
 from shoulders.data.rows import Row, read_rows, task_of
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import TrainingError
+from shoulders.errors import TrainingError, require
 from shoulders.files import only_writer, sha256_of_path
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
@@ -65,6 +65,8 @@ def run_recipe(
             written by another process.
     """
     out = Path(out)
+    if recipe.training.tensorboard:
+        require("train", "tensorboard")
     if recipe.cross_fit is not None:
         raise TrainingError("a recipe with cross_fit trains several skills: use train")
     if recipe.members > 1:
@@ -149,7 +151,13 @@ def _task_data(
             f"{len(validation) - len(unseen)} validation rows also stand in the training "
             "files; they are not used to select"
         )
-    return mixture, choose_rows(unseen, recipe.training.validation_rows), templates
+    chosen = choose_rows(unseen, recipe.training.validation_rows)
+    if len(chosen) < len(unseen) and console is not None:
+        console.print(
+            f"selecting on {len(chosen)} of {len(unseen)} validation rows "
+            "(training.validation_rows counts those of each task)"
+        )
+    return mixture, chosen, templates
 
 
 def _text_data(

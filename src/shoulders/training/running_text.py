@@ -39,6 +39,7 @@ class RunningText:
 
     def __init__(self, lm: FrozenLM, files: Sequence[str], chunk: int, seed: int = 0) -> None:
         self._seed = seed
+        self._start = lm.start_ids
         self.chunks = [c for name in files for c in chunks_of(lm, Path(name), chunk)]
 
     def example(self, position: int) -> Example:
@@ -46,13 +47,16 @@ class RunningText:
         epoch, place = divmod(position, len(self.chunks))
         key = hashlib.sha256(repr((self._seed, "text", epoch)).encode()).digest()
         draws = np.random.PCG64(int.from_bytes(key)).random_raw(len(self.chunks))
-        return _example(self.chunks[int(np.argsort(draws, kind="stable")[place])])
+        return self._example(self.chunks[int(np.argsort(draws, kind="stable")[place])])
 
     def examples(self, most: int | None = None) -> list[Example]:
         """Return the chunks in the order of the files; of many, `most` spread evenly."""
         count = len(self.chunks)
         wanted = count if most is None else min(most, count)
-        return [_example(self.chunks[i * count // wanted]) for i in range(wanted)]
+        return [self._example(self.chunks[i * count // wanted]) for i in range(wanted)]
+
+    def _example(self, ids: list[int]) -> Example:
+        return Example("", input_ids=[*self._start, *ids[:1]], answer_ids=ids[1:], task=TASK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,3 @@ def chunks_of(lm: FrozenLM, file: Path, chunk: int) -> list[list[int]]:
     if not chunks:
         raise DataError(f"{file}: has {len(ids)} tokens; running text needs two or more")
     return chunks
-
-
-def _example(ids: list[int]) -> Example:
-    return Example(text="", input_ids=ids[:1], answer_ids=ids[1:], task=TASK)

@@ -17,15 +17,20 @@ from shoulders.training.configs import Select
 from shoulders.training.objective import Example
 from shoulders.training.step import losses_of
 
+SELECTING, LEAST = 200, 8  # rows in all, and of each task, where nothing is said
 
-def choose_rows(rows: Sequence[Row], per_task: int) -> list[Row]:
+
+def choose_rows(rows: Sequence[Row], per_task: int | None) -> list[Row]:
     """Return at most `per_task` rows of each task, chosen by a hash of their content.
 
-    The same rows for every method and seed, wherever they stand in the file.
+    The same rows for every method and seed, wherever they stand in the file. Without a number,
+    so many of each that they come to `SELECTING`, but `LEAST` of each.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.task, []).append(row)
+    if per_task is None:
+        per_task = max(LEAST, -(-SELECTING // max(1, len(groups))))
 
     def place(row: Row) -> str:
         return hashlib.sha256(f"{row.task}\n{row.input}".encode()).hexdigest()

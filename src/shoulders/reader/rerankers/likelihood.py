@@ -100,6 +100,7 @@ class LikelihoodReranker:
         """Return the ids before the question of every pair; `asked` are the questions' lengths."""
         before, after = self.config.instruction.split(_PASSAGE)
         head, tail = self.lm.tokenize([before, after])
+        head = [*self.lm.start_ids, *head]
         most = MOST_CHARACTERS_A_TOKEN * self.config.max_passage_tokens
         # A passage comes back for many questions.
         texts = list(dict.fromkeys(headed(p)[:most] for own in passages for p in own))
