@@ -296,7 +296,7 @@ def test_details_show_candidates_without_room(engine: Engine, skills: dict[str, 
     long = "write it as a word or a number " * 8
     job, answers = ask(engine, skills["textual"], long, max_new_tokens=5)
     assert answers.over.wait(30)
-    (proposed,) = skills["textual"].proposed([long], 5)
+    (proposed,) = skills["textual"].proposed([long])
     shown = [c["text"] for c in job.details["candidates"] if c["shown"]]
     left = {c.text for c in proposed.left_out}
     assert shown == [c.text for c in proposed.candidates if c.text not in left]
@@ -1136,3 +1136,19 @@ def test_work_for_a_stream_ends_with_its_connection(skills: dict[str, Any]) -> N
             yield "data: {}\n\n"
 
     asyncio.run(streamed())
+
+
+def test_pages_of_named_origins_may_ask(served: Server) -> None:
+    page = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
+    closed = TestClient(create_app(served))
+    assert closed.options("/v1/completions", headers=page).status_code == 405
+    client = TestClient(create_app(served, ["https://chat.example"]))
+    found = client.options("/v1/completions", headers=page)
+    assert found.status_code == 200
+    assert found.headers["access-control-allow-origin"] == "https://chat.example"
+    other = {**page, "Origin": "https://other.example"}
+    assert "access-control-allow-origin" not in client.options("/v1/models", headers=other).headers
+    answer = client.get("/v1/models", headers={**OPEN, "Origin": "https://chat.example"})
+    assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+    assert client.get("/v1/models", headers={"Origin": "https://chat.example"}).status_code == 401

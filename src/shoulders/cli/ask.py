@@ -14,6 +14,7 @@ from rich.text import Text
 from shoulders.cli import options
 from shoulders.cli.common import check_argument, check_outputs, emit_json, files_of, stderr, stdout
 from shoulders.errors import ShouldersError
+from shoulders.skills.hub import local
 
 if TYPE_CHECKING:
     from shoulders.skills.reader import Answer
@@ -51,6 +52,7 @@ def ask(
     from shoulders.cli.readers import open_reader
     from shoulders.reader.questions import Question
 
+    skill = local(skill)
     if not question.strip():
         raise ShouldersError("the question is empty")
     check_argument(question, "the question")

@@ -12,6 +12,7 @@ from shoulders.cli.common import check_outputs, files_of, note_given
 from shoulders.cli.perplexity import evaluate_text
 from shoulders.cli.rows import evaluate_rows
 from shoulders.errors import ShouldersError
+from shoulders.skills.hub import local
 
 # What each kind of data alone takes, see `_unused`.
 _OF_READERS = ("retriever", "k", "window", "no_rerank", "abstain_below", "contexts", "plot")
@@ -21,7 +22,7 @@ _OF_ROWS = ("templates", "normalizer", "max_new_tokens", "keep", "recurse_below"
 def evaluate(
     context: typer.Context,
     skill: Annotated[
-        str, typer.Argument(help="A skill's or ensemble's folder, or 'base': the bare LM.")
+        str, typer.Argument(help="A skill's or ensemble's folder, hf://USER/SKILL, or 'base'.")
     ],
     data: Annotated[
         Path,
@@ -74,6 +75,7 @@ def evaluate(
     vllm_api_key_file: options.VllmKeyFile = None,
 ) -> None:
     """Score a skill on data: exact match and F1 by task, with 95% bootstrap intervals."""
+    skill = local(skill)
     if normalizer not in ("general", "squad"):
         raise ShouldersError(f"--normalizer {normalizer}: use general or squad")
     reads = index is not None or readers.is_reader(skill)

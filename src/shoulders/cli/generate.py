@@ -27,12 +27,13 @@ from shoulders.cli.remote import through
 from shoulders.data.rows import Row
 from shoulders.errors import ShouldersError, placed
 from shoulders.files import sha256_of_path
+from shoulders.skills.hub import local
 
 
 def generate(
     context: typer.Context,
     skill: Annotated[
-        str, typer.Option(help="A skill's or ensemble's folder, or 'base': the bare LM.")
+        str, typer.Option(help="A skill's or ensemble's folder, hf://USER/SKILL, or 'base'.")
     ] = BASE,
     text: Annotated[str | None, typer.Option(help="One input; the answer is streamed.")] = None,
     input: Annotated[
@@ -68,6 +69,7 @@ def generate(
     from shoulders.lm.decode import DecodingConfig
     from shoulders.skills.skill import Skill
 
+    skill = local(skill)
     if (text is None) == (input is None):
         raise ShouldersError("give either --text or --input")
     if (input is None) != (output is None):

@@ -11,24 +11,26 @@ from rich.table import Table
 
 from shoulders.cli.common import check_outputs, emit_json, files_of, quiet_libraries, stdout
 from shoulders.cli.index import index_facts, show_index
+from shoulders.skills.hub import local
 
 
 def info(
     skill: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(help="A folder of a skill, an ensemble or an index. Default: the LM."),
     ] = None,
     lm: Annotated[str, typer.Option(help="LM: embedded, Hub id, folder, .gguf.")] = "embedded",
     json: Annotated[Path | None, typer.Option(help="Write the facts as JSON.")] = None,
 ) -> None:
     """Show what a skill, an index or the LM is: fingerprints, sizes, provenance."""
-    check_outputs(json, read=files_of(str(skill)) if skill is not None else ())
-    if skill is not None and _is_index(skill):
-        index = {"index": str(skill), **_index_facts(skill)}
+    folder = None if skill is None else Path(local(skill))
+    check_outputs(json, read=files_of(str(folder)) if folder is not None else ())
+    if folder is not None and _is_index(folder):
+        index = {"index": str(folder), **_index_facts(folder)}
         emit_json(json, index)
-        show_index(skill, index)
+        show_index(folder, index)
         return
-    facts = _skill_facts(skill) if skill is not None else _lm_facts(lm)
+    facts = _skill_facts(folder) if folder is not None else _lm_facts(lm)
     emit_json(json, facts)
     table = Table(show_header=False, title=escape(str(skill or lm)), title_justify="left")
     for key, value in facts.items():

@@ -16,6 +16,7 @@ from shoulders.cli import options
 from shoulders.cli.common import quiet_libraries, stderr
 from shoulders.cli.remote import connected, key_of
 from shoulders.errors import ShouldersError, install
+from shoulders.skills.hub import SCHEME, local
 
 if TYPE_CHECKING:
     from shoulders.serving.skillset import SkillSet
@@ -31,7 +32,7 @@ class Kind(StrEnum):
 def serve(
     skills: Annotated[
         list[str] | None,
-        typer.Option(help="A skill's folder, or NAME=FOLDER. Repeatable."),
+        typer.Option(help="A skill's folder, hf://USER/SKILL, or NAME=either. Repeatable."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -54,6 +55,10 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, help="Rows that one of them decodes.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests at once; more get 429.")] = 256,
     cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys/values.")] = 2.0,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Whose pages in browsers may ask, such as https://chat.example."),
+    ] = None,
     playground: Annotated[
         bool | None,
         typer.Option(help="The page at /. Default: only where --host is this machine's own."),
@@ -116,7 +121,7 @@ def serve(
     if watcher is not None:
         watcher.start()
     server = Server(served, answering, Metrics(answering), key)
-    app = create_app(server)
+    app = create_app(server, allow_origin or ())
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=60
     )
@@ -146,6 +151,11 @@ def _named(skills: Sequence[str]) -> dict[str, Path]:
         if not equals or Path(given).is_dir():
             path = Path(given)
             name = path.resolve().name
+        if given.startswith(SCHEME) or folder.startswith(SCHEME):
+            repository = folder if folder.startswith(SCHEME) else given
+            path = Path(local(repository))
+            own = repository.removeprefix(SCHEME).partition("@")[0].partition("/")[2]
+            name = name if folder.startswith(SCHEME) else own
         if name in folders:
             raise ShouldersError(
                 f"--skills {folders[name]} and {path} are both named '{name}': use NAME=FOLDER"

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -54,8 +55,11 @@ class Server:
     api_key: str | None = None
 
 
-def create_app(server: Server) -> FastAPI:
-    """Return the application; nothing is global, several may run in one process."""
+def create_app(server: Server, origins: Sequence[str] = ()) -> FastAPI:
+    """Return the application; nothing is global, several may run in one process.
+
+    Pages of `origins` (`https://chat.example`; `*` for all) may ask from browsers (CORS).
+    """
     app = FastAPI(title="shoulders", version=__version__, docs_url="/docs", redoc_url=None)
 
     def authorised(request: Request) -> None:
@@ -70,6 +74,9 @@ def create_app(server: Server) -> FastAPI:
     guarded = [Depends(authorised)]
     handle_errors(app)
     watch_requests(app, authorised, ended)
+    if origins:  # around all else: a browser asks first, without the key
+        app.add_middleware(CORSMiddleware, allow_origins=[*origins], allow_headers=["*"],
+                           allow_methods=["GET", "POST"])  # fmt: skip
 
     @app.get("/health")
     def health() -> dict[str, str]:

@@ -14,6 +14,7 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.artefact import ENSEMBLE, Artefact, load_skill, read_artefact
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import load_ensemble, read_ensemble
+from shoulders.skills.hub import local_folder
 from shoulders.skills.skill import Skill
 
 
@@ -23,7 +24,7 @@ def load(
     """Load what a folder holds around an LM, with the templates that it was trained with.
 
     Args:
-        folder: of a skill or an ensemble.
+        folder: of a skill or an ensemble; or `hf://USER/SKILL`, see `shoulders.skills.hub`.
         lm: the frozen LM that it was trained on.
         encoder: returns an encoder by name, where several skills share them; None loads each once.
 
@@ -33,7 +34,7 @@ def load(
     >>> lm = load_lm("embedded", dtype="int8")  # doctest: +SKIP
     >>> skill, templates = load("runs/skill", lm)  # doctest: +SKIP
     """
-    folder, encoder = Path(folder), encoder or functools.cache(load_encoder)
+    folder, encoder = local_folder(folder), encoder or functools.cache(load_encoder)
     if (folder / ENSEMBLE).is_file():
         return load_ensemble(folder, lm, encoder)
     return load_skill(folder, lm, encoder)
