@@ -1107,6 +1107,7 @@ def test_the_shipped_plan_is_valid_and_trains_on_no_test_row() -> None:
     assert len(plan.seeds) == 3
 
 
+@pytest.mark.slow  # starts two trainings in processes of their own
 def test_a_rival_that_diverges_is_a_failed_trial(tmp_path: Path, lm_folder: Path) -> None:
     """Its own process says so; the comparison goes on, and can be resumed."""
     plan = plan_for(tmp_path, lm_folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,12 +203,14 @@ def naive_generate(
 def numpy_sampler(
     seed: int, ids: Sequence[int], sample: int, temperature: float, top_p: float
 ) -> Callable[[Tensor], int]:
-    """Return a reference sampler: sort, cut the tail, invert the cumulative distribution."""
+    """Return a reference sampler: cut the tail, let what is kept race."""
     random = sample_stream(seed, ids, sample)
-    return lambda logits: numpy_sample(logits.double().numpy(), random.random(), temperature, top_p)
+    return lambda logits: numpy_sample(logits.double().numpy(), random, temperature, top_p)
 
 
-def numpy_sample(logits: np.ndarray, uniform: float, temperature: float, top_p: float) -> int:
+def numpy_sample(
+    logits: np.ndarray, random: np.random.Generator, temperature: float, top_p: float
+) -> int:
     weights = np.exp((logits - logits.max()) / temperature)
     probabilities = weights / weights.sum()
     order = np.argsort(-probabilities, kind="stable")
@@ -219,12 +220,8 @@ def numpy_sample(logits: np.ndarray, uniform: float, temperature: float, top_p: 
         mass += probabilities[token]
         if mass >= top_p:
             break
-    reached, goal = 0.0, uniform * sum(probabilities[t] for t in kept)
-    for token in kept:
-        reached += probabilities[token]
-        if reached > goal:
-            return token
-    return kept[-1]
+    times = random.standard_exponential(len(logits), dtype=np.float32)
+    return min(kept, key=lambda token: float(times[token]) / max(probabilities[token], 1e-300))
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -795,12 +792,14 @@ def test_score_tells_first_choices(tiny_lm: Callable[[str], FrozenLM]) -> None:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.35, 1e-6])
 def test_next_tokens_equal_numpy(temperature: float, top_p: float) -> None:
-    random = np.random.default_rng(0)
-    logits = random.normal(0, 2, (200, 50)).astype(np.float32)
-    uniforms = random.random(200)
-    found = next_tokens(torch.from_numpy(logits), uniforms.tolist(), temperature, top_p)
-    pairs = zip(logits.astype(np.float64), uniforms, strict=True)
-    expected = [numpy_sample(row, u, temperature, top_p) for row, u in pairs]
+    logits = np.random.default_rng(0).normal(0, 2, (200, 50)).astype(np.float32)
+
+    def randoms() -> list[np.random.Generator]:
+        return [np.random.default_rng(i) for i in range(200)]
+
+    found = next_tokens(torch.from_numpy(logits), randoms(), temperature, top_p)
+    pairs = zip(logits.astype(np.float64), randoms(), strict=True)
+    expected = [numpy_sample(row, random, temperature, top_p) for row, random in pairs]
     assert found.tolist() == expected
     if top_p < 1e-3:
         assert found.tolist() == logits.argmax(-1).tolist()
@@ -825,34 +824,60 @@ def test_likeliest_equals_argmax_and_logsumexp(
     torch.testing.assert_close(whole, logits.logsumexp(-1), rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_rounding_hardly_ever_changes_a_draw(top_p: float) -> None:
+    """Neither in a flat tail, where thousands of tokens are less likely than rounding is large."""
+    normal = np.random.default_rng(0).normal
+    logits = torch.from_numpy(normal(0, 2, (500, 20_000)).astype(np.float32))
+    noise = torch.from_numpy(normal(0, 1e-5, logits.shape).astype(np.float32))
+    found, again = (
+        next_tokens(values, [np.random.default_rng(i) for i in range(500)], 1.3, top_p)
+        for values in (logits, logits + noise)
+    )
+    assert torch.equal(found, again)
+
+
 def test_next_tokens_have_the_right_frequencies() -> None:
-    """Evenly spaced draws hit each kept token in proportion to its probability."""
     probabilities = np.array([0.4, 0.25, 0.2, 0.1, 0.05])
-    draws = 4000
+    draws = 40_000
     logits = torch.from_numpy(np.log(probabilities[[3, 0, 4, 1, 2]])).float().repeat(draws, 1)
-    uniforms = ((np.arange(draws) + 0.5) / draws).tolist()
-    every = np.bincount(next_tokens(logits, uniforms, 1.0, 1.0), minlength=5)[[1, 3, 4, 0, 2]]
-    assert np.abs(every / draws - probabilities).max() < 1 / draws + 1e-6
-    nucleus = np.bincount(next_tokens(logits, uniforms, 1.0, 0.8), minlength=5)[[1, 3, 4, 0, 2]]
-    kept = np.array([0.4, 0.25, 0.2, 0, 0]) / 0.85
-    assert np.abs(nucleus / draws - kept).max() < 1 / draws + 1e-6
+    for top_p, kept in ((1.0, probabilities), (0.8, np.array([0.4, 0.25, 0.2, 0, 0]) / 0.85)):
+        randoms = [np.random.default_rng(0)] * draws  # one stream, draw by draw
+        found = np.bincount(next_tokens(logits, randoms, 1.0, top_p), minlength=5)[[1, 3, 4, 0, 2]]
+        error = 4 * np.sqrt(kept * (1 - kept) / draws)
+        assert (np.abs(found / draws - kept) <= error).all()
+
+
+class Drawn:
+    """A stream whose times are given."""
+
+    def __init__(self, *times: float) -> None:
+        self.times = times
+
+    def standard_exponential(self, size: int, dtype: Any) -> np.ndarray:
+        return np.array(self.times[:size], dtype=dtype)
 
 
 def test_next_tokens_at_the_edges() -> None:
+    def chosen(logits: Tensor, times: Sequence[float], temperature: float, top_p: float) -> int:
+        return int(next_tokens(logits, [Drawn(*times)], temperature, top_p))  # type: ignore[list-item]
+
     logits = torch.tensor([[0.0, 1.0, -1.0]])
-    assert next_tokens(logits, [0.0], 1.0, 1.0).tolist() == [1]
-    assert next_tokens(logits, [math.nextafter(1, 0)], 1.0, 1.0).tolist() == [2]
-    assert next_tokens(logits, [math.nextafter(1, 0)], 1.0, 0.9).tolist() == [0]
+    assert chosen(logits, (1, 1, 1), 1.0, 1.0) == 1
+    assert chosen(logits, (1, 1, 0), 1.0, 1.0) == 2, "a time of nothing wins"
+    assert chosen(logits, (0.1, 1, 0), 1.0, 0.9) == 0, "but not for what is cut off"
+    assert chosen(logits, (1, 50, 0), 1.0, 1e-9) == 1
     huge = torch.tensor([[-1e30, 3.0, 1e4]])
-    assert next_tokens(huge, [0.999], 0.01, 0.999).tolist() == [2]
+    assert chosen(huge, (0, 0, 50), 0.01, 0.999) == 2
     for tiny in (1e-308, 5e-324):
-        assert next_tokens(logits * 30, [0.999], tiny, 1.0).tolist() == [1]
-        assert next_tokens(-logits.abs() - 40, [0.999], tiny, 1.0).tolist() == [0]
+        assert chosen(logits * 30, (0, 50, 0), tiny, 1.0) == 1
+        assert chosen(-logits.abs() - 40, (50, 0, 0), tiny, 1.0) == 0
 
 
 def test_next_tokens_of_a_row_of_nan_are_its_own_affair() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0], [torch.nan] * 3, [0.0, torch.inf, 0.0]])
-    found = next_tokens(logits, [0.0, 0.5, 0.5], 1.0, 0.9).tolist()
+    times = Drawn(1, 1, 1)
+    found = next_tokens(logits, [times] * 3, 1.0, 0.9).tolist()  # type: ignore[list-item]
     assert found[0] == 1
     assert all(0 <= token < 3 for token in found)
 

@@ -225,9 +225,9 @@ def choose(lm: FrozenLM, logits: Tensor, running: Sequence[Running]) -> Tensor:
             ways.setdefault((state.config.temperature, state.config.top_p), []).append(i)
     chosen, whole = likeliest(logits)
     for (temperature, top_p), rows in ways.items():
-        uniforms = [running[i].random.random() for i in rows]
+        randoms = [running[i].random for i in rows]
         own = torch.tensor(rows, device=logits.device)
-        chosen[own] = next_tokens(logits[own], uniforms, temperature, top_p)
+        chosen[own] = next_tokens(logits[own], randoms, temperature, top_p)
     logprobs = (logits.gather(1, chosen[:, None])[:, 0] - whole).tolist()
     for i, (state, token) in enumerate(zip(running, chosen.tolist(), strict=True)):
         state.ids.append(token)

@@ -39,13 +39,19 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def next_tokens(
-    logits: Tensor, uniforms: Sequence[float], temperature: float, top_p: float
+    logits: Tensor, randoms: Sequence[np.random.Generator], temperature: float, top_p: float
 ) -> Tensor:
     """Choose one token per row.
 
+    An exponential race (the Gumbel-max trick, Yellott 1977): of all tokens the one whose
+    exponential time, divided by its probability, is the shortest. Inverting the cumulative
+    distribution takes one number for all tokens, but what a draw finds then hangs on the sum of
+    thousands of probabilities, and in a flat tail on their order: rounding, which differs from
+    batch to batch, would change some draw in every few hundred (promise 3).
+
     Args:
         logits: `[b, vocabulary]` float32.
-        uniforms: `b` numbers in [0, 1), one from each row's stream.
+        randoms: each row's own stream, `b` of them; a draw takes a number for every token.
         temperature: above 0; see `likeliest` for greedy.
         top_p: keep the smallest set of most likely tokens with at least this probability
             (nucleus sampling, Holtzman et al. 2020).
@@ -55,16 +61,14 @@ def next_tokens(
     """
     # Below the greatest, so that a tiny temperature makes -inf of them and never inf.
     below = logits.double() - logits.amax(-1, keepdim=True)
-    probabilities, order = torch.softmax(below / temperature, -1).sort(
-        stable=True, dim=-1, descending=True
-    )
-    before = probabilities.cumsum(-1) - probabilities
-    kept = torch.where(before < top_p, probabilities, 0.0)
-    cumulative = kept.cumsum(-1)
-    draws = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None]
-    # Inverse of the cumulative distribution: the first token whose sum exceeds the draw.
-    place = (cumulative <= draws * cumulative[:, -1:]).sum(-1, keepdim=True)
-    place = torch.minimum(place, (kept > 0).sum(-1, keepdim=True) - 1)
-    # A row of NaN keeps nothing: any token will do for it, its neighbours are to get theirs.
-    place = place.clamp(min=0)
-    return order.gather(1, place)[:, 0]
+    kept = torch.softmax(below / temperature, -1)
+    if top_p < 1:
+        descending, order = kept.sort(stable=True, dim=-1, descending=True)
+        before = descending.cumsum(-1) - descending
+        nucleus = torch.where(before < top_p, descending, 0.0)
+        kept = torch.zeros_like(kept).scatter(1, order, nucleus)
+    size = logits.shape[1]
+    drawn = np.stack([own.standard_exponential(size, dtype=np.float32) for own in randoms])
+    times = torch.from_numpy(drawn).clamp_(min=float(np.finfo(np.float32).tiny))
+    # A row of NaN has no shortest time: any token will do for it, its neighbours get theirs.
+    return (kept / times.to(logits.device)).argmax(-1)
