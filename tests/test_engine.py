@@ -961,8 +961,9 @@ def test_log_probabilities_name_every_token_apart(served: Server) -> None:
             assert len(top) >= 5
 
 
-def test_a_token_is_named_by_what_it_stands_for() -> None:
-    embedded: FrozenLM = load_lm("embedded")
+@pytest.mark.slow
+def test_a_token_is_named_by_what_it_stands_for(embedded_lm: FrozenLM) -> None:
+    embedded = embedded_lm
     text = "party 🎉🎉 é"
     ids = embedded.tokenize([text])[0]
     parts = [token_bytes(embedded, i) for i in ids]
