@@ -16,7 +16,7 @@ from shoulders.lm.decode import Completion
 from shoulders.serving.answers import Answering, new_seed
 from shoulders.serving.api import Server, conversation, count
 from shoulders.serving.guards import LOG, status_of
-from shoulders.serving.schema import MAX_TOKENS, ChatRequest
+from shoulders.serving.schema import ChatRequest
 from shoulders.serving.skillset import Served
 from shoulders.serving.views import STYLE, details_html, heat_html
 from shoulders.skills.attended import attended
@@ -24,7 +24,7 @@ from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.reader import Reader
 
 PATIENCE = 300.0  # seconds for an answer; whoever has closed the page waits no longer
-LONGEST = 64  # tokens of an answer, where the page is not told otherwise
+LONGEST, MOST = 64, 4096  # tokens of an answer: where the page is not told otherwise, and at most
 BUSY = "…"
 EXAMPLE = "What is the opposite of hot?"
 KINDS = {
@@ -182,7 +182,7 @@ def build(server: Server) -> gr.Blocks:
             two = gr.Checkbox(label="Two skills side by side", elem_id="two", container=False)
         with gr.Accordion("How to answer", open=False):
             longest = gr.Slider(
-                1, MAX_TOKENS, LONGEST, step=1, label="Longest answer, in tokens", elem_id="longest"
+                1, MOST, LONGEST, step=1, label="Longest answer, in tokens", elem_id="longest"
             )
             warmth = gr.Slider(
                 0, 2, 0, step=0.1, label="Temperature (0: the likeliest token)", elem_id="warmth"
