@@ -34,11 +34,12 @@ class Framing:
         """
         head, tail = self._frame()
         rooms = [answer_room] * len(texts) if isinstance(answer_room, int) else answer_room
+        window = self._window_room()
         rows = []
         ahead = self._ahead(texts)
         for i, ids in enumerate(self._lm.tokenize(texts)):
             which, answer_room = (i + 1, texts[i]), rooms[i]
-            limit = self.input_room(answer_room)
+            limit = self._room_in(window, answer_room)
             if limit < 1:
                 letters = f", letters {most_tokens(n)}" if (n := self._form.spelling) else ""
                 raise WindowError(
@@ -63,7 +64,10 @@ class Framing:
 
     def input_room(self, answer_room: int = 1) -> int:
         """Return how many tokens of input fit beside prompt, separator and so long an answer."""
-        room = self._window_room() - answer_room
+        return self._room_in(self._window_room(), answer_room)
+
+    def _room_in(self, window: int, answer_room: int) -> int:
+        room = window - answer_room
         return min(room, self._form.max_input_tokens or room)
 
     def answer_room(self, wanted: int) -> int:
