@@ -70,7 +70,7 @@ def _compared(
     rows = rows_of(plan)
     if rows.seen:
         console.print(f"note: {rows.seen} test rows are trained on, and left out", markup=False)
-    methods = methods_of(plan, lm)
+    every = methods = methods_of(plan, lm)
     in_order(methods, ledger, plan.seeds)
     ledger.note()
     if finished:
@@ -102,7 +102,7 @@ def _compared(
     after = lm.digest()
     if after != before:
         raise TrainingError("the frozen LM changed during the comparison; its figures are void")
-    left = unfinished(plan, methods_of(plan, lm) if finished else methods, ledger)
+    left = unfinished(plan, every, ledger)
     if not left:  # of others that are trained later it would say nothing
         ask_first_again(setting)
     return {**_figures(setting, before, after), "unfinished": left}

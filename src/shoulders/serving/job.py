@@ -109,7 +109,8 @@ def _answers(
     asks = []
     for skill, text, decoding in wanted:
         if skill.proposals is not None:
-            gathering = skill.proposals.gather(text, skill.last)
+            before, last = skill.proposals, skill.last
+            gathering = before.gather(text, last, before.room(last))
             found = yield from _gathered(job, gathering)
             job.details["candidates"] = [
                 {

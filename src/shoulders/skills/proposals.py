@@ -60,16 +60,22 @@ class Proposals:
     def __init__(self, skill: Skill, config: ProposeConfig) -> None:
         self.skill, self.config = skill, config
 
-    def gather(self, text: str, reader: Skill) -> Gathering:
+    def room(self, reader: Skill) -> int:
+        """Return the tokens that passes which read candidates have for an input.
+
+        It leaves room for an answer as long as a sample may be, as in training.
+        """
+        return reader.input_room(self.config.max_new_tokens)
+
+    def gather(self, text: str, reader: Skill, room: int) -> Gathering:
         """Say what is to be answered to propose answers for one text, round after round.
 
         Args:
             text: the input.
-            reader: the passes that read candidates; they answer again in further rounds. What they
-                read leaves room for an answer as long as a sample may be, as in training.
+            reader: the passes that read candidates; they answer again in further rounds.
+            room: tokens that they have for an input, see `room`.
         """
         config, count = self.config, reader.count_tokens
-        room = reader.input_room(config.max_new_tokens)
         (samples,) = yield [Wanted(self.skill, text, config.decoding())]
         candidates = merged(samples)
         for number in range(1, config.rounds):
@@ -93,7 +99,8 @@ class Proposals:
         Raises:
             ShouldersError: no sample of any text says anything.
         """
-        rows = [self.gather(text, reader) for text in texts]
+        room = self.room(reader)
+        rows = [self.gather(text, reader, room) for text in texts]
         wanted = {i: next(row) for i, row in enumerate(rows)}
         found: dict[int, Proposed] = {}
         while wanted:
