@@ -13,10 +13,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoulders.benchmark.contender import Contender, by_turns, measured, median
-from shoulders.benchmark.limits import layer_shapes, step_operations
+from shoulders.benchmark.limits import layer_shapes, product_of, step_operations
 from shoulders.benchmark.rows import benchmark_rows
 from shoulders.errors import ShouldersError
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.kernels import available
 from tiny_models import environment, save_tiny_lm, write_jsonl
 
 
@@ -56,6 +57,20 @@ def test_contenders_run_by_turns_and_failures_are_named() -> None:
     assert median(results["a"], "t") == pytest.approx(sum(r["t"] for r in results["a"]) / 2)
     with pytest.raises(ShouldersError, match="benchmark bad failed: ValueError: broken"):
         measured(Contender("bad", [sys.executable, "-c", "raise ValueError('broken')"]))
+
+
+def test_the_int8_limit_is_that_of_the_products_an_int8_lm_runs_on() -> None:
+    kernels = available()
+    if kernels is None or kernels.int8 is None:
+        pytest.skip("this processor has no products of packed int8")
+    random = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (5, 64), dtype=torch.int8, generator=random)
+    weight = torch.randint(-127, 128, (192, 64), dtype=torch.int8, generator=random)
+    measured = product_of(x, weight)
+    assert measured.func == kernels.int8.product
+    assert torch.equal(measured(), x.int() @ weight.int().T)
+    odd = torch.randint(-127, 128, (7, 64), dtype=torch.int8, generator=random)  # fits no panel
+    assert torch.equal(product_of(x, odd)(), x.int() @ odd.int().T)
 
 
 def test_rows_are_the_demos_or_a_users(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from shoulders.lm.block import multiplied
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.kernels import available
 from shoulders.lm.load import load_lm
 
 POSITIONS = 256  # rows of the measured products, about one pack
@@ -62,7 +63,8 @@ def matmul_rates(name: str) -> dict[str, float]:
     """Return operations per second on the LM's own shapes, by type: the median of three rounds.
 
     Forward products `x W^T` and backward ones `g W` of `POSITIONS` rows, every shape weighted by
-    the work it stands for in the LM.
+    the work it stands for in the LM. Floats are torch's own products; int8 has what an int8 LM is
+    multiplied by here, packed weights where the processor has such products.
     """
     shapes = layer_shapes(load_lm(name, dtype="float32"))
     rates = {}
@@ -77,11 +79,21 @@ def _rate(shapes: Sequence[tuple[int, int]], kind: str) -> float:
     for n, k in sorted(set(shapes)):
         count = shapes.count((n, k))
         x, w, g = _drawn(POSITIONS, k, kind), _drawn(n, k, kind), _drawn(POSITIONS, n, kind)
-        multiply = multiplied if kind == "int8" else torch.mm
-        for left, right in ((x, w.T), (g, w)):
-            seconds += count * _seconds(functools.partial(multiply, left, right))
+        for left, right in ((x, w), (g, w.T)):
+            seconds += count * _seconds(product_of(left, right))
             operations += count * 2 * POSITIONS * n * k
     return operations / seconds
+
+
+def product_of(x: torch.Tensor, weight: torch.Tensor) -> functools.partial[torch.Tensor]:
+    """Return what multiplies `x [m, k]` by a weight `[n, k]`, as an LM of their type does."""
+    if x.dtype != torch.int8:
+        return functools.partial(torch.mm, x, weight.T)
+    kernels = available()
+    ours = None if kernels is None else kernels.int8
+    if ours is None or not ours.fits(weight):
+        return functools.partial(multiplied, x, weight.T)
+    return functools.partial(ours.product, x, ours.packed(weight))
 
 
 def _drawn(m: int, n: int, kind: str) -> torch.Tensor:

@@ -177,5 +177,5 @@ def _limits(rates: dict[str, Any]) -> str:
     shown = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in rates.items())
     return (
         f"matrix products on the LM's shapes, in 10^9 operations per second: {shown}; "
-        "the limit is the faster floating-point one"
+        "the limit is the faster floating-point one, which int8 can exceed"
     )
