@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memory import peak_bytes
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def main() -> None:
         "rows": len(rows),
         "new_tokens": sum(len(a) for a in answers.values()),
         "token_ids": [answers[i] for i in range(len(rows))],
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_bytes(),
     }
     print(json.dumps(result))
 

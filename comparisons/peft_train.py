@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +32,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+from memory import peak_bytes
 
 
 def main() -> None:
@@ -103,7 +104,7 @@ def train(
         "seconds": clock.end - clock.start,
         "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_bytes(),
     }
 
 

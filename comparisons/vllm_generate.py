@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import time
 from pathlib import Path
+
+from memory import peak_bytes
 
 # vLLM reads these when it is imported: GiB of cache, and no worker process of its own, so that
 # the peak of memory is this process's.
@@ -74,7 +75,7 @@ def main() -> None:
         "rows": len(rows),
         "new_tokens": sum(map(len, tokens)),
         "token_ids": tokens,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_bytes(),
     }
     print(json.dumps(result), flush=True)
 

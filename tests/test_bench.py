@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shoulders.benchmark.contender import Contender, by_turns, measured, median
 from shoulders.benchmark.limits import layer_shapes, product_of, step_operations
 from shoulders.benchmark.rows import benchmark_rows
+from shoulders.benchmark.train import TrainBenchmark, contenders, summary
 from shoulders.errors import ShouldersError
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.kernels import available
@@ -57,6 +58,29 @@ def test_contenders_run_by_turns_and_failures_are_named() -> None:
     assert median(results["a"], "t") == pytest.approx(sum(r["t"] for r in results["a"]) / 2)
     with pytest.raises(ShouldersError, match="benchmark bad failed: ValueError: broken"):
         measured(Contender("bad", [sys.executable, "-c", "raise ValueError('broken')"]))
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(ShouldersError, match="benchmark big was ended by SIGKILL"):
+        measured(Contender("big", [sys.executable, "-c", killed]))
+    chatty = "print('hello'); print('{\"t\": 1}'); print('{so long}')"
+    assert measured(Contender("chatty", [sys.executable, "-c", chatty])) == {"t": 1}
+
+
+def test_lora_is_measured_in_both_precisions_and_counts_at_its_best(tmp_path: Path) -> None:
+    settings = TrainBenchmark(
+        lm=str(tmp_path), dtypes=["int8"], kinds=["static"], rows_per_step=4, length=3, runs=1,
+        peers=tmp_path,
+    )  # fmt: skip
+    commands = {one.name: list(one.command) for one in contenders(settings, tmp_path / "rows")}
+    for name, precision in (("peft_lora", "float32"), ("peft_lora_bf16", "bfloat16")):
+        told = commands[name]
+        assert told[told.index("--variant") + 1] == "lora"
+        given = told[told.index("--dtype") + 1] if "--dtype" in told else "float32"
+        assert given == precision
+    figures = {"share_of_limit": 0.5}
+    speeds = dict.fromkeys(commands, 10.0) | {"peft_lora_bf16": 40.0, "static int8": 80.0}
+    methods = {name: {"real_tokens_per_s": v, **figures} for name, v in speeds.items()}
+    result = summary(settings, methods, {}, 8)
+    assert result["ratios"]["lora"] == 2.0
 
 
 def test_the_int8_limit_is_that_of_the_products_an_int8_lm_runs_on() -> None:
@@ -105,6 +129,9 @@ def test_bench_from_the_command_line(what: str, figure: str, tmp_path: Path) -> 
     assert result["share_of_limit"] > 0
     assert result["ratios"] == {}
     assert set(result["limit_operations_per_s"]) == {"float32", "bfloat16", "int8"}
+    assert all(len(several) == 1 for several in result["limit_samples"].values())
+    peaks = [entry["peak_rss_bytes"] for entry in result["methods"].values()]
+    assert all(2**26 < peak < 2**31 for peak in peaks)
 
 
 def test_missing_peers_and_unknown_kinds_are_named(tmp_path: Path) -> None:

@@ -24,6 +24,22 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_bytes() -> int:
+    """Return the most memory that this process has had resident.
+
+    Not `ru_maxrss` where Linux says better: that begins at what its parent had.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -47,14 +49,30 @@ def by_turns(
 
 
 def measured(contender: Contender) -> dict[str, Any]:
-    """Run a contender once and return its last line's JSON."""
+    """Run a contender once and return the JSON of the last line that is a mapping.
+
+    Raises `ShouldersError` where it ends otherwise, with what ended it.
+    """
     done = subprocess.run(list(contender.command), capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        why = ", as the system does where memory ends" if name == "SIGKILL" else ""
+        raise ShouldersError(f"benchmark {contender.name} was ended by {name}{why}")
+    found = None if done.returncode else _mapping(done.stdout)
+    if found is None:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
         raise ShouldersError(f"benchmark {contender.name} failed: {said}")
-    value: dict[str, Any] = json.loads(lines[-1])
-    return value
+    return found
+
+
+def _mapping(said: str) -> dict[str, Any] | None:
+    # Libraries print beside what a worker reports, after it too.
+    for line in reversed(said.splitlines()):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                value: dict[str, Any] = json.loads(line)
+                return value
+    return None
 
 
 def median(runs: Sequence[dict[str, Any]], key: str) -> float:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from shoulders.benchmark.contender import Contender, by_turns, median, peer_lm, write_rows
-from shoulders.benchmark.limits import matmul_rates
+from shoulders.benchmark.limits import LIMIT, floating, limit_of, limits
 from shoulders.benchmark.worker import INIT
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
@@ -56,7 +56,6 @@ def bench_generate(
     Raises:
         ShouldersError: a contender failed.
     """
-    rates = matmul_rates(settings.lm)
     lm = load_lm(settings.lm, dtype="float32")
     ids = Skill(lm, SkillConfig()).input_ids([row["input"] for row in rows])
     random = torch.Generator().manual_seed(0)
@@ -64,8 +63,10 @@ def bench_generate(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         write_rows(file, [{**row, "ids": own} for row, own in zip(rows, ids, strict=True)])
-        results = by_turns(contenders(settings, file, prompt), settings.runs, console)
-    limit = max(rates["float32"], rates["bfloat16"])
+        measured = [limit_of(settings.lm), *contenders(settings, file, prompt)]
+        results = by_turns(measured, settings.runs, console)
+    limit = limits(results.pop(LIMIT))
+    fastest = floating(limit["limit_operations_per_s"])
     methods: dict[str, Any] = {}
     for name, runs in results.items():
         seconds = median(runs, "seconds")
@@ -76,7 +77,7 @@ def bench_generate(
             "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
         }
         if "operations" in runs[0]:
-            methods[name]["share_of_limit"] = runs[0]["operations"] / seconds / limit
+            methods[name]["share_of_limit"] = runs[0]["operations"] / seconds / fastest
     if settings.peers is not None:
         _compare(methods, {name: runs[0]["token_ids"] for name, runs in results.items()})
     first = f"{settings.kinds[0]} {settings.dtypes[0]}"
@@ -86,7 +87,7 @@ def bench_generate(
         "share_of_limit": methods[first]["share_of_limit"],
         "ratios": methods[first].get("ratios", {}),
         "headline": first,
-        "limit_operations_per_s": rates,
+        **limit,
         "methods": methods,
         "rows": len(rows),
         "new_tokens": settings.new_tokens,

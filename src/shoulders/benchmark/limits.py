@@ -1,17 +1,23 @@
 """The machine's limit: how fast it multiplies matrices of the LM's shapes, and what a step needs.
 
 Rates are measured, work is counted; their quotient says how much of the machine a run used.
+`python -m shoulders.benchmark.limits` measures once: it takes its turn among the contenders, so
+that a slow minute of the machine hits the limit as it hits them.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from shoulders.benchmark.contender import Contender, median
 from shoulders.lm.block import multiplied
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.kernels import available
@@ -19,6 +25,33 @@ from shoulders.lm.load import load_lm
 
 POSITIONS = 256  # rows of the measured products, about one pack
 SECONDS = 0.1  # for each shape and direction
+TYPES = ("float32", "bfloat16", "int8")
+LIMIT = "limit"  # its name among the contenders
+
+
+def main() -> None:
+    """Print the rates of one measurement as a JSON line."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--lm", required=True)
+    sys.stdout.write(json.dumps(matmul_rates(parser.parse_args().lm)) + "\n")
+
+
+def limit_of(lm: str) -> Contender:
+    """Return what measures the machine's rates on an LM's shapes once."""
+    return Contender(LIMIT, [sys.executable, "-m", "shoulders.benchmark.limits", "--lm", lm])
+
+
+def limits(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return the median of each rate over runs, and all of them, as a result has them."""
+    return {
+        "limit_operations_per_s": {kind: median(runs, kind) for kind in TYPES},
+        "limit_samples": {kind: [run[kind] for run in runs] for kind in TYPES},
+    }
+
+
+def floating(rates: dict[str, float]) -> float:
+    """Return the limit that shares are of: the faster floating-point rate."""
+    return max(rates["float32"], rates["bfloat16"])
 
 
 def layer_shapes(lm: FrozenLM) -> list[tuple[int, int]]:
@@ -60,18 +93,14 @@ def generation_operations(lm: FrozenLM, read: int, written: int) -> float:
 
 
 def matmul_rates(name: str) -> dict[str, float]:
-    """Return operations per second on the LM's own shapes, by type: the median of three rounds.
+    """Return operations per second on the LM's own shapes, by type.
 
     Forward products `x W^T` and backward ones `g W` of `POSITIONS` rows, every shape weighted by
     the work it stands for in the LM. Floats are torch's own products; int8 has what an int8 LM is
     multiplied by here, packed weights where the processor has such products.
     """
     shapes = layer_shapes(load_lm(name, dtype="float32"))
-    rates = {}
-    for kind in ("float32", "bfloat16", "int8"):
-        several = [_rate(shapes, kind) for _ in range(3)]
-        rates[kind] = sorted(several)[1]
-    return rates
+    return {kind: _rate(shapes, kind) for kind in TYPES}
 
 
 def _rate(shapes: Sequence[tuple[int, int]], kind: str) -> float:
@@ -109,3 +138,7 @@ def _seconds(run: Callable[[], Any]) -> float:
         run()
         count += 1
     return (time.perf_counter() - started) / count
+
+
+if __name__ == "__main__":
+    main()

@@ -13,12 +13,19 @@ from typing import Any
 from rich.console import Console
 
 from shoulders.benchmark.contender import Contender, by_turns, median, peer_lm, write_rows
-from shoulders.benchmark.limits import matmul_rates
+from shoulders.benchmark.limits import LIMIT, floating, limit_of, limits
 from shoulders.machine import machine
 
 KINDS = ("static", "idpt", "static_kv", "idpt_kv")
-# Peers by name: PEFT prompt tuning as documented, its better settings, and LoRA.
-PEERS = ("default", "grouped", "bf16", "lora")
+# Peers by name, and what their script is told: PEFT prompt tuning as documented, its better
+# settings, and LoRA in either precision.
+PEERS = {
+    "default": ["--variant", "default"],
+    "grouped": ["--variant", "grouped"],
+    "bf16": ["--variant", "bf16"],
+    "lora": ["--variant", "lora"],
+    "lora_bf16": ["--variant", "lora", "--dtype", "bfloat16"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,8 @@ def bench_train(
 ) -> dict[str, Any]:
     """Measure every contender by turns and return the figures, medians over runs.
 
+    Of those with an encoder, speeds are those of rows that it has read before: its outputs are
+    kept on disk. `real_tokens_per_s_at_first` has what reading them takes.
     `real_tokens_per_s`, `share_of_limit` and `ratios` at the top are those of the slowest of the
     vector kinds (static, idpt) that were run, or of all kinds where neither was, in the first
     dtype.
@@ -51,13 +60,14 @@ def bench_train(
     Raises:
         ShouldersError: a contender failed.
     """
-    rates = matmul_rates(settings.lm)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         write_rows(file, rows)
-        results = by_turns(contenders(settings, file), settings.runs, console)
+        measured = [limit_of(settings.lm), *contenders(settings, file)]
+        results = by_turns(measured, settings.runs, console)
+    limit = limits(results.pop(LIMIT))
+    rates = limit["limit_operations_per_s"]
     real = float(results[_ours(settings.dtypes[0], settings.kinds[0])][0]["real_tokens"])
-    fastest_limit = max(rates["float32"], rates["bfloat16"])
     methods = {}
     for name, runs in results.items():
         seconds = median(runs, "seconds")
@@ -72,10 +82,14 @@ def bench_train(
         if "operations" in runs[0]:
             entry["positions_per_s"] = runs[0]["positions"] / seconds
             entry["operations_per_s"] = runs[0]["operations"] / seconds
-            entry["share_of_limit"] = entry["operations_per_s"] / fastest_limit
+            entry["share_of_limit"] = entry["operations_per_s"] / floating(rates)
             entry["share_of_rates"] = {k: entry["operations_per_s"] / r for k, r in rates.items()}
+        if "encoding_seconds" in runs[0]:
+            entry["encoding_seconds"] = median(runs, "encoding_seconds")
+            at_first = seconds + entry["encoding_seconds"]
+            entry["real_tokens_per_s_at_first"] = real / at_first
         methods[name] = entry
-    return _summary(settings, methods, rates, len(rows))
+    return summary(settings, methods, limit, len(rows))
 
 
 def contenders(settings: TrainBenchmark, rows: Path) -> list[Contender]:
@@ -91,13 +105,14 @@ def contenders(settings: TrainBenchmark, rows: Path) -> list[Contender]:
     if settings.peers is not None:
         script = [sys.executable, str(settings.peers / "peft_train.py")]
         script += ["--lm", peer_lm(settings.lm), *shared]
-        found += [Contender(f"peft_{peer}", [*script, "--variant", peer]) for peer in PEERS]
+        found += [Contender(f"peft_{peer}", [*script, *told]) for peer, told in PEERS.items()]
     return found
 
 
-def _summary(
-    settings: TrainBenchmark, methods: dict[str, Any], rates: dict[str, float], rows: int
+def summary(
+    settings: TrainBenchmark, methods: dict[str, Any], limit: dict[str, Any], rows: int
 ) -> dict[str, Any]:
+    """Return a run's result: every method, the headline's figures at the top."""
     vectors = [kind for kind in settings.kinds if kind in ("static", "idpt")]
     mine = [_ours(settings.dtypes[0], kind) for kind in vectors or settings.kinds]
     slowest = min(mine, key=lambda name: methods[name]["real_tokens_per_s"])
@@ -108,7 +123,7 @@ def _summary(
             "peft_default": speed["peft_default"],
             "peft_best": max(speed["peft_grouped"], speed["peft_bf16"]),
             "peft_best_bf16": speed["peft_bf16"],
-            "lora": speed["peft_lora"],
+            "lora": max(speed["peft_lora"], speed["peft_lora_bf16"]),
         }
     for name in (n for n in methods if not n.startswith("peft_")):
         methods[name]["ratios"] = {peer: speed[name] / value for peer, value in peers.items()}
@@ -118,7 +133,7 @@ def _summary(
         "share_of_limit": methods[slowest]["share_of_limit"],
         "ratios": methods[slowest]["ratios"],
         "headline": slowest,
-        "limit_operations_per_s": rates,
+        **limit,
         "methods": methods,
         "rows": rows,
         "rows_per_step": settings.rows_per_step,

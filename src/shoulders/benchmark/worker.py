@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from shoulders.encoders.load import load_encoder
 from shoulders.lm.load import load_lm
+from shoulders.machine import peak_bytes
 from shoulders.skills.config import PassConfig, SkillConfig
 from shoulders.skills.skill import Skill
 
@@ -42,5 +42,4 @@ def new_skill(options: argparse.Namespace) -> Skill:
 
 def report(figures: dict[str, Any]) -> None:
     """Print a run's figures and its peak memory as one JSON line."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sys.stdout.write(json.dumps({**figures, "peak_rss_bytes": peak}) + "\n")
+    sys.stdout.write(json.dumps({**figures, "peak_rss_bytes": peak_bytes()}) + "\n")

@@ -115,6 +115,8 @@ def generate(
     check_outputs(json)
     quiet_libraries()
     dtypes, kinds = _checked(dtype, kind)
+    if vllm is not None and not vllm.is_file():
+        raise ShouldersError(f"--vllm {vllm}: not found; give the Python of an environment of vLLM")
     settings = GenerateBenchmark(
         lm=lm,
         dtypes=dtypes,
