@@ -12,7 +12,7 @@ from shoulders.lm import block, kernels
 from shoulders.lm.block import Saved, times, times_back
 from shoulders.lm.kernels import Kernels
 from shoulders.lm.laid import Laid
-from shoulders.lm.layer import Matrix, Rows, Sizes
+from shoulders.lm.layer import Mask, Matrix, Rows, Sizes
 from shoulders.lm.pairs import Pairs
 from shoulders.lm.tiles import Tiles, packed
 from shoulders.lm.wide import Wide
@@ -250,8 +250,9 @@ def rows_of(lengths: list[int], q: int, shared: int, width: int) -> Rows:
             mask[r, i, q + shared : q + shared + i + 1] = 0
         start += length
     angle = drawn(t, 1, width // 2, seed=9)
+    given = Mask((b, 1, s, q + shared + s), lambda: mask[:, None])
     return Rows(
-        *(angle.cos(), angle.sin(), spread.flatten(), packed, mask[:, None]),
+        *(angle.cos(), angle.sin(), spread.flatten(), packed, given),
         *(torch.tensor(starts), torch.tensor(lengths)),
     )
 
@@ -313,9 +314,9 @@ def test_one_position_of_every_row_over_a_cache(
         mask[row, :, :, :count] = 0
         mask[row, :, :, room] = 0
     ones, all_rows = torch.ones(b, dtype=torch.long), torch.arange(b)
-    angle = torch.zeros(b, 1, width // 2)
+    angle, given = torch.zeros(b, 1, width // 2), Mask((b, 1, 1, room + 1), lambda: mask)
     rows = Rows(
-        *(angle.cos(), angle.sin(), all_rows, all_rows, mask, all_rows, ones),
+        *(angle.cos(), angle.sin(), all_rows, all_rows, given, all_rows, ones),
         *(torch.tensor(seen), torch.tensor(slot)),
     )
     qkv = drawn(b, (heads + 2 * kv_heads) * width) * 3
@@ -331,6 +332,14 @@ def test_one_position_of_every_row_over_a_cache(
     assert close(out[[0, 1, 3]], expected[[0, 1, 3]])
 
 
+def test_compiled_attention_makes_no_mask(compiled: Kernels) -> None:
+    sizes, rows = Sizes(2, 1, 8, EPSILON, 3), rows_of([3, 5, 1], 2, 3, 8)
+    qkv, prefix = drawn(9, 4 * 8), drawn(2, 3, 2, 1, 8, seed=1)
+    out = compiled.attend(qkv, prefix, rows, sizes)
+    bare = rows._replace(mask=Mask(rows.mask.shape, lambda: pytest.fail("a mask was made")))
+    assert torch.equal(compiled.attend(qkv, prefix, bare, sizes), out)
+
+
 def test_nan_in_a_row_stays_in_it_and_is_seen(compiled: Kernels) -> None:
     sizes = Sizes(2, 1, 8, EPSILON, 0)
     rows = rows_of([3, 4], 0, 0, 8)
@@ -339,6 +348,27 @@ def test_nan_in_a_row_stays_in_it_and_is_seen(compiled: Kernels) -> None:
     out = compiled.attend(qkv, drawn(2, 2, 0, 1, 8), rows, sizes)
     assert torch.isfinite(out[:3]).all()
     assert torch.isnan(out[4]).any()
+
+
+def test_a_damaged_library_is_built_again_by_a_compiler_with_arguments(
+    compiled: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CC", "env gcc")
+    monkeypatch.setenv("SHOULDERS_CACHE", str(tmp_path / "one"))
+    kernels.available.cache_clear()
+    try:
+        assert kernels.available() is not None
+        (built,) = tmp_path.rglob("*.so")
+        # Elsewhere: this process has the first one loaded, whatever becomes of its file.
+        library = tmp_path / "other" / "kernels" / built.name
+        library.parent.mkdir(parents=True)
+        library.write_bytes(b"cut")
+        monkeypatch.setenv("SHOULDERS_CACHE", str(tmp_path / "other"))
+        kernels.available.cache_clear()
+        assert kernels.available() is not None
+        assert library.stat().st_size > 1000
+    finally:
+        kernels.available.cache_clear()
 
 
 def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -64,6 +65,44 @@ def test_two_processes_follow_the_curve_of_one(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "processes was 2, is 1" in " ".join(refused.stderr.split())
     assert not (half / FILE).exists()
+
+
+# What a rank runs, after `{before}`: each may have its own threads, or its own disk.
+RANK = """
+import os, runpy, sys, torch
+rank = os.environ["RANK"]
+{before}
+runpy.run_module("shoulders", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("torch.set_num_threads(1 + int(rank))", "training.streams"),
+        ("sys.argv[sys.argv.index('--out') + 1] += rank * int(rank)", "goes on"),
+    ],
+    ids=["threads", "disk"],
+)
+def test_processes_that_would_compute_other_things_are_refused(
+    before: str, said: str, tmp_path: Path
+) -> None:
+    lm = save_tiny_lm(tmp_path / "lm")
+    values = recipe_values(lm, tmp_path / "data", prompt_spec("static_kv", None), steps=6)
+    recipe, surroundings = write_recipe(tmp_path / "recipe.yaml", values), environment(tmp_path)
+    script, out, begun = tmp_path / "rank.py", tmp_path / "out", tmp_path / "begun"
+    script.write_text(RANK.format(before=before), encoding="utf-8")
+    told = ["train", str(recipe), "--out"]
+    quiet: dict[str, Any] = {"env": surroundings, "capture_output": True, "text": True}
+    subprocess.run([*TWO, *told, str(begun)], **quiet, check=True)
+    out.mkdir()
+    if said == "goes on":
+        (out / FOLDER).symlink_to(begun / FOLDER)
+    done = subprocess.run([*TWO[:-2], str(script), *told, str(out), "--resume"], **quiet, check=False)
+    assert done.returncode != 0
+    assert said in " ".join(done.stderr.split())
+    assert "not the same in processes 0 and 1" in " ".join(done.stderr.split())
+    assert not (out / FILE).exists()
 
 
 def test_one_process_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

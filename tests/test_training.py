@@ -827,6 +827,7 @@ def test_one_training_at_a_time_writes_into_a_folder(lm: FrozenLM, tmp_path: Pat
         ({"lr": 0.1, "lr_for": {"base": -1}}, "lr_for.base"),
         ({"lr": 0.1, "lr_for": {"base": float("nan")}}, "lr_for.base"),
         ({"lr": 0.1, "betas": [1.5, 0.9]}, "betas.0"),
+        ({"lr": 0.1, "betas": [0.9]}, "betas"),
         ({"lr": 0.1, "weight_decay": float("inf")}, "weight_decay"),
     ],
 )

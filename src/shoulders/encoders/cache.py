@@ -32,7 +32,9 @@ class EncoderCache:
         self._encoder = encoder
         self._store: ArrayStore | RecentArrays = RecentArrays(RECENT)
         if encoder.on_disk:
-            path = (folder or cache_folder() / "encoder") / f"{encoder.fingerprint}.sqlite"
+            # By the weights bit by bit: a fingerprint is that of bfloat16.
+            name = f"{encoder.digest()[:32]}-{encoder.fingerprint[32:]}.sqlite"
+            path = (folder or cache_folder() / "encoder") / name
             self._store = ArrayStore(path, encoder.hidden_size)
 
     def states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -141,7 +141,7 @@ def attend(qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Attended:
     queries = qkv[:, :h][rows.spread].view(b, -1, h, e).transpose(1, 2)
     keys = _before(prefix[0], qkv[:, h : h + g], rows, sizes)
     values = _before(prefix[1], qkv[:, h + g :], rows, sizes)
-    attended, logsumexp = _attend(queries, keys, values, 0.0, False, attn_mask=rows.mask)
+    attended, logsumexp = _attend(queries, keys, values, 0.0, False, attn_mask=rows.mask.values)
     out = attended.transpose(1, 2).reshape(-1, h * e)[rows.packed]
     return Attended(out, (queries, keys, values, attended, logsumexp))
 
@@ -157,7 +157,7 @@ def attend_back(gradient: Tensor, saved: Saved, rows: Rows, sizes: Sizes) -> tup
         *(saved.queries, saved.keys, saved.values, saved.attended, saved.logsumexp),
         0.0,
         False,
-        attn_mask=rows.mask,
+        attn_mask=rows.mask.values,
     )
     g_q = g_queries.transpose(1, 2).reshape(-1, h, e)[rows.packed]
     g_k, g_prefix_k = _before_back(g_keys, rows, sizes)

@@ -7,11 +7,13 @@ run meanwhile. Each has the plain torch functions of `shoulders.lm.block` as its
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from importlib.resources import files
@@ -242,26 +244,32 @@ class Kernels:
 @functools.cache
 def available() -> Kernels | None:
     """Return the compiled functions, or None where no compiler is or it fails."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or platform.system() == "Windows":
+    compiler = shlex.split(os.environ.get("CC", "")) or _found("cc") or _found("gcc")
+    if not compiler or platform.system() == "Windows":
         return None
     folder = files("shoulders.lm")
     source = "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SOURCES)
-    key = "\n".join((source, *_FLAGS, compiler, platform.machine(), _processor_flags()))
+    key = "\n".join((source, *_FLAGS, " ".join(compiler), platform.machine(), _processor_flags()))
     library = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-    if not library.is_file():
-        try:
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(library) as temporary:
-                subprocess.run(
-                    [compiler, *_FLAGS, "-x", "c", "-", "-o", str(temporary), "-lm"],
-                    input=source.encode(),
-                    check=True,
-                    capture_output=True,
-                )
-        except (ShouldersError, OSError, subprocess.CalledProcessError):
-            return None
-    return Kernels(library)
+    if library.is_file():
+        with contextlib.suppress(OSError):  # a damaged file is built again
+            return Kernels(library)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(library) as temporary:
+            subprocess.run(
+                [*compiler, *_FLAGS, "-x", "c", "-", "-o", str(temporary), "-lm"],
+                input=source.encode(),
+                check=True,
+                capture_output=True,
+            )
+        return Kernels(library)  # OSError: nothing may be executed there
+    except (ShouldersError, OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _found(compiler: str) -> list[str]:
+    return [path] if (path := shutil.which(compiler)) else []
 
 
 def _processor_flags() -> str:

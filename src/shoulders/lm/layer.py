@@ -7,6 +7,8 @@ heads and `g` key/value heads of width `e`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -37,6 +39,24 @@ class Layer(NamedTuple):
     down: Matrix
 
 
+class Mask:
+    """What padded rows see, made when it is first asked for: compiled layers need its shape alone.
+
+    Of one row of 8,192 positions it would be a quarter of a gigabyte.
+
+    Attributes:
+        shape: `(b, 1, s, c + s)`.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], make: Callable[[], Tensor]) -> None:
+        self.shape, self._make = shape, make
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """Zeros where a key is seen, the dtype's minimum elsewhere."""
+        return self._make()
+
+
 class Rows(NamedTuple):
     """Where the rows of a pack lie; the same for every layer.
 
@@ -44,7 +64,7 @@ class Rows(NamedTuple):
         cos, sin: `[t, 1, e / 2]` rotary tables of every position.
         spread: `[b * s]`, packed position of every padded place (any position for a pad).
         packed: `[t]`, padded place of every packed position.
-        mask: `[b, 1, s, c + s]`, 0 where a key is seen, the dtype's minimum elsewhere.
+        mask: of `[b, 1, s, c + s]`, which keys each padded place sees.
         start, length: `[b]`, packed position where each row begins, and how many it has.
         seen, slot: `[b]`, where the prefix is a cache with room to spare: how many of its
             positions each row sees, and which of its rows is theirs; else None.
@@ -54,7 +74,7 @@ class Rows(NamedTuple):
     sin: Tensor
     spread: Tensor
     packed: Tensor
-    mask: Tensor
+    mask: Mask
     start: Tensor
     length: Tensor
     seen: Tensor | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoulders.lm.cache import Cache
-from shoulders.lm.layer import Rows
+from shoulders.lm.layer import Mask, Rows
 
 
 def laid_rows(
@@ -29,26 +29,27 @@ def laid_rows(
     b = len(spans)
     spread = np.zeros((b, s), dtype=np.int64)
     packed, position = np.zeros(t, dtype=np.int64), np.zeros(t, dtype=np.int64)
-    seen = np.zeros((b, s, q + shared + s), dtype=bool)
-    seen[:, :, q + shared :] = np.tri(s, dtype=bool)
-    seen[:, :, : q + shared] = True
-    if shared:
-        seen[0, :, q : q + shared] = False  # the shared row is what the others see there
     for row, (start, length) in enumerate(spans):
         spread[row, :length] = np.arange(start, start + length)
         packed[start : start + length] = row * s + np.arange(length)
-        before = q + (shared if row or not shared else 0)
-        position[start : start + length] = before + np.arange(length)
+        first = q + (shared if row or not shared else 0)
+        position[start : start + length] = first + np.arange(length)
     cos, sin = rotary(x[None], torch.from_numpy(position)[None])
-    half = width // 2
-    mask = torch.zeros(seen.shape, dtype=x.dtype)
-    mask.masked_fill_(~torch.from_numpy(seen), torch.finfo(x.dtype).min)
+    half, before, dtype = width // 2, q + shared, x.dtype
+
+    def mask() -> Tensor:
+        seen = torch.ones(b, s, before + s, dtype=torch.bool)
+        seen[:, :, before:] = torch.ones(s, s, dtype=torch.bool).tril()
+        if shared:
+            seen[0, :, q:before] = False  # the shared row is what the others see there
+        return _added(seen, dtype)
+
     return Rows(
         cos[0, :, None, :half].contiguous(),
         sin[0, :, None, :half].contiguous(),
         torch.from_numpy(spread).flatten(),
         torch.from_numpy(packed),
-        mask[:, None],
+        Mask((b, 1, s, before + s), mask),
         torch.tensor([start for start, _ in spans]),
         torch.tensor([length for _, length in spans]),
     )
@@ -80,20 +81,29 @@ def further_rows(
     b, s, most = len(lengths), int(lengths.max()), int(cache.lengths.max())
     spread = torch.zeros(b, s, dtype=torch.long)
     spread[owner, offset] = torch.arange(len(x))
-    seen = torch.ones(b, s, most + s, dtype=torch.bool)
-    seen[:, :, :most] = (torch.arange(most) < cache.lengths[:, None])[:, None]
-    seen[:, :, most:] = torch.ones(s, s, dtype=torch.bool).tril()
     cos, sin = rotary(x[None], places[None])
-    half = width // 2
-    mask = torch.zeros(seen.shape, dtype=x.dtype)
+    half, read, dtype = width // 2, cache.lengths, x.dtype
+
+    def mask() -> Tensor:
+        seen = torch.ones(b, s, most + s, dtype=torch.bool)
+        seen[:, :, :most] = (torch.arange(most) < read[:, None])[:, None]
+        seen[:, :, most:] = torch.ones(s, s, dtype=torch.bool).tril()
+        return _added(seen, dtype)
+
     return Rows(
         cos[0, :, None, :half].contiguous(),
         sin[0, :, None, :half].contiguous(),
         spread.flatten(),
         owner * s + offset,
-        mask.masked_fill_(~seen, torch.finfo(x.dtype).min)[:, None],
+        Mask((b, 1, s, most + s), mask),
         starts,
         lengths,
-        cache.lengths,
+        read,
         cache.slots,
     )
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `[b, 1, s, c + s]`: 0 where a key is seen, the dtype's minimum elsewhere."""
+    mask = torch.zeros(seen.shape, dtype=dtype)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

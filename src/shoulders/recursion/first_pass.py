@@ -21,6 +21,9 @@ from shoulders.lm.states import states
 from shoulders.store import ArrayStore
 
 
+VERSION = 1  # part of the file's name: raise it when a pass of the same weights changes its result
+
+
 class FirstPass:
     """States of rows of token ids, each read alone.
 
@@ -36,7 +39,8 @@ class FirstPass:
     def __init__(self, lm: FrozenLM, taps: Sequence[int] = (), folder: Path | None = None) -> None:
         self._lm, self._taps = lm, tuple(taps)
         layers = "-".join(map(str, self._taps)) or "last"
-        name = f"{lm.fingerprint[:32]}-{lm.precision}-{lm.quantize or 'plain'}-{layers}.sqlite"
+        # By what is computed with, bit by bit: a fingerprint is that of bfloat16.
+        name = f"{lm.digest()[:32]}-{lm.precision}-{layers}-v{VERSION}.sqlite"
         path = (folder or cache_folder() / "first_pass") / name
         self._store = ArrayStore(path, max(1, len(self._taps)) * lm.hidden_size)
         self.read = 0  # rows that the LM had to read

@@ -16,6 +16,7 @@ from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
 from shoulders.errors import InterruptedTraining, TrainingError
 from shoulders.files import remove_partial, writing_to
+from shoulders.fingerprint import digest
 from shoulders.lm.streams import Streams
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER, Progress, load_checkpoint, save_checkpoint
@@ -85,6 +86,10 @@ def fit(
         progress, weights, best = found
         producer.load_state_dict(weights)
         movement.resumed(progress.step)
+    processes.agree(
+        f"where {out} goes on (have all processes the same folder?)",
+        (progress.step, digest(producer.named_parameters())),
+    )
     rows: Sequence[Row] = []
     if isinstance(validation, RunningText):
         checked = validation.examples(config.validation_rows or SELECTING)
@@ -111,6 +116,10 @@ def fit(
         Streams.of(skill.lm, config.streams) as passes,
         deferred_interrupt() as interrupted,
     ):
+        processes.agree(
+            "training.streams (by default of a process's threads), or how the LM is computed",
+            (passes.count, skill.lm.blocks is not None, skill.lm.precision),
+        )
         while progress.step < config.steps:
             step = progress.step
             window = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)

@@ -67,6 +67,8 @@ class Recipe(BaseModel):
             raise ValueError(
                 "start.passes.0.prompt is missing: the recipe, or the folder, of the first pass"
             )
+        if self.training.shard_lm and len(self.skill.passes) > 1:
+            raise ValueError("training.shard_lm is for skills of one pass; this has several")
         if self.members > 1 and len(self.skill.passes) > 1:
             raise ValueError("members: an ensemble is of skills of one pass; this has several")
         return self
@@ -185,7 +187,8 @@ def _place(loc: tuple[int | str, ...], values: Any) -> tuple[int | str, ...]:
     found: list[int | str] = []
     for number, part in enumerate(loc, 1):
         inside = isinstance(values, dict) and part in values
-        if inside or (isinstance(values, list) and isinstance(part, int)):
+        # A list may be too short for the place at which something is missing.
+        if inside or (isinstance(values, list) and part in range(len(values))):
             values = values[part]
         elif number < len(loc) or not str(part).isidentifier():
             continue

@@ -40,12 +40,16 @@ def gradients(
         return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
 
     packs = split(skill, examples, config.micro_tokens, streams.count * processes.count)
-    parts = list(streams.map(one, processes.share(packs)))
+    total: list[Tensor | None] = [None] * len(trained)
+    losses = []
+    for loss, found in streams.map(one, processes.share(packs)):  # summed as they come
+        losses.append(loss)
+        total = [b if a is None else a if b is None else a + b
+                 for a, b in zip(total, found, strict=True)]  # fmt: skip
     skill.lm.settle()
-    for i, parameter in enumerate(trained):
-        found = [g for _, grads in parts if (g := grads[i]) is not None]
-        parameter.grad = sum(found[1:], found[0]) if found else None
-    return float(sum(loss for loss, _ in parts))
+    for parameter, gradient in zip(trained, total, strict=True):
+        parameter.grad = gradient
+    return float(sum(losses))
 
 
 def losses_of(skill: Skill, examples: Sequence[Example], *, recompute: bool = False) -> Tensor:
