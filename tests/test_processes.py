@@ -98,7 +98,9 @@ def test_processes_that_would_compute_other_things_are_refused(
     out.mkdir()
     if said == "goes on":
         (out / FOLDER).symlink_to(begun / FOLDER)
-    done = subprocess.run([*TWO[:-2], str(script), *told, str(out), "--resume"], **quiet, check=False)
+    done = subprocess.run(
+        [*TWO[:-2], str(script), *told, str(out), "--resume"], **quiet, check=False
+    )
     assert done.returncode != 0
     assert said in " ".join(done.stderr.split())
     assert "not the same in processes 0 and 1" in " ".join(done.stderr.split())

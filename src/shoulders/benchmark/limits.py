@@ -22,6 +22,7 @@ from shoulders.lm.block import multiplied
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.kernels import available
 from shoulders.lm.load import load_lm
+from shoulders.lm.shard import decoder_layers
 
 POSITIONS = 256  # rows of the measured products, about one pack
 SECONDS = 0.1  # for each shape and direction
@@ -55,14 +56,9 @@ def floating(rates: dict[str, float]) -> float:
 
 
 def layer_shapes(lm: FrozenLM) -> list[tuple[int, int]]:
-    """Return `(n, k)` of every matrix in the LM's layers; embeddings and head are not in them."""
-    outside = {id(p) for p in lm.model.get_input_embeddings().parameters()}
-    outside |= {id(p) for p in lm.model.get_output_embeddings().parameters()}
-    shapes = []
-    for parameter in lm.model.parameters():
-        if parameter.dim() == 2 and id(parameter) not in outside:
-            shapes.append((parameter.shape[0], parameter.shape[1]))
-    return shapes
+    """Return `(n, k)` of every matrix in the LM's layers; tables and head are outside them."""
+    parameters = decoder_layers(lm.model).parameters()
+    return [(p.shape[0], p.shape[1]) for p in parameters if p.dim() == 2]
 
 
 def step_operations(lm: FrozenLM, positions: int, pairs: int, answers: int) -> float:

@@ -20,7 +20,6 @@ from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
 from shoulders.store import ArrayStore
 
-
 VERSION = 1  # part of the file's name: raise it when a pass of the same weights changes its result
 
 
