@@ -1085,6 +1085,7 @@ def test_matched_rivals_have_the_size_of_the_network(tmp_path: Path, lm_folder: 
         (["--join", "missing.json"], "missing.json: no such file"),
         (["plan.yaml", "--join", "a.json"], "either a plan"),
         (["--join", "a.json", "--resume"], "it takes --out and --json only"),
+        (["--data", "rows.jsonl", "--dry-run"], "--dry-run checks a plan"),
     ],
 )
 def test_the_command_says_what_is_wrong(
@@ -1105,6 +1106,21 @@ def test_the_shipped_plan_is_valid_and_trains_on_no_test_row() -> None:
     assert plan.data.templates is not None
     assert Path(plan.data.templates).is_file()
     assert len(plan.seeds) == 3
+
+
+def test_a_plan_can_be_checked_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = Path(__file__).parents[1] / "recipes/compare/multitask.yaml"
+    out = tmp_path / "out"
+    command = ["shoulders", "compare", str(plan), "--dry-run", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*command, "--methods", "static_kv,lora_r16"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert "valid; LM embedded, 2 methods (static_kv, lora_r16), 3 seeds, 600 steps" in said
+    assert not out.exists()
 
 
 @pytest.mark.slow  # starts two trainings in processes of their own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,6 +11,9 @@ from rich.table import Table
 
 from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stderr, stdout
 from shoulders.errors import RecipeError, ShouldersError, nearest
+
+if TYPE_CHECKING:
+    from shoulders.comparison.plan import Plan
 
 
 def compare(
@@ -38,6 +41,9 @@ def compare(
     finished: Annotated[
         bool, typer.Option("--finished", help="Train nothing more: compare what is finished.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check the plan; loads and trains nothing.")
+    ] = False,
     join: Annotated[
         list[Path] | None,
         typer.Option(help="Instead of a plan: the compare.json of parts of one. Repeatable."),
@@ -58,6 +64,8 @@ def compare(
 
     if [plan is None, data is None, not join].count(False) != 1:
         raise ShouldersError("give either a plan (YAML), or --data FILE.jsonl, or --join FILEs")
+    if dry_run and plan is None:
+        raise ShouldersError("--dry-run checks a plan (YAML): give one")
     if join and (methods or overrides or lm or resume or finished):
         raise ShouldersError("--join puts finished runs together: it takes --out and --json only")
     if minutes is not None and data is None:
@@ -77,6 +85,9 @@ def compare(
         return
     if plan is not None:
         parsed = read_plan(plan, given)
+        if dry_run:
+            stdout().print(f"{plan}: valid; {_facts(parsed)}", markup=False, highlight=False)
+            return
     else:
         assert data is not None
         settings: dict[str, Any] = {
@@ -97,6 +108,19 @@ def compare(
     quiet_libraries()
     result = run_comparison(parsed, out, resume=resume, finished=finished, console=stderr())
     _report(result, out, json)
+
+
+def _facts(plan: Plan) -> str:
+    seeds, asked = len(plan.seeds), ", ".join(plan.methods)
+    budget = (
+        f"{plan.steps():,} steps of {plan.rows_per_step} rows"
+        if plan.budget.examples is not None
+        else f"{plan.budget.minutes:g} minutes"
+    )
+    return (
+        f"LM {plan.lm.name}, {len(plan.methods)} methods ({asked}), {seeds} "
+        f"{'seed' if seeds == 1 else 'seeds'}, {budget}, {plan.search.trials} trials of each"
+    )
 
 
 def _report(result: dict[str, Any], out: Path, json: Path | None) -> None:
