@@ -46,6 +46,7 @@ from tiny_models import (
 SCRIPT = Path(sys.executable).parent / "shoulders"
 KEYS = {"skill", "data", "n", "seconds", "metrics", "ci95", "tasks"}
 MORE_KEYS = {"normalizer", "trained_parameters", "lm", "dtype", "date", "machine"}
+MORE_KEYS |= {"max_new_tokens", "keep", "limit", "templates"}
 
 
 @dataclass(frozen=True)
@@ -603,7 +604,9 @@ def test_tables_show_names_with_brackets(
         assert name in shown.out
     assert "a[b]" in run("info", copy).out
     (tmp_path / "text[y].txt").write_text("the capital of france is paris " * 9)
-    text = run("eval", "base", "--lm", lm, "--data", tmp_path / "text[y].txt", "--chunk", 9)
+    running = ("eval", "base", "--lm", lm, "--data", tmp_path / "text[y].txt", "--chunk")
+    _refused(run(*running, 100_000), "--chunk 100000: with its prompt the LM reads")
+    text = run(*running, 9)
     assert "base on text[y].txt: perplexity" in text.out
 
 
@@ -833,7 +836,10 @@ def test_generate_goes_on_from_what_it_kept(
         file.write('{"text": "quest')  # as a kill in the midst of writing leaves it
     write_jsonl(given, [{"input": f"question {i}", "id": i} for i in (5, 0, 1, 2, 3, 4, 0)])
     del asked[:]
+    note = skill / "notes.txt"  # of a skill's folder, what it answers with counts alone
+    note.write_text("mine")
     assert run(*mine, "--resume").code == 0
+    note.unlink()
     assert asked == [["question 5", "question 4"]]
     assert sorted(p.name for p in Path.cwd().iterdir()) == ["in.jsonl", "o.jsonl", "whole.jsonl"]
 
@@ -847,6 +853,11 @@ def test_generate_goes_on_from_what_it_kept(
     assert [json.loads(x)["id"] for x in Path("o.jsonl").read_text().splitlines()] == [
         5, 0, 1, 2, 3, 4, 0
     ]  # fmt: skip
+
+
+def test_several_greedy_answers_are_refused(run: Command, skill: Path) -> None:
+    result = run("generate", "--skill", skill, "--text", "hello", "--n", 2)
+    _refused(result, "--n 2: without --temperature all answers are the same one")
 
 
 def test_answers_are_kept_where_the_output_cannot_be_written(

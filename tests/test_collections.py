@@ -134,7 +134,7 @@ def test_jsonl_of_beir_and_our_own(tmp_path: Path) -> None:
         ("[1]", "a passage must be a JSON object"),
         ('{"text": "a"}', "no text in field 'id' or '_id'"),
         ('{"id": "1", "txt": "a"}', "no text in field 'text' (did you mean 'txt'?)"),
-        ('{"id": "1", "text": 3}', "no text in field 'text'"),
+        ('{"id": "1", "text": 3}', "field 'text' must be a text, not int"),
         ('{"id": true, "text": "a"}', "no text in field 'id'"),
         (r'{"id": "1", "text": "\ud800"}', "field 'text' holds half of a surrogate pair"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 import shoulders
 from shoulders.cli.serve import _named
@@ -27,7 +28,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
 
     def download(repo: str, **options: Any) -> str:
-        asked.append((repo, options["revision"], options["allow_patterns"]))
+        patterns = options["allow_patterns"], options["ignore_patterns"]
+        asked.append((repo, options["revision"], patterns))
         if repo != "me/capitals":
             raise OSError("404: no such repository\nwith a second line")
         return str(tmp_path / "snapshot")
@@ -42,7 +44,14 @@ def test_a_skill_comes_from_the_hub(hub: list[Any], tmp_path: Path) -> None:
     assert skill.generate(["two"])
     ((repo, revision, patterns),) = hub
     assert (repo, revision) == ("me/capitals", "v1")
-    assert set(patterns) == {"*.json", "*.safetensors", "README.md"}
+    names = [
+        *("skill.json", "skill.safetensors", "member-1/skill.safetensors", "notes.txt"),
+        *("checkpoints/step-0000300/state.safetensors", "member-1/checkpoints/step-1/state.json"),
+        *("index/index.json", "contexts/train.json"),
+    ]
+    allowed, ignored = patterns
+    taken = filter_repo_objects(names, allow_patterns=allowed, ignore_patterns=ignored)
+    assert list(taken) == names[:3]
     assert _named(["hf://me/capitals", "geo=hf://me/capitals@v1"]) == {
         "capitals": tmp_path / "snapshot",
         "geo": tmp_path / "snapshot",

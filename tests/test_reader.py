@@ -194,6 +194,12 @@ def test_a_reader_abstains_below_its_confidence() -> None:
     assert card.metrics["exact_match"] == 50
 
 
+def test_what_is_written_to_be_read_again_has_the_retrievers_scores() -> None:
+    a, b, c = (Passage(name, "", name) for name in "abc")
+    ranked = Ranked((a, b, c), (9.0, 8.0, 7.0), (c, a, b), (0.9, 0.5, 0.1))
+    assert ranked.found_scores() == [7.0, 9.0, 8.0]
+
+
 def test_answers_and_plot_are_written(tmp_path: Path) -> None:
     questions = [Question("capital of France?", ("Paris",))]
     card = report_card(reader_of(Says({"": ("Paris", -1.0)})), questions)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from shoulders.errors import ArtefactError, RecipeError
+from shoulders.errors import ArtefactError, DataError, RecipeError
 from shoulders.skills.reader_artefact import read_reader
+from shoulders.training.read import questions_of
 from shoulders.training.reader_recipe import is_reader, make_reader_recipe, read_reader_recipe
 from tiny_models import environment, save_tiny_encoder, save_tiny_lm, write_jsonl, write_recipe
 
@@ -38,6 +39,16 @@ def write_data(folder: Path) -> tuple[Path, Path, Path]:
         write_jsonl(folder / "train.jsonl", rows[:7]),
         write_jsonl(folder / "validation.jsonl", [*rows[7:], again]),
     )
+
+
+def test_questions_without_answers_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    values = recipe_of(tmp_path)
+    file = Path(values["reader"]["validation"][0])
+    with file.open("a", encoding="utf-8") as rows:
+        rows.write('{"question": "who swims?"}\n')
+    recipe = make_reader_recipe(values, "mine")
+    with pytest.raises(DataError, match=r"validation\.jsonl: question 5 \('who swims\?'\) has no"):
+        questions_of(recipe)
 
 
 def recipe_of(folder: Path, **reader: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def test_bom_crlf_blank_lines_and_line_separators_inside_texts_are_accepted(
         ({"input": "x"}, "no field 'targets'"),
         ({"input": "x", "targets": None}, "no field 'targets'"),
         ({**GOOD, "target": "3"}, "both 'target' and 'targets'"),
+        ({"question": "q", "answers": ["a"], "targets": ["b"]}, "both 'answers' and 'targets'"),
         ({**GOOD, "targets": []}, "'targets' is an empty list"),
         ({**GOOD, "targets": "3"}, "must be a list of texts, not a text; use 'target'"),
         ({**GOOD, "targets": ["3", ""]}, "'targets[1]' is empty"),

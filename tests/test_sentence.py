@@ -81,6 +81,15 @@ def with_modules(tiny: Path, folder: Path, pooling: dict, *, normalize: bool, **
     return str(folder)
 
 
+def test_an_encoder_that_names_no_pooling_is_asked_for_it(tiny: Path, tmp_path: Path) -> None:
+    name = with_modules(tiny, tmp_path / "a", {}, normalize=False)
+    modules = [{"path": "", "type": "x.models.Transformer"}]
+    (Path(name) / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(LMError, match="its modules name no Pooling"):
+        load_sentence_encoder(name)
+    assert load_sentence_encoder(name, pooling="cls").config.pooling == "cls"
+
+
 def test_what_the_folder_says_is_done(tiny: Path, tmp_path: Path) -> None:
     old = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
     prompts = {"prompts": {"query": "question ", "document": "document "}}

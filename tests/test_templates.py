@@ -25,6 +25,14 @@ def write(tmp_path: Path, text: str) -> Path:
     return file
 
 
+def test_a_row_that_cannot_be_rendered_is_named() -> None:
+    row = Row("b", "x", ("y",), where="rows.jsonl:2")
+    with pytest.raises(DataError, match=r"^rows\.jsonl:2: .*no templates for task 'b'"):
+        Templates({"a": ["{{ input }}"]}).render(row)
+    with pytest.raises(DataError, match=r"^rows\.jsonl:2: .*'options' is undefined"):
+        Templates({"b": ["{{ input }} {{ options }}"]}).render(row)
+
+
 def test_every_template_of_the_task_is_rendered_in_order() -> None:
     templates = Templates({"antonyms": ["Opposite of {{ input }}?", "{{ task }}: {{ input }}"]})
     assert templates.texts(ROW) == ["Opposite of hot?", "antonyms: hot"]

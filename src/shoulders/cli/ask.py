@@ -77,11 +77,16 @@ def ask(
             stderr().print(Panel(Text(passage.text), title=title))
     # What may yet be withheld is not shown while it is written.
     hidden = reader.config.abstain_below is not None
-    completion = None
+    from shoulders.skills.reader import first_line
+
+    completion, said, shown = None, "", 0
     for delta in reader.stream(packed):
-        if not hidden:
-            sys.stdout.write(delta.text)
+        said += delta.text
+        if not hidden:  # the answer is the first line
+            line = first_line(said)
+            sys.stdout.write(line[shown:])
             sys.stdout.flush()
+            shown = len(line)
         completion = delta.completion or completion
     assert completion is not None  # generation ends with one
     answer = reader.judged(completion, ranked[0], packed)
@@ -90,7 +95,10 @@ def ask(
     sys.stdout.write("\n")
     counts = Counter(p.source or p.title or p.id for p in packed.used)
     sources = ", ".join(f"{name} ({n} passages)" if n > 1 else name for name, n in counts.items())
-    rest = f"rests on: {sources or 'nothing: no passage was found'}"
+    none = "no passage was found"
+    if ranked[0].passages:
+        none = f"of {len(ranked[0].passages)} passages none fits; give a larger --window"
+    rest = f"rests on: {sources or f'nothing: {none}'}"
     stdout().print(rest, style="dim", markup=False)
     emit_json(json, as_json(question, answer))
 

@@ -26,7 +26,7 @@ from shoulders.cli.common import (
 from shoulders.cli.remote import through
 from shoulders.data.rows import Row
 from shoulders.errors import ShouldersError, placed
-from shoulders.files import sha256_of_path
+from shoulders.files import sha256_of_file
 from shoulders.skills.hub import local
 
 
@@ -102,6 +102,8 @@ def generate(
     except ValidationError as error:
         first = error.errors()[0]
         raise ShouldersError(f"--{first['loc'][0]}: {first['msg']}".replace("_", "-")) from None
+    if n > 1 and temperature == 0:
+        raise ShouldersError(f"--n {n}: without --temperature all answers are the same one")
     rows, places = read_inputs(input) if input else ([], [])
     opened, own = open_skill(
         skill,
@@ -119,7 +121,7 @@ def generate(
     assert output is not None  # goes with --input
     texts = [rendered(row, own) for row in rows]
     asked = {
-        "skill": "base" if skill == BASE else sha256_of_path(Path(skill)),
+        "skill": "base" if skill == BASE else _hash_of(Path(skill)),
         "lm": opened.lm.fingerprint,
         "dtype": dtype,
         "quantize": quantize,
@@ -138,6 +140,15 @@ def generate(
         ):
             _answer_all(answering, texts, decoding, kept)
             write_answers(output, rows, [kept.found[text] for text in texts])
+
+
+def _hash_of(folder: Path) -> str:
+    """Return the hash of what a skill answers with, not of its card, checkpoints or notes."""
+    from shoulders.skills.artefact import ENSEMBLE, FILE, TENSORS
+    from shoulders.training.checkpoint import FOLDER
+
+    files = sorted(f for name in (ENSEMBLE, FILE, TENSORS) for f in folder.rglob(name))
+    return "+".join(sha256_of_file(f) for f in files if FOLDER not in f.parts)
 
 
 def _answer_all(answering: Any, texts: list[str], decoding: Any, kept: Kept) -> None:

@@ -165,9 +165,8 @@ def show_index(folder: Path, facts: dict[str, Any]) -> None:
         if value in (None, [], 0) or key in ("index", "notes", "encoder_fingerprint", "version"):
             continue
         shown = "\n".join(map(str, value)) if isinstance(value, list) else value
-        table.add_row(
-            key.replace("_", " "), escape(f"{shown:,}" if isinstance(shown, int) else str(shown))
-        )
+        count = isinstance(shown, int) and not isinstance(shown, bool)
+        table.add_row(key.replace("_", " "), escape(f"{shown:,}" if count else str(shown)))
     stdout().print(table)
 
 

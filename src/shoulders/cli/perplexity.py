@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from shoulders.cli.common import emit_json, one_skill, open_skill, provenance, stderr, stdout
 from shoulders.cli.options import LMChoice
-from shoulders.errors import ShouldersError
+from shoulders.errors import DataError, ShouldersError
 
 
 def evaluate_text(
@@ -24,8 +24,13 @@ def evaluate_text(
     from shoulders.progress import quiet_progress
     from shoulders.training.running_text import RunningText, perplexity
 
+    if not data.is_file():  # before a minute's loading
+        raise DataError(f"{data}: no such file")
     opened, _ = open_skill(name, choice)
     skill = one_skill(opened, name)
+    most = skill.lm.max_positions
+    if most is not None and chunk > (room := most - skill.prompt_length):
+        raise ShouldersError(f"--chunk {chunk}: with its prompt the LM reads {room} tokens at most")
     if skill.proposals is not None:
         raise ShouldersError(f"{name}: answers inputs by proposing text; it predicts no text")
     text = RunningText(skill.lm, [str(data)], chunk)

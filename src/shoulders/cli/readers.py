@@ -128,9 +128,8 @@ def evaluate_reader(
         dump_answers(dump, questions, card.answers)
     if contexts is not None:
         ranked = [answer.ranked for answer in card.answers]
-        write_questions(
-            contexts, questions, [r.passages for r in ranked], [r.scores for r in ranked]
-        )
+        own = [r.found_scores() for r in ranked]
+        write_questions(contexts, questions, [r.passages for r in ranked], own)
     if plot is not None:
         plot_report_card(card.metrics, plot)
     emit_json(

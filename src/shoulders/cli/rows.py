@@ -64,6 +64,10 @@ def evaluate_rows(
             **provenance(opened, name, data),
             **result.as_dict(),
             "normalizer": normalizer,
+            "max_new_tokens": max_new_tokens,
+            "keep": keep,
+            "limit": limit,
+            "templates": None if templates is None else str(templates),
             **recursed,
         },
     )

@@ -133,6 +133,8 @@ def _row(fields: Mapping[str, Any], where: str, default_task: str) -> Row:
             raise DataError(f"{where}: unknown field '{name}' (did you mean '{typo_of}'?)")
     given = {name: value for name, value in fields.items() if value is not None}
     if "question" in given and "answers" in given and "input" not in given:
+        if other := {"target", "targets"} & given.keys():
+            raise DataError(f"{where}: both 'answers' and '{other.pop()}'; keep one")
         given |= {"input": given["question"], "targets": given["answers"]}
     if "input" not in given:
         raise DataError(f"{where}: no field 'input'{nearest('input', given)}")

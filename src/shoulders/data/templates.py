@@ -102,7 +102,11 @@ class Templates:
 
         Raises `DataError` if the template fails on this row or renders to nothing.
         """
-        key = self._key(row.task)
+        at = f"{row.where}: " if row.where else ""
+        try:
+            key = self._key(row.task)
+        except DataError as error:
+            raise DataError(f"{at}{error}") from None
         which %= len(self._compiled[key])
         variables: dict[str, Any] = {"input": row.input, "task": row.task}
         if row.options is not None:
@@ -113,11 +117,11 @@ class Templates:
             place = self._place(key, which)
             reason = " ".join(str(error).split())
             raise DataError(
-                f"{place}: cannot be rendered for task '{row.task}': {reason}"
+                f"{at}{place}: cannot be rendered for task '{row.task}': {reason}"
             ) from error
         if not text:
             place = self._place(key, which)
-            raise DataError(f"{place}: renders to nothing for input {row.input[:60]!r}")
+            raise DataError(f"{at}{place}: renders to nothing for input {row.input[:60]!r}")
         return text
 
     def _key(self, task: str) -> str:

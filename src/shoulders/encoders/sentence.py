@@ -142,7 +142,10 @@ def _config(
     unknown = sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"})
     if unknown:
         raise LMError(f"encoder {name}: its module {', '.join(unknown)} is not supported")
-    own = _pooling(_json(source, f"{kinds['Pooling']}/config.json") or {}, name)
+    if "Pooling" in kinds:
+        own = _pooling(_json(source, f"{kinds['Pooling']}/config.json") or {}, name)
+    elif pooling is None:
+        raise LMError(f"encoder {name}: its modules name no Pooling; say which (mean, cls)")
     limits = _json(source, "sentence_bert_config.json") or {}
     prompts = (_json(source, "config_sentence_transformers.json") or {}).get("prompts") or {}
     return SentenceConfig(

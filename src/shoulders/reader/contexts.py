@@ -29,6 +29,11 @@ class Ranked:
     passages: tuple[Passage, ...]
     scores: tuple[float, ...]
 
+    def found_scores(self) -> list[float]:
+        """Return the retriever's scores in the order of `passages`."""
+        by_passage = dict(zip(self.retrieved, self.retrieved_scores, strict=True))
+        return [by_passage[passage] for passage in self.passages]
+
 
 class Contexts:
     """Finds and orders the passages of questions.

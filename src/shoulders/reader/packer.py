@@ -1,7 +1,8 @@
 """The packer: fill the LM's window with passages, best first, and never lose the question.
 
 Greedy in descending score (arXiv 2204.10019, section on frozen readers): whole passages while they
-fit, then as many sentences of the next one as fit, then no more.
+fit, then as many sentences of the next one as fit, then no more. Where not even the best one's
+first sentence fits (a table has no sentences), as many of its lines, or words.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def pack(
         if fits([*used, passage]):
             used.append(passage)
             continue
-        shorter = _cut(passage, lambda start: fits([*used, start]))
+        ways = (sentences,) if used else (sentences, _lines, _words)
+        starts = (_cut(passage, way(passage.text), lambda p: fits([*used, p])) for way in ways)
+        shorter = next((start for start in starts if start is not None), None)
         if shorter is not None:
             used.append(shorter)
             cut = True
@@ -127,6 +130,14 @@ def sentences(text: str) -> list[str]:
     return [*pieces, text[start:]] if start < len(text) else pieces
 
 
+def _lines(text: str) -> list[str]:
+    return text.splitlines(keepends=True)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\s*\S+\s*", text)
+
+
 def shown(passage: Passage, config: PackConfig) -> str:
     """Return a passage as it stands in the context."""
     return f"{passage.title}\n{passage.text}" if config.titles and passage.title else passage.text
@@ -138,9 +149,10 @@ def _joined(passages: Sequence[Passage], config: PackConfig) -> str:
     return "".join(shown(p, config) + SEPARATOR for p in ordered)
 
 
-def _cut(passage: Passage, fits: Callable[[Passage], bool]) -> Passage | None:
-    """Return as many whole sentences of a passage as fit, or None if not even the first does."""
-    pieces = sentences(passage.text)
+def _cut(
+    passage: Passage, pieces: Sequence[str], fits: Callable[[Passage], bool]
+) -> Passage | None:
+    """Return as many pieces of a passage as fit, or None if not even the first does."""
 
     def start(n: int) -> Passage:
         text = "".join(pieces[:n]).rstrip()

@@ -76,7 +76,10 @@ def write_questions(
     contexts: Sequence[Sequence[Passage]],
     scores: Sequence[Sequence[float]],
 ) -> None:
-    """Write what FiD and DPR's scripts read: a JSON list with `ctxs`, best first; atomically."""
+    """Write what FiD and DPR's scripts read: a JSON list with `ctxs`, best first; atomically.
+
+    `scores` are the retriever's: what is read again is re-ranked with them.
+    """
     entries = [
         {
             "question": question.question,

@@ -9,8 +9,10 @@ from shoulders.errors import ArtefactError
 
 SCHEME = "hf://"
 _NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-# Of an ensemble its members' too; whatever else lies there stays there.
+# Of an ensemble its members' too; whatever else lies there, and what training needs, stays there.
 FILES = ["*.json", "*.safetensors", "README.md"]
+OTHERS = [f"{folder}/*" for name in ("checkpoints", "index", "contexts")
+          for folder in (name, f"*/{name}")]  # fmt: skip
 
 
 def local(name: str) -> str:
@@ -28,7 +30,7 @@ def local(name: str) -> str:
 
     try:
         return str(snapshot_download(found["repo"], revision=found["revision"],
-                                     allow_patterns=FILES))  # fmt: skip
+                                     allow_patterns=FILES, ignore_patterns=OTHERS))  # fmt: skip
     except Exception as error:  # no network, no such repository or revision, a full disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtefactError(f"{name}: cannot be had from the Hub: {reason}") from error

@@ -10,7 +10,6 @@ from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.recursion.candidates import (
     Candidate,
     ProposeConfig,
-    check_some,
     merged,
     shown,
     subsets,
@@ -96,8 +95,7 @@ class Proposals:
     ) -> list[Proposed]:
         """Propose answers for every text; see `gather`. `on_rows` is told of finished rows.
 
-        Raises:
-            ShouldersError: no sample of any text says anything.
+        A text whose samples all say nothing has no candidates, whatever the others have.
         """
         room = self.room(reader)
         rows = [self.gather(text, reader, room) for text in texts]
@@ -111,9 +109,7 @@ class Proposals:
                 except StopIteration as stop:
                     found[i] = stop.value
                     del wanted[i]
-        proposed = [found[i] for i in range(len(rows))]
-        check_some(one.candidates for one in proposed)
-        return proposed
+        return [found[i] for i in range(len(rows))]
 
 
 def _answered(wanted: Sequence[Wanted], on_rows: OnRows | None) -> Iterator[list[Completion]]:

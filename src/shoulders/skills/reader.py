@@ -156,5 +156,4 @@ def first_line(text: str) -> str:
     An untrained LM often starts on a new line, and goes on to lines of its own invention:
     cutting at the first line break would score its format, not its answer.
     """
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else ""
+    return text.strip().split("\n", 1)[0].strip()

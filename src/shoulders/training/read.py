@@ -19,7 +19,7 @@ from rich.console import Console
 
 from shoulders.data.mixture import MixtureConfig
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import TrainingError
+from shoulders.errors import DataError, TrainingError
 from shoulders.files import atomic_path, remove_partial
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
@@ -65,8 +65,8 @@ def run_reader_recipe(
     started = time.monotonic()
     same_recipe(recipe, out / RECIPE, hashes_of([*recipe.reader.train, *recipe.reader.validation]))
     train, validation = questions_of(recipe)
+    search = recipe.reader.search
     with opened_index(recipe, out / INDEX, watch) as index:
-        search = recipe.reader.search
         retriever = index.retriever(search.retriever)
         reranking = trained_reranker(
             recipe.reader.reranker, train, retriever, index, search.k, out, watch
@@ -96,16 +96,33 @@ def run_reader_recipe(
     }
     similarity = recipe.reader.reranker.similarity if recipe.reader.reranker else None
     save_reader(out, search, reading, similarity, provenance)
+    # The index was closed while the prompt was trained: the reader has one of its own.
+    index = opened_index(recipe, out / INDEX, watch)
+    contexts = Contexts(index.retriever(search.retriever), index, reranking.reranker, search.k)
     return Reader(skill, contexts, reading)
 
 
 def questions_of(recipe: ReaderRecipe) -> tuple[list[Question], list[Question]]:
-    """Return the questions to train on, and those of validation that are not among them."""
-    train = [q for name in recipe.reader.train for q in read_questions(Path(name))]
+    """Return the questions to train on, and those of validation that are not among them.
+
+    Raises `DataError` for what cannot be read, and for a question without answers.
+    """
+    train = [q for name in recipe.reader.train for q in _answered(Path(name))]
     seen = {_plain(q.question) for q in train}
-    validation = [q for name in recipe.reader.validation for q in read_questions(Path(name))]
+    validation = [q for name in recipe.reader.validation for q in _answered(Path(name))]
     # Promise 2: what was trained on selects and calibrates nothing.
     return train, [q for q in validation if _plain(q.question) not in seen]
+
+
+def _answered(file: Path) -> list[Question]:
+    questions = read_questions(file)
+    for number, question in enumerate(questions, 1):
+        if not question.answers:
+            raise DataError(
+                f"{file}: question {number} ('{question.question[:60]}') has no answers; to train "
+                "and to calibrate on it needs some"
+            )
+    return questions
 
 
 def opened_index(recipe: ReaderRecipe, folder: Path, watch: Watch) -> Index:

@@ -150,8 +150,10 @@ def _text(value: dict[str, Any], key: str, where: str, *, optional: bool = False
     text = value.get(key)
     if text is None and optional:
         return ""
-    if not isinstance(text, str):
+    if text is None:
         raise DataError(f"{where}: no text in field '{key}'{nearest(key, value)}")
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field '{key}' must be a text, not {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair
