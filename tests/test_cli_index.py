@@ -118,9 +118,10 @@ def test_refusals_are_one_line(shoulders: Any, docs: Path, tmp_path: Path) -> No
         ((docs, "--out", out), "an index is there; grow it with --add"),
         ((tmp_path / "none", "--out", tmp_path / "x"), "no such file or folder"),
         ((broken, "--out", tmp_path / "x"), "t.tsv:2: 2 columns, expected 3"),
-        ((empty, "--out", tmp_path / "x"), "no documents in it"),
+        ((empty, "--out", tmp_path / "z"), "no documents in it"),
         (("--out", tmp_path / "x"), "which SOURCE?"),
-        (("--out", tmp_path / "x", "--resume"), "no index in this folder"),
+        (("--out", tmp_path / "x", "--resume"), "no such folder; make one with"),
+        (("--out", empty, "--resume"), "no index in this folder"),
         ((docs, "--out", out, "--add"), "a.md#1' is in the index; delete it first"),
         ((docs, "--out", out, "--add", "--dense"), "--add keeps to the encoders"),
         ((docs, "--out", out, "--delete", "x"), "--delete stands alone"),
@@ -134,6 +135,7 @@ def test_refusals_are_one_line(shoulders: Any, docs: Path, tmp_path: Path) -> No
         assert last.startswith("error: "), refused.err
         assert said in last
         assert "Traceback" not in refused.err
+    assert not (tmp_path / "z").exists(), "nothing was begun there"
     assert shoulders("index", docs, "--out", out, "--resume").code == 0
 
 

@@ -83,8 +83,10 @@ def writing_to(path: Path) -> Iterator[None]:
 def only_writer(folder: Path) -> Iterator[None]:
     """Let one process at a time write into a folder, which is made if it is not there.
 
-    The system lets go of it when a process dies. Raises `ShouldersError` where another one writes.
+    Made here and still empty when something fails, it goes again. The system lets go of it when a
+    process dies. Raises `ShouldersError` where another one writes.
     """
+    made = not folder.exists()
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -103,6 +105,11 @@ def only_writer(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
     finally:
         os.close(handle)
 
