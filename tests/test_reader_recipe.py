@@ -156,10 +156,16 @@ def test_a_reader_is_trained_saved_asked_and_scored(tmp_path: Path) -> None:
     assert answer["answer"] in done.stdout
     assert "rome" in done.stderr, "--show-context shows the passages"
 
+    assert shoulders(cache, "info", out, "--json", asked).returncode == 0
+    facts = json.loads(asked.read_text(encoding="utf-8"))["reader"]
+    assert (facts["search"]["k"], facts["calibrated"]) == (4, True)
+    assert facts["reranker"] == str(tmp_path / "encoder")
+
     (out / "fusion.json").write_text("{}", encoding="utf-8")
-    done = shoulders(cache, "ask", question, "--index", index, "--skill", out)
-    assert done.returncode == 2
-    assert "fusion.json: damaged" in done.stderr
+    for command in (["ask", question, "--index", index, "--skill", out], ["info", out]):
+        done = shoulders(cache, *command)
+        assert done.returncode == 2
+        assert "fusion.json: damaged" in done.stderr
 
 
 @pytest.mark.slow

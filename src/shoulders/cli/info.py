@@ -59,6 +59,7 @@ def _index_facts(folder: Path) -> dict[str, Any]:
 
 def _skill_facts(folder: Path) -> dict[str, Any]:
     from shoulders.skills.artefact import ENSEMBLE, read_artefact
+    from shoulders.skills.reader_artefact import FILE as READER
 
     if (folder / ENSEMBLE).is_file():
         return _ensemble_facts(folder)
@@ -77,7 +78,27 @@ def _skill_facts(folder: Path) -> dict[str, Any]:
         "quantize": artefact.lm_quantize,
         "tasks": sorted(artefact.templates),
     }
+    if (folder / READER).is_file():
+        facts |= _reader_facts(folder)
+        facts["frozen_parameters"] += facts["reader"]["frozen_parameters"]
     return {**facts, "provenance": provenance}
+
+
+def _reader_facts(folder: Path) -> dict[str, Any]:
+    """Return how a reader searches, re-ranks and reads; its files are checked."""
+    from shoulders.skills.reader_artefact import read_reader
+
+    artefact = read_reader(folder)
+    similarity = artefact.similarity
+    return {
+        "reader": {
+            "search": artefact.search.model_dump(mode="json"),
+            "reading": artefact.reading.model_dump(mode="json"),
+            "reranker": similarity.name if similarity else "trained" if artefact.files else None,
+            "frozen_parameters": similarity.parameters if similarity else 0,
+            "calibrated": artefact.reading.confidence is not None,
+        }
+    }
 
 
 def _ensemble_facts(folder: Path) -> dict[str, Any]:
