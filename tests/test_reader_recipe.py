@@ -143,6 +143,9 @@ def test_a_reader_is_trained_saved_asked_and_scored(tmp_path: Path) -> None:
         assert refused.returncode == 2
         assert "--abstain-below: answers' probabilities were calibrated" in refused.stderr
 
+    done = shoulders(cache, "eval", out, "--index", index, "--data", data, "--k", "3")
+    assert "--k: probabilities of answers were calibrated with" in done.stderr
+
     asked = tmp_path / "a.json"
     question = "on which river does rome lie?"
     done = shoulders(

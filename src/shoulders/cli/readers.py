@@ -70,6 +70,13 @@ def open_reader(
     if is_reader(name):
         artefact = read_reader(Path(name))
         search, reading = artefact.search, artefact.reading
+    given = (("--window", window, reading.pack.tokens), ("--k", k, search.k))
+    changed = [option for option, value, own in given if value not in (None, own)]
+    if reading.confidence is not None and changed:
+        stderr().print(
+            f"{' and '.join(changed)}: probabilities of answers were calibrated with what the "
+            "reader was trained with; their order holds better than their size"
+        )
     if window is not None:
         pack = reading.pack.model_copy(update={"tokens": window})
         reading = reading.model_copy(update={"pack": pack})
