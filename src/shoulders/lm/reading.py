@@ -7,6 +7,7 @@ the passes of a recursion (`shoulders.recursion`) read with it as generation doe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -70,6 +71,25 @@ def begun(
     if lm.blocks is not None and in_window:
         return BlocksReading(lm.blocks, prompt, embedded, counts, room, taps)
     return ModelReading(lm, prompt, embedded, counts, taps)
+
+
+@torch.no_grad()
+def read_once(lm: FrozenLM, prompt: Prompt) -> Prompt:
+    """Return a prompt of one row with the keys/values that the LM computes of its vectors.
+
+    It stands for `prompt` wherever that is read, bit by bit: what never changes need be read once.
+    As it is where it has no vectors, or the LM no layers of our own.
+    """
+    if lm.blocks is None or not prompt.vectors.shape[1]:
+        return prompt
+    length = int(prompt.lengths()[0])
+    cache = Cache.of(prompt, lm.blocks.cache_shape, max(1, length), lm.blocks.dtype)
+    vectors = prompt.vectors[0, prompt.vector_mask[0]]
+    if len(vectors):
+        lm.blocks.read(vectors.to(lm.blocks.dtype), [len(vectors)], cache)
+    # [layers, 2, 1, room, heads, e] -> [1, layers, 2, heads, room, e]
+    values = cache.values[:, :, 0, :length].transpose(2, 3)[None]
+    return replace(Prompt.of_keys_values(values.clone()), updates=prompt.updates)
 
 
 class BlocksReading:

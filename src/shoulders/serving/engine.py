@@ -6,7 +6,6 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -14,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from shoulders.errors import ShouldersError, WindowError
-from shoulders.lm.cache import Cache
 from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.reading import read_once
 from shoulders.lm.streams import MOST
 from shoulders.prompts.interface import Producer
 from shoulders.recursion.chain import Hop
@@ -298,7 +297,7 @@ class Engine:
         with torch.no_grad():
             prompt = skill.written(number, [text])
             if producer is not None and prompt.shared:
-                prompt = as_prefix(self.lm, prompt) if read else prompt
+                prompt = read_once(self.lm, prompt) if read else prompt
                 self._prompts.setdefault(producer, {})[read] = prompt
         return prompt
 
@@ -306,17 +305,3 @@ class Engine:
         with self._idle:
             self._jobs -= 1
             self._idle.notify_all()
-
-
-@torch.no_grad()
-def as_prefix(lm: FrozenLM, prompt: Prompt) -> Prompt:
-    """Return the keys/values that an LM computes of a prompt of one row, as a prefix."""
-    assert lm.blocks is not None  # see `Engine`
-    length = int(prompt.lengths()[0])
-    cache = Cache.of(prompt, lm.blocks.cache_shape, max(1, length), lm.blocks.dtype)
-    vectors = prompt.vectors[0, prompt.vector_mask[0]]
-    if len(vectors):
-        lm.blocks.read(vectors.to(lm.blocks.dtype), [len(vectors)], cache)
-    # [layers, 2, 1, room, heads, e] -> [1, layers, 2, heads, room, e]
-    values = cache.values[:, :, 0, :length].transpose(2, 3)[None]
-    return replace(Prompt.of_keys_values(values.clone()), updates=prompt.updates)

@@ -10,6 +10,8 @@ import torch
 from shoulders.data.batching import evenly_grouped, length_grouped
 from shoulders.lm.decode import Completion, DecodingConfig, generate
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.prompt import Prompt
+from shoulders.lm.reading import read_once
 from shoulders.lm.streams import Streams, streams_for
 from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS
 
@@ -39,13 +41,33 @@ def generated(
         WindowError: a row does not fit.
     """
 
+    prompts = Prompts(skill)
+
     def one(rows: list[int]) -> list[list[Completion]]:
         own = [texts[i] for i in rows]
         with torch.no_grad():
-            prompt, source = skill.prompt(own), skill.source(own)
+            prompt, source = prompts(own), skill.source(own)
         return generate(skill.lm, prompt, [ids[i] for i in rows], decoding, source)
 
     return batched(skill.lm, [len(i) for i in ids], decoding, one, on_rows, most)
+
+
+class Prompts:
+    """A skill's prompts, batch after batch: one that never changes is read by the LM once."""
+
+    def __init__(self, skill: Skill) -> None:
+        self._skill = skill
+        self._constant: Prompt | None = None
+
+    def __call__(self, texts: Sequence[str]) -> Prompt:
+        """Return the last pass's prompts for `b` texts, as `Skill.prompt` does."""
+        if self._constant is None:
+            prompt = self._skill.prompt(texts)
+            if not prompt.shared:
+                return prompt
+            # Streams that come here together read it each, to the same bits.
+            self._constant = read_once(self._skill.lm, self._skill.prompt(texts[:1]))
+        return self._constant.repeated(len(texts))
 
 
 def batched(
