@@ -16,7 +16,7 @@ from shoulders.prompts.build import rates_of
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.examples import example_of
-from shoulders.training.memory import keep_freed_memory
+from shoulders.training.memory import keep_freed_memory, settled
 from shoulders.training.objective import Example
 from shoulders.training.optimizer import make_optimizer
 from shoulders.training.step import gradients, split
@@ -49,7 +49,7 @@ def main() -> None:
     with torch.no_grad():
         for step in steps:
             skill.prompt([e.text for e in step])  # what encoders read is on disk from here on
-    with Streams.of(skill.lm) as passes:
+    with settled(), Streams.of(skill.lm) as passes:
         gradients(skill, steps[0], config, passes)
         started, losses = time.perf_counter(), []
         for step in steps:

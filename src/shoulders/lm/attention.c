@@ -58,15 +58,19 @@ static void gather(const rows_t *rows, size r, size head, size values, float *pl
 
 /* The three products below take `count` queries of one key/value head at once: what is read of
  * keys or values serves all of them, and their sums do not wait for each other. Each is written for
- * a constant count, so that its sums stay in registers. */
+ * a constant count, so that its sums stay in registers: twelve of AVX2's sixteen. */
 #define MOST 4
+#define QUERIES 6
+
+/* How many positions of a row attend at once: those whose queries of one key/value head fit. */
+static size together(size group) { return group < QUERIES ? QUERIES / group : 1; }
 
 /* y[c, 0..m) <- factor * (x[c, e] . turned [e, n]), and something in y up to a multiple of WIDE:
  * whole vectors always, since n is such a multiple. */
 INLINE void dots_of(const float *restrict x, const float *restrict turned, float factor,
                     float *restrict y, size m, size n, size e, int count) {
     for (size j = 0; j < m; j += WIDE) {
-        vector first[MOST] = {{0}}, second[MOST] = {{0}};
+        vector first[QUERIES] = {{0}}, second[QUERIES] = {{0}};
         const float *at = turned + j;
         for (size d = 0; d < e; d++, at += n) {
             vector one = *(const vector *)at, two = *(const vector *)(at + LANES);
@@ -87,7 +91,7 @@ INLINE void weighted_of(const float *restrict p, const float *restrict plain, fl
                         size m, size n, size e, size apart, int count) {
     size d = 0;
     for (; d + WIDE <= e; d += WIDE) {
-        vector first[MOST] = {{0}}, second[MOST] = {{0}};
+        vector first[QUERIES] = {{0}}, second[QUERIES] = {{0}};
         const float *at = plain + d;
         for (size j = 0; j < m; j++, at += apart) {
             vector one = *(const vector *)at, two = *(const vector *)(at + LANES);
@@ -114,7 +118,7 @@ INLINE void spread_of(const float *restrict p, const float *restrict x, float *r
                       size m, size n, size e, int count) {
     size d = 0;
     for (; d + WIDE <= e; d += WIDE) {
-        vector first[MOST], second[MOST];
+        vector first[QUERIES], second[QUERIES];
         for (int c = 0; c < count; c++) {
             first[c] = *(const vector *)(x + c * e + d);
             second[c] = *(const vector *)(x + c * e + d + LANES);
@@ -141,7 +145,8 @@ INLINE void spread_of(const float *restrict p, const float *restrict x, float *r
         case 1: CALL(c, 1); c += 1; break;                                                        \
         case 2: CALL(c, 2); c += 2; break;                                                        \
         case 3: CALL(c, 3); c += 3; break;                                                        \
-        default: CALL(c, 4); c += 4;                                                              \
+        case 4: case 5: CALL(c, 4); c += 4; break;                                                \
+        default: CALL(c, 6); c += 6;                                                              \
         }
 
 static void dots(const float *x, const float *turned, float factor, float *y, size m, size n,
@@ -199,7 +204,7 @@ INLINE void dots_where_they_lie(const float *restrict x, const float *restrict k
                 __builtin_prefetch(next_keys + j * apart + d, 0, 2);
                 __builtin_prefetch(next_values + j * apart + d, 0, 2);
             }
-        vector sums[MOST] = {{0}};
+        vector sums[QUERIES] = {{0}};
         size d = 0;
         for (; d + LANES <= e; d += LANES) {
             vector key = *(const vector *)(keys + d);
@@ -241,14 +246,32 @@ static void attend_one(const rows_t *rows, size r, float factor, float *out, flo
     }
 }
 
-/* out [t, h, e]; room: n (3 e + h / g) floats, n the most that a row sees, in whole vectors. */
+/* Copy what `count` positions have of one head's queries, `wide` floats each, `apart` from each
+ * other in what is read. */
+static void copied(float *restrict to, const float *restrict from, size count, size wide,
+                   size to_apart, size apart) {
+    for (size a = 0; a < count; a++) memcpy(to + a * to_apart, from + a * apart, wide * 4);
+}
+
+/* Probabilities of `count` positions' queries; the first one's sees `m` keys, each next one more.
+ * What only later ones of them see is zero. */
+static void softmaxes(float *p, size m, size n, size group, size count) {
+    for (size a = 0; a < count; a++)
+        for (size c = 0; c < group; c++, p += n) {
+            softmax(p, m + a);
+            for (size j = m + a; j < m + count - 1; j++) p[j] = 0.0f;
+        }
+}
+
+/* out [t, h, e]; room: n (3 e + h / g of all positions that go together) floats, n the most that a
+ * row sees, in whole vectors. */
 void attend(const float *qkv, const float *prefix_keys, const float *prefix_values,
             const int64_t *start, const int64_t *length, const int64_t *seen, const int64_t *slot,
             float *out, float *room, size b, size q, size shared, size h, size g, size e) {
     rows_t rows = {qkv, prefix_keys, prefix_values, start, length, seen, slot,
                    b,   q,           shared,        h,     g,      e};
-    size all = h + 2 * g, group = h / g;
-    float factor = 1.0f / sqrtf((float)e);
+    size all = h + 2 * g, group = h / g, at_once = together(group), wide = group * e;
+    float factor = 1.0f / sqrtf((float)e), x[at_once * wide], y[at_once * wide];
     for (size r = 0; r < b; r++) {
         if (length[r] == 1 && !shared) {
             attend_one(&rows, r, factor, out, room);
@@ -260,50 +283,56 @@ void attend(const float *qkv, const float *prefix_keys, const float *prefix_valu
         for (size head = 0; head < g; head++) {
             gather(&rows, r, head, 0, k, k_turned);
             gather(&rows, r, head, 1, v, 0);
-            for (size i = 0; i < length[r]; i++) {
-                size m = before + i + 1;
-                const float *queries = qkv + ((start[r] + i) * all + head * group) * e;
-                dots(queries, k_turned, factor, p, m, n, e, group);
-                for (size c = 0; c < group; c++) softmax(p + c * n, m);
-                weighted(p, v, out + ((start[r] + i) * h + head * group) * e, m, n, e, e, group);
+            for (size i = 0, now; i < length[r]; i += now) {
+                now = length[r] - i < at_once ? length[r] - i : at_once;
+                size m = before + i + now, count = now * group;
+                copied(x, qkv + ((start[r] + i) * all + head * group) * e, now, wide, wide, all * e);
+                dots(x, k_turned, factor, p, m, n, e, count);
+                softmaxes(p, before + i + 1, n, group, now);
+                weighted(p, v, y, m, n, e, e, count);
+                copied(out + ((start[r] + i) * h + head * group) * e, y, now, wide, h * e, wide);
             }
         }
     }
 }
 
 /* Gradients of qkv [t, h + 2 g, e] and of the prefixes, given that of out [t, h, e]. The
- * probabilities are computed again. room: n (6 e + 2 h / g) floats. */
+ * probabilities are computed again. room: n (6 e + twice those of `attend`) floats. */
 void attend_back(const float *qkv, const float *prefix_keys, const float *prefix_values,
                  const int64_t *start, const int64_t *length, const float *g_out, float *g_qkv,
                  float *g_prefix_keys, float *g_prefix_values, float *room, size b, size q,
                  size shared, size h, size g, size e) {
     rows_t rows = {qkv, prefix_keys, prefix_values, start, length, 0, 0, b, q, shared, h, g, e};
-    size all = h + 2 * g, group = h / g;
-    float factor = 1.0f / sqrtf((float)e);
+    size all = h + 2 * g, group = h / g, at_once = together(group), wide = group * e;
+    float factor = 1.0f / sqrtf((float)e), x[at_once * wide], go[at_once * wide], y[at_once * wide];
     for (size j = 0; j < shared; j++) memset(g_qkv + j * all * e, 0, all * e * 4);
     for (size r = 0; r < b; r++) {
         size before = seen_before(&rows, r), n = whole(before + length[r]);
         float *k = room, *k_turned = k + n * e, *v = k_turned + n * e, *v_turned = v + n * e;
-        float *gk = v_turned + n * e, *gv = gk + n * e, *p = gv + n * e, *gp = p + group * n;
+        float *gk = v_turned + n * e, *gv = gk + n * e, *p = gv + n * e, *gp = p + at_once * group * n;
         for (size head = 0; head < g; head++) {
             gather(&rows, r, head, 0, k, k_turned);
             gather(&rows, r, head, 1, v, v_turned);
             memset(gk, 0, 2 * n * e * 4);
-            for (size i = 0; i < length[r]; i++) {
-                size m = before + i + 1, first = head * group;
-                const float *queries = qkv + ((start[r] + i) * all + first) * e;
-                const float *go = g_out + ((start[r] + i) * h + first) * e;
-                dots(queries, k_turned, factor, p, m, n, e, group);
-                dots(go, v_turned, 1.0f, gp, m, n, e, group);
-                for (size c = 0; c < group; c++) {
+            for (size i = 0, now; i < length[r]; i += now) {
+                now = length[r] - i < at_once ? length[r] - i : at_once;
+                size m = before + i + now, count = now * group, first = head * group;
+                copied(x, qkv + ((start[r] + i) * all + first) * e, now, wide, wide, all * e);
+                copied(go, g_out + ((start[r] + i) * h + first) * e, now, wide, wide, h * e);
+                dots(x, k_turned, factor, p, m, n, e, count);
+                dots(go, v_turned, 1.0f, gp, m, n, e, count);
+                softmaxes(p, before + i + 1, n, group, now);
+                for (size c = 0; c < count; c++) {
                     float *own = p + c * n, *g_own = gp + c * n, mean = 0.0f;
-                    softmax(own, m);
-                    for (size j = 0; j < m; j++) mean += own[j] * g_own[j];
-                    for (size j = 0; j < m; j++) g_own[j] = factor * own[j] * (g_own[j] - mean);
+                    size sees = before + i + 1 + c / group;
+                    for (size j = 0; j < sees; j++) mean += own[j] * g_own[j];
+                    for (size j = 0; j < sees; j++) g_own[j] = factor * own[j] * (g_own[j] - mean);
+                    for (size j = sees; j < m; j++) g_own[j] = 0.0f;
                 }
-                weighted(gp, k, g_qkv + ((start[r] + i) * all + first) * e, m, n, e, e, group);
-                spread(gp, queries, gk, m, n, e, group);
-                spread(p, go, gv, m, n, e, group);
+                weighted(gp, k, y, m, n, e, e, count);
+                copied(g_qkv + ((start[r] + i) * all + first) * e, y, now, wide, all * e, wide);
+                spread(gp, x, gk, m, n, e, count);
+                spread(p, go, gv, m, n, e, count);
             }
             for (size values = 0; values < 2; values++) {
                 const float *from = values ? gv : gk;

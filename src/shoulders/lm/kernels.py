@@ -37,7 +37,8 @@ _FLAGS = (
 )
 # One after the other, as one.
 _SOURCES = ("kernels.c", "halves.c", "attention.c", "tiles.c", "pairs.c", "layers.c")
-_WIDE = 32  # the most that attention.c takes at once
+_WIDE = 32  # the most keys that attention.c takes at once
+_QUERIES = 6  # of one key/value head, likewise
 _POINTERS = {
     "round_rows": 5,
     "rescale": 6,
@@ -192,8 +193,8 @@ class Kernels:
     def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
         """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""
         out = torch.empty(len(qkv), sizes.heads * sizes.width)
-        b, q, group = len(rows.start), prefix.shape[2], sizes.heads // sizes.kv_heads
-        room = torch.empty(self.most_seen(rows) * (3 * sizes.width + group))
+        b, q, count = len(rows.start), prefix.shape[2], together(sizes.heads // sizes.kv_heads)
+        room = torch.empty(self.most_seen(rows) * (3 * sizes.width + count))
         self._c.attend(
             *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),
             *(at(rows.seen), at(rows.slot), at(out), at(room), b, q, sizes.shared),
@@ -206,8 +207,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of rotated `qkv` and of `prefix`, given that of `attend`."""
         g_qkv, g_prefix = torch.empty_like(qkv), torch.empty_like(prefix)
-        (b, q), group = prefix.shape[1:3], sizes.heads // sizes.kv_heads
-        room = torch.empty(self.most_seen(rows) * (6 * sizes.width + 2 * group))
+        (b, q), count = prefix.shape[1:3], together(sizes.heads // sizes.kv_heads)
+        room = torch.empty(self.most_seen(rows) * (6 * sizes.width + 2 * count))
         self._c.attend_back(
             *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),
             *(at(gradient), at(g_qkv), at(g_prefix[0]), at(g_prefix[1]), at(room)),
@@ -279,6 +280,11 @@ def _processor_flags() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def together(group: int) -> int:
+    """Return how many queries of one key/value head attend at once: of a position or several."""
+    return group * max(1, _QUERIES // group)
 
 
 def _room(m: int, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,7 +122,7 @@ void read_layers(const layer_t *layers, size count, int64_t halves, float *x, fl
     float *qkv = taken(&room, t * all * e * 4), *read = taken(&room, t * h * e * 4);
     float *middle = taken(&room, t * d * 4);
     void *gate_up = taken(&room, t * 2 * f * (GATES_HALF ? 2 : 4));
-    float *attending = taken(&room, most * (3 * e + h / g) * 4);
+    float *attending = taken(&room, most * (3 * e + h / g * together(h / g)) * 4);
     char *spare = taken(&room, PANEL * widest * 2 + WITHIN);
     size most_written = 2 * f > all * e ? 2 * f : all * e;
     most_written = d > most_written ? d : most_written;

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shoulders.lm.beside import Beside
-from shoulders.lm.kernels import Kernels
+from shoulders.lm.kernels import Kernels, together
 from shoulders.lm.laid import Laid
 from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
 from shoulders.lm.tiles import PANEL, WITHIN
@@ -60,7 +60,12 @@ class Layers:
         gates = 4 if self._kernels.tiles is not None else 8  # bytes of two, as in layers.c
         parts = (
             *(t * widest * 2, t * 4, widest * 4, t * (h + 2 * g) * e * 4, t * h * e * 4),
-            *(t * d * 4, t * gates * f, most * (3 * e + h // g) * 4, PANEL * widest * 2 + WITHIN),
+            *(
+                t * d * 4,
+                t * gates * f,
+                most * (3 * e + together(h // g)) * 4,
+                PANEL * widest * 2 + WITHIN,
+            ),
             _ALIKE * (widest + written + beside.rank) * 4,
         )
         room = torch.empty(sum(-(-part // _LINE) * _LINE for part in parts), dtype=torch.int8)

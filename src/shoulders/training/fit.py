@@ -24,7 +24,7 @@ from shoulders.training.configs import TrainingConfig
 from shoulders.training.divergence import Movement, check_finite, check_step, check_validation
 from shoulders.training.examples import check_window, example_at, example_of
 from shoulders.training.interrupt import deferred_interrupt
-from shoulders.training.memory import keep_freed_memory
+from shoulders.training.memory import keep_freed_memory, settled
 from shoulders.training.monitor import monitor_of
 from shoulders.training.optimizer import make_optimizer, rate_factor, set_rates
 from shoulders.training.processes import Processes
@@ -112,6 +112,7 @@ def fit(
     clock = [time.monotonic()]
     keep_freed_memory()
     with (
+        settled(),
         monitor_of(processes, out, config, progress.step, console) as monitor,
         Streams.of(skill.lm, config.streams) as passes,
         deferred_interrupt() as interrupted,
