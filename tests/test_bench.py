@@ -66,6 +66,30 @@ def test_contenders_run_by_turns_and_failures_are_named() -> None:
     assert measured(Contender("chatty", [sys.executable, "-c", chatty])) == {"t": 1}
 
 
+@pytest.mark.parametrize(("stopped_in", "kept"), [(1, None), (2, 1), (3, 2)])
+def test_what_is_stopped_keeps_the_rounds_that_had_ended(
+    stopped_in: int, kept: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    taken: list[str] = []
+
+    def one(contender: Contender) -> dict[str, int]:
+        taken.append(contender.name)
+        if len(taken) == 2 * stopped_in:  # in the second contender's turn
+            raise KeyboardInterrupt
+        return {"run": len(taken)}
+
+    monkeypatch.setattr("shoulders.benchmark.contender.measured", one)
+    several = [Contender("a", []), Contender("b", [])]
+    if kept is None:
+        with pytest.raises(KeyboardInterrupt):
+            by_turns(several, 5, Console(quiet=True))
+        return
+    results = by_turns(several, 5, Console(quiet=True))
+    assert {name: len(runs) for name, runs in results.items()} == {"a": kept, "b": kept}
+
+
 def test_lora_is_measured_in_both_precisions_and_counts_at_its_best(tmp_path: Path) -> None:
     settings = TrainBenchmark(
         lm=str(tmp_path), dtypes=["int8"], kinds=["static"], rows_per_step=4, length=3, runs=1,
@@ -80,7 +104,7 @@ def test_lora_is_measured_in_both_precisions_and_counts_at_its_best(tmp_path: Pa
     figures = {"share_of_limit": 0.5}
     speeds = dict.fromkeys(commands, 10.0) | {"peft_lora_bf16": 40.0, "static int8": 80.0}
     methods = {name: {"real_tokens_per_s": v, **figures} for name, v in speeds.items()}
-    result = summary(settings, methods, {}, 8)
+    result = summary(settings, methods, {"limit_samples": {"float32": [1.0, 1.0]}}, 8)
     assert result["ratios"]["lora"] == 2.0
 
 

@@ -58,6 +58,10 @@ class InterruptedTraining(TrainingError):  # noqa: N818 - it is one, and not a f
     """Training was stopped by the user; its checkpoint is on disk."""
 
 
+class InterruptedBenchmark(ShouldersError):  # noqa: N818 - as above
+    """A benchmark was stopped by the user; what is told is of the rounds that had ended."""
+
+
 @contextmanager
 def placed(texts: Sequence[str], places: Sequence[str]) -> Iterator[None]:
     """Name the file and line of a text that does not fit, where a pass says which text it was.

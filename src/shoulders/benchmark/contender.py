@@ -34,18 +34,27 @@ def by_turns(
     """Run every contender `runs` times, one after the other in every round; return what they said.
 
     Each run is a fresh process alone on the machine: no memory or cache is shared, and a slow
-    minute of the machine hits all alike.
+    minute of the machine hits all alike. Ctrl-C ends it early: what is returned then is of the
+    rounds that had ended.
 
     Raises:
         ShouldersError: a contender failed, with the last line of what it said.
+        KeyboardInterrupt: it was stopped in the first round.
     """
-    results: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
+    rounds: list[list[dict[str, Any]]] = []
     with quiet_progress(console, "measuring", runs * len(contenders)) as advance:
-        for _ in range(runs):
-            for contender in contenders:
-                results[contender.name].append(measured(contender))
-                advance(1)
-    return results
+        try:
+            while len(rounds) < runs:
+                ended = []
+                for contender in contenders:
+                    ended.append(measured(contender))
+                    advance(1)
+                rounds.append(ended)
+        except KeyboardInterrupt:
+            if not rounds:
+                raise
+    several = zip(*rounds, strict=True)
+    return {c.name: list(own) for c, own in zip(contenders, several, strict=True)}
 
 
 def measured(contender: Contender) -> dict[str, Any]:

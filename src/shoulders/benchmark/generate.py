@@ -93,7 +93,7 @@ def bench_generate(
         "new_tokens": settings.new_tokens,
         "peer_batch": settings.batch,
         "length": settings.length,
-        "runs": settings.runs,
+        "runs": len(limit["limit_samples"]["float32"]),
         "lm": settings.lm,
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

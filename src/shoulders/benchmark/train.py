@@ -138,7 +138,7 @@ def summary(
         "rows": rows,
         "rows_per_step": settings.rows_per_step,
         "length": settings.length,
-        "runs": settings.runs,
+        "runs": len(limit["limit_samples"]["float32"]),
         "lm": settings.lm,
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

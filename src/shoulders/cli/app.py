@@ -28,7 +28,7 @@ from shoulders.cli import (
     train,
 )
 from shoulders.cli.common import quiet_imports
-from shoulders.errors import InterruptedTraining, ShouldersError
+from shoulders.errors import InterruptedBenchmark, InterruptedTraining, ShouldersError
 
 # Wrong usage of the command line. New versions of typer carry click inside them, old ones
 # import it: the class is reached through what typer exports.
@@ -87,7 +87,8 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("stopped; nothing was left half-written", 130)
     except ShouldersError as error:
-        _fail(str(error), 130 if isinstance(error, InterruptedTraining) else 2)
+        stopped = isinstance(error, (InterruptedTraining, InterruptedBenchmark))
+        _fail(str(error), 130 if stopped else 2)
     except OSError as error:
         # The disk filled up or a file vanished: the user's to mend, not a defect.
         _fail(f"{error.filename or 'file system'}: {error.strerror or error}", 2)

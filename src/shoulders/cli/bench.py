@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from shoulders.cli.common import check_outputs, emit_json, quiet_libraries, stderr, stdout
-from shoulders.errors import ShouldersError
+from shoulders.errors import InterruptedBenchmark, ShouldersError
 
 app = typer.Typer(
     help="Measure training or generation: tokens per second, share of this machine's limit, "
@@ -86,6 +86,7 @@ def train(
         )
     stdout().print(table)
     stdout().print(_limits(result["limit_operations_per_s"]))
+    _whole(result["runs"], runs)
 
 
 @app.command("generate")
@@ -142,6 +143,7 @@ def generate(
         )
     stdout().print(table)
     stdout().print(_limits(result["limit_operations_per_s"]))
+    _whole(result["runs"], runs)
 
 
 def _checked(dtype: list[str] | None, kind: list[str] | None) -> tuple[list[str], list[str]]:
@@ -169,6 +171,12 @@ def _found(folder: Path | None, script: str) -> Path:
             "repository, or --no-peers"
         )
     return chosen
+
+
+def _whole(ended: int, runs: int) -> None:
+    """Raise where Ctrl-C left some of the runs undone."""
+    if ended < runs:
+        raise InterruptedBenchmark(f"stopped: these figures are of {ended} of {runs} runs")
 
 
 def _times(ratio: float | None) -> str:
