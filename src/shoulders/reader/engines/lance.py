@@ -154,9 +154,7 @@ class LanceSparse:
         if k < 1:
             raise ValueError(f"k is {k}, must be at least 1")
         rows = [self._best(question, k) for question in questions]
-        return Found(
-            [[i for _, _, i in row] for row in rows], [[-s for s, _, _ in row] for row in rows]
-        )
+        return _found(rows)
 
     def _best(self, question: str, k: int) -> list[_Hit]:
         match = needed("lancedb.query", EXTRA).MatchQuery(question, "words")
@@ -189,9 +187,7 @@ class LanceDense:
         if k < 1:
             raise ValueError(f"k is {k}, must be at least 1")
         rows = [self._best(vector, k) for vector in self._embed(questions)] if questions else []
-        return Found(
-            [[i for _, _, i in row] for row in rows], [[-s for s, _, _ in row] for row in rows]
-        )
+        return _found(rows)
 
     def _best(self, vector: np.ndarray, k: int) -> list[_Hit]:
         with named(self._uri):
