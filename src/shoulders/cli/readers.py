@@ -159,9 +159,7 @@ def card_table(title: str, card: ReportCard) -> Table:
         table.add_column(column, justify="right")
     for name, value in card.metrics.items():
         low, high = card.ci95[name]
-        label = (
-            "packed passages (how many)" if name == "packed_passages" else name.replace("_", " ")
-        )
+        label = "packed passages (number)" if name == "packed_passages" else name.replace("_", " ")
         table.add_row(label, f"{value:.1f}", f"[{low:.1f}, {high:.1f}]")
     return table
 
