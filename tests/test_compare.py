@@ -774,7 +774,7 @@ def test_minutes_become_the_same_examples_for_all(tmp_path: Path, lm_folder: Pat
 @pytest.mark.slow
 def test_rivals_lose_nats_as_frozen_methods_do(tmp_path: Path, lm_folder: Path) -> None:
     """The loss that selects a rival's rates is the one that selects a frozen method's."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from shoulders.comparison.tune import Watch
 
@@ -786,7 +786,7 @@ def test_rivals_lose_nats_as_frozen_methods_do(tmp_path: Path, lm_folder: Path) 
     ours = validate(skill, validation, templates, examples, "loss")["loss"]
     checked = [{"task": e.task, "ids": e.input_ids, "answer_ids": e.answer_ids} for e in examples]
     model = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
-    watch = Watch(model, AutoTokenizer.from_pretrained(lm_folder), checked, 1)
+    watch = Watch(model, checked, 1)
     assert watch.loss() == pytest.approx(ours, abs=1e-5)
     # ... and they learn from the same tokens in the same order.
     mixture = Mixture(rows, templates, plan.data, 0)
@@ -846,7 +846,7 @@ def test_rows_of_like_length_together_are_the_same_steps(
 
     def losses() -> list[float]:
         model = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
-        watch = tune.Watch(model, tokenizer, rows[:4], 1)
+        watch = tune.Watch(model, rows[:4], 1)
         tune.fitted(model, tokenizer, rows, settings, tmp_path / "out", watch)
         return [loss for _, loss in watch.validations]
 
@@ -856,6 +856,81 @@ def test_rows_of_like_length_together_are_the_same_steps(
     whole = losses()
     assert abs(whole[-1] - whole[0]) > 0.01
     assert split == pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["full", "lora"])
+def test_a_stopped_rival_goes_on_bit_for_bit(
+    rank: int | None, tmp_path: Path, lm_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shoulders.comparison import tune, watch
+
+    class Stops(watch.Watch):
+        at = 0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            super().on_step_begin()
+            if self.step + 1 == self.at:
+                self.stop()
+
+    random = np.random.default_rng(0)
+    rows = [
+        {"task": "t", "ids": random.integers(5, 20, n).tolist(), "answer_ids": [6, 7]}
+        for n in random.integers(3, 30, 20)
+    ]
+    settings = {"rows_per_step": 4, "lr": 1e-2, "warmup_steps": 1, "seed": 0, "bfloat16": False}
+    tokenizer = AutoTokenizer.from_pretrained(lm_folder)
+
+    def run(folder: Path, at: int, told: str = "this") -> tuple[dict[str, Any], Stops]:
+        torch.manual_seed(at)  # what is restored does not rest on how it begins
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            lm_folder, dtype=torch.float32, attention_dropout=0.1
+        )
+        if rank is not None:
+            torch.manual_seed(0)
+            model = tune.with_lora(model, rank)
+        found = Stops(model, rows[:4], 2)
+        found.at = at
+        found.keep(folder, {"told": told})
+        tune.fitted(model, tokenizer, rows, settings, folder, found)
+        return {n: p.detach().clone() for n, p in model.named_parameters()}, found
+
+    weights, whole = run(tmp_path / "whole", 0)
+    assert (whole.step, whole.stopped) == (5, False)
+    assert [step for step, _ in whole.validations] == [2, 4, 5]
+    for at in (1, 3, 4):
+        assert run(tmp_path / "parts", at)[1].stopped
+    again, parts = run(tmp_path / "parts", 0)
+    assert (parts.step, parts.validations) == (5, whole.validations)
+    assert parts.seconds > 0
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    # What is no checkpoint of this run is none: it begins again.
+    run(tmp_path / "other", 3)
+    assert run(tmp_path / "other", 1, "that")[1].step == 1
+    state = next((tmp_path / "other").glob("checkpoints/*/state.safetensors"))
+    state.write_bytes(state.read_bytes()[:-1])
+    assert run(tmp_path / "other", 0, "that")[1].validations == whole.validations
+
+
+def test_ctrl_c_lets_a_rival_end_its_step(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    code = f"""
+import pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path({str(kept)!r}).write_text("checkpoint")
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("step 1", flush=True)
+time.sleep(60)
+"""
+
+    def advance(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedTraining, match="stopped while lora was tuned; go on with --res"):
+        tuned.watched([sys.executable, "-c", code], advance, "lora")
+    assert kept.read_text(encoding="utf-8") == "checkpoint"
 
 
 def test_a_rival_loses_what_its_own_loss_says(lm_folder: Path) -> None:
@@ -1161,7 +1236,7 @@ def test_rivals_and_frozen_methods_have_one_schedule(
     settings = {"rows_per_step": 2, "lr": 0.5, "warmup_steps": 3, "seed": 0, "bfloat16": False}
     tokenizer = AutoTokenizer.from_pretrained(lm_folder)
     model = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
-    watch = tune.Watch(model, tokenizer, rows[:1], 10)
+    watch = tune.Watch(model, rows[:1], 10)
     tune.fitted(model, tokenizer, rows, settings, tmp_path / "out", watch)
     schedule = TrainingConfig(steps=10, warmup_steps=3, optimizer={"lr": 0.5})  # type: ignore[arg-type]
     assert seen == pytest.approx([0.5 * rate_factor(i, schedule) for i in range(10)])

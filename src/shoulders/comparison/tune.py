@@ -2,7 +2,8 @@
 
 Reads `settings.json`, `train.jsonl` (rows of tokens, in the order of training) and
 `validation.jsonl` of the folder; trains with transformers' Trainer (PEFT for LoRA) as their
-documentation shows it; writes `tuned.json` and, where asked, the merged weights. Started by
+documentation shows it; writes `tuned.json` and, where asked, the merged weights. SIGTERM ends it
+with the step it is in and a checkpoint, from which the next start goes on. Started by
 `shoulders.comparison.tuned`; the memory it takes is given back when it ends.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,11 +24,12 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
-from shoulders.files import atomic_directory, write_json
+from shoulders.comparison.watch import Watch
+from shoulders.files import atomic_directory, sha256_of_file, write_json
+from shoulders.training.checkpoint import FOLDER
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.optimizer import rate_factor
 
@@ -55,8 +59,14 @@ def main() -> None:
     if settings["rank"] is not None:
         model = with_lora(model, settings["rank"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    watch = Watch(model, tokenizer, checked, settings["validate_every"])
+    watch = Watch(model, checked, settings["validate_every"])
+    told = {**settings, "rows": sha256_of_file(folder / "train.jsonl"), "torch": torch.__version__}
+    watch.keep(folder, told)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; we are told apart
+    signal.signal(signal.SIGTERM, lambda *_: watch.stop())
     fitted(model, tokenizer, rows, settings, folder, watch)
+    if watch.stopped:
+        return
     diverged = not all(math.isfinite(loss) for _, loss in watch.validations)
     if settings["weights"] and not diverged:
         if settings["rank"] is not None:
@@ -77,6 +87,7 @@ def main() -> None:
             ],
         },
     )
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
 def attention_for(rows: list[dict[str, Any]]) -> str:
@@ -107,24 +118,27 @@ def fitted(
     folder: Path,
     watch: Watch,
 ) -> None:
-    """Train once over the rows, in the order of the steps.
+    """Train once over the rows, in the order of the steps, from where a checkpoint stands.
 
     Rows of a step that are of like length are computed together and their gradients added up, so
     that few pads are computed; the step is the same.
     """
-    together = rows_together(settings["rows_per_step"])
+    count = settings["rows_per_step"]
+    together = rows_together(count)
     features = [
         {
             "input_ids": row["ids"] + row["answer_ids"],
             "attention_mask": [1] * len(row["ids"] + row["answer_ids"]),
             "labels": [-100] * len(row["ids"]) + row["answer_ids"],
         }
-        for row in by_length(rows, settings["rows_per_step"])
+        for row in by_length(
+            rows[watch.step * settings["rows_per_step"] :], settings["rows_per_step"]
+        )
     ]
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=together,
-        gradient_accumulation_steps=settings["rows_per_step"] // together,
+        gradient_accumulation_steps=count // together,
         num_train_epochs=1,
         learning_rate=settings["lr"],
         train_sampling_strategy="sequential",
@@ -149,14 +163,16 @@ def fitted(
     # The frozen methods' schedule: transformers' own begins at a rate of 0, so that of a few steps
     # the first would teach nothing.
     schedule = TrainingConfig(
-        steps=len(features) // settings["rows_per_step"],
-        rows_per_step=settings["rows_per_step"],
+        steps=len(rows) // count,
+        rows_per_step=count,
         optimizer=OptimizerConfig(lr=settings["lr"]),
         warmup_steps=settings["warmup_steps"],
     )
     trainer.create_optimizer()
+    watch.restore(trainer.optimizer)
+    begun = watch.step
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-        trainer.optimizer, lambda step: rate_factor(step, schedule)
+        trainer.optimizer, lambda step: rate_factor(begun + step, schedule)
     )
     trainer.train()
 
@@ -196,42 +212,6 @@ def by_length(rows: list[dict[str, Any]], rows_per_step: int) -> list[dict[str, 
         for step in steps
         for row in sorted(step, key=lambda row: len(row["ids"]) + len(row["answer_ids"]))
     ]
-
-
-class Watch(TrainerCallback):
-    """Times the steps, tells of each, and measures the loss on validation rows now and then."""
-
-    def __init__(self, model: Any, tokenizer: Any, rows: list[dict[str, Any]], every: int) -> None:
-        self.seconds = 0.0
-        self.validations: list[tuple[int, float]] = []
-        self._model, self._tokenizer, self._rows, self._every = model, tokenizer, rows, every
-        self._began = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Note when a step begins."""
-        self._began = time.perf_counter()
-
-    def on_step_end(self, _arguments: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Note when it has ended, its optimizer's too."""
-        self.seconds += time.perf_counter() - self._began
-        print(f"step {state.global_step}", flush=True)  # noqa: T201
-        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
-            self.validations.append((state.global_step, self.loss()))
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        """Return nats per answer token, averaged over rows by task: as frozen methods select."""
-        self._model.eval()
-        device = next(self._model.parameters()).device
-        tasks: dict[str, list[float]] = {}
-        for row in self._rows:
-            ids = torch.tensor([row["ids"] + row["answer_ids"]], device=device)
-            labels = ids.clone()
-            labels[:, : len(row["ids"])] = -100
-            value = float(self._model(input_ids=ids, labels=labels).loss)
-            tasks.setdefault(row["task"], []).append(value)
-        self._model.train()
-        return sum(sum(v) / len(v) for v in tasks.values()) / len(tasks)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -165,7 +165,7 @@ def watched(command: Sequence[str], advance: Any, name: str) -> None:
         except KeyboardInterrupt:
             process.terminate()
             raise InterruptedTraining(
-                f"stopped while {name} was tuned, which begins again; go on with --resume"
+                f"stopped while {name} was tuned; go on with --resume"
             ) from None
         except BaseException:
             process.terminate()

@@ -72,6 +72,62 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A checkpoint as it lies on disk.
+
+    Attributes:
+        folder: where it lies.
+        progress: where the run stood.
+        recipe: what was trained, as it was noted then.
+        tensors: weights, the best ones, and the optimizer's state.
+    """
+
+    folder: Path
+    progress: Progress
+    recipe: dict[str, Any]
+    tensors: Tensors
+
+    @property
+    def weights(self) -> Tensors:
+        """What was trained, as it stood."""
+        return _part(self.tensors, "model.")
+
+    @property
+    def best(self) -> Tensors:
+        """The same of the best validation."""
+        return _part(self.tensors, "best.")
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the optimizer's state back."""
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in _part(self.tensors, "optimizer.").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def read_checkpoint(out: Path) -> Stored | None:
+    """Read the newest checkpoint below `out`; None where there is none.
+
+    Raises `ArtefactError` for a damaged one.
+    """
+    folders = sorted((out / FOLDER).glob("step-*"))
+    if not folders:
+        return None
+    folder = folders[-1]
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if sha256_of_file(folder / "state.safetensors") != state["sha256"]:
+            raise ArtefactError(f"{folder}: state.safetensors is damaged (its hash differs)")
+        values = state["progress"]
+        values["best"] = float("inf") if values["best"] is None else values["best"]
+        tensors = load_file(folder / "state.safetensors")
+        return Stored(folder, Progress(**values), {**state["recipe"]}, tensors)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ArtefactError(f"{folder}: cannot be read: {error!r}") from error
+
+
 def load_checkpoint(
     out: Path, optimizer: torch.optim.Optimizer, recipe: dict[str, Any]
 ) -> tuple[Progress, Tensors, Tensors] | None:
@@ -86,36 +142,20 @@ def load_checkpoint(
         TrainingError: the run was started with another recipe (names the key).
         ArtefactError: the checkpoint is damaged.
     """
-    folders = sorted((out / FOLDER).glob("step-*"))
-    if not folders:
+    stored = read_checkpoint(out)
+    if stored is None:
         return None
-    folder = folders[-1]
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if sha256_of_file(folder / "state.safetensors") != state["sha256"]:
-            raise ArtefactError(f"{folder}: state.safetensors is damaged (its hash differs)")
-        tensors = load_file(folder / "state.safetensors")
-        started, values = state["recipe"], state["progress"]
-        started = {**started, "recipe": by_name(as_now(started["recipe"], Recipe))}
-        values["best"] = float("inf") if values["best"] is None else values["best"]
-        progress = Progress(**values)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ArtefactError(f"{folder}: cannot be read: {error!r}") from error
+        started = {**stored.recipe, "recipe": by_name(as_now(stored.recipe["recipe"], Recipe))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{stored.folder}: cannot be read: {error!r}") from error
     if found := difference(started, {**recipe, "recipe": by_name(recipe["recipe"])}):
         raise TrainingError(
             f"{out}: was started with another recipe ({found}); resume with the same "
             "one, or train into a new folder"
         )
-    _restore(optimizer, tensors)
-    return progress, _part(tensors, "model."), _part(tensors, "best.")
-
-
-def _restore(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in _part(tensors, "optimizer.").items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    stored.restore(optimizer)
+    return stored.progress, stored.weights, stored.best
 
 
 def _part(tensors: Tensors, prefix: str) -> Tensors:
