@@ -918,6 +918,8 @@ def test_ctrl_c_lets_a_rival_end_its_step(tmp_path: Path) -> None:
     code = f"""
 import pathlib, signal, sys, time
 def end(*_):
+    for step in range(2, 9999):  # more than a pipe holds
+        print("step", step, flush=True)
     pathlib.Path({str(kept)!r}).write_text("checkpoint")
     sys.exit()
 signal.signal(signal.SIGTERM, end)

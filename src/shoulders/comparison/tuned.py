@@ -164,6 +164,7 @@ def watched(command: Sequence[str], advance: Any, name: str) -> None:
                     advance(1)
         except KeyboardInterrupt:
             process.terminate()
+            process.stdout.read()  # it ends its step, which it tells of, and saves a checkpoint
             raise InterruptedTraining(
                 f"stopped while {name} was tuned; go on with --resume"
             ) from None
