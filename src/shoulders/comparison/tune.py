@@ -131,9 +131,7 @@ def fitted(
             "attention_mask": [1] * len(row["ids"] + row["answer_ids"]),
             "labels": [-100] * len(row["ids"]) + row["answer_ids"],
         }
-        for row in by_length(
-            rows[watch.step * settings["rows_per_step"] :], settings["rows_per_step"]
-        )
+        for row in by_length(rows[watch.step * count :], count)
     ]
     arguments = TrainingArguments(
         output_dir=str(folder),
