@@ -20,6 +20,11 @@ RANDOM = "random"  # in a checkpoint's weights: the state of torch's random numb
 class Watch(TrainerCallback):
     """Times the steps, tells of each, measures the loss on validation rows, and keeps checkpoints.
 
+    Args:
+        model: what is trained; parameters that need no gradient are not kept.
+        rows: tokens of validation rows (`ids`, `answer_ids`, `task`).
+        every: steps from one validation to the next.
+
     Attributes:
         step: optimizer steps done, before this process too.
         seconds: what they took.
@@ -38,7 +43,11 @@ class Watch(TrainerCallback):
         self._saved, self._asked = time.monotonic(), False
 
     def keep(self, folder: Path, told: dict[str, Any]) -> None:
-        """Keep checkpoints in `folder`, and take up what is there of the same run (`told`)."""
+        """Keep checkpoints in `folder`, and take up what is there of the same run (`told`).
+
+        What is damaged, or of another run, is removed; saving raises `ShouldersError` where the
+        disk is full.
+        """
         self._folder, self._told = folder, told
         try:
             stored = read_checkpoint(folder)

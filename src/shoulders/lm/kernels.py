@@ -193,7 +193,11 @@ class Kernels:
     def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
         """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""
         out = torch.empty(len(qkv), sizes.heads * sizes.width)
-        b, q, count = len(rows.start), prefix.shape[2], together(sizes.heads // sizes.kv_heads)
+        b, q, count = (
+            len(rows.start),
+            prefix.shape[2],
+            queries_together(sizes.heads // sizes.kv_heads),
+        )
         room = torch.empty(self.most_seen(rows) * (3 * sizes.width + count))
         self._c.attend(
             *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),
@@ -207,7 +211,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of rotated `qkv` and of `prefix`, given that of `attend`."""
         g_qkv, g_prefix = torch.empty_like(qkv), torch.empty_like(prefix)
-        (b, q), count = prefix.shape[1:3], together(sizes.heads // sizes.kv_heads)
+        (b, q), count = prefix.shape[1:3], queries_together(sizes.heads // sizes.kv_heads)
         room = torch.empty(self.most_seen(rows) * (6 * sizes.width + 2 * count))
         self._c.attend_back(
             *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),
@@ -282,7 +286,7 @@ def _processor_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def together(group: int) -> int:
+def queries_together(group: int) -> int:
     """Return how many queries of one key/value head attend at once: of a position or several."""
     return group * max(1, _QUERIES // group)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shoulders.lm.beside import Beside
-from shoulders.lm.kernels import Kernels, together
+from shoulders.lm.kernels import Kernels, queries_together
 from shoulders.lm.laid import Laid
 from shoulders.lm.layer import Layer, Matrix, Rows, Sizes
 from shoulders.lm.tiles import PANEL, WITHIN
@@ -63,7 +63,7 @@ class Layers:
             *(
                 t * d * 4,
                 t * gates * f,
-                most * (3 * e + together(h // g)) * 4,
+                most * (3 * e + queries_together(h // g)) * 4,
                 PANEL * widest * 2 + WITHIN,
             ),
             _ALIKE * (widest + written + beside.rank) * 4,
