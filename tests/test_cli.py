@@ -508,6 +508,22 @@ def test_a_reader_without_an_index_searches_nothing(run: Command, tmp_path: Path
     assert "--retriever does nothing" in run(*arguments).err
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "who?", "answers": ["I"]}, "q.jsonl:2: question 'who?' brings no passages"),
+        ({"question": "who?", "ctxs": []}, "q.jsonl:2: question 'who?' has no answers"),
+    ],
+)
+def test_a_readers_questions_are_looked_at_before_an_lm_is_loaded(
+    row: dict[str, object], said: str, run: Command, tmp_path: Path
+) -> None:
+    (tmp_path / READER).write_text("{}")  # opening it would fail, and come later
+    good = {"question": "what?", "answers": ["it"], "ctxs": []}
+    data = write_jsonl(tmp_path / "q.jsonl", [good, row])
+    _refused(run("eval", tmp_path, "--data", data), said)
+
+
 def test_eval_on_a_full_disk_leaves_no_file(
     run: Command, skill: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

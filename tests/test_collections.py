@@ -133,10 +133,12 @@ def test_jsonl_of_beir_and_our_own(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("[1]", "a passage must be a JSON object"),
         ('{"text": "a"}', "no text in field 'id' or '_id'"),
-        ('{"id": "1", "txt": "a"}', "no text in field 'text' (did you mean 'txt'?)"),
-        ('{"id": "1", "text": 3}', "field 'text' must be a text, not int"),
+        ('{"id": "1", "txt": "a"}', "unknown field 'txt' (did you mean 'text'?)"),
+        ('{"id": "1", "text": 3}', "field 'text' must be a text, not a number"),
         ('{"id": true, "text": "a"}', "no text in field 'id'"),
-        (r'{"id": "1", "text": "\ud800"}', "field 'text' holds half of a surrogate pair"),
+        ('{"id": "1", "text": "a", "titel": "b"}', "unknown field 'titel' (did you mean 'title'?)"),
+        ('{"id": "1", "id": "2", "text": "a"}', "not valid JSON: 'id' stands there twice"),
+        (r'{"id": "1", "text": "\ud800"}', "field 'text' holds half a surrogate pair"),
     ],
 )
 def test_bad_jsonl_is_named_by_line(tmp_path: Path, line: str, said: str) -> None:

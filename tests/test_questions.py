@@ -40,21 +40,30 @@ def test_what_is_written_is_read_again_and_has_their_fields(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"question": "a"}\n{"question": ', "line 2: not valid JSON"),
-        ('{"answers": ["a"]}', "line 1: field 'question': Field required"),
-        ('{"question": " "}', "line 1: field 'question' is empty"),
-        ('{"question": "a", "answers": "b"}', "line 1: field 'answers'"),
-        ('{"question": "a", "ctxs": [{"id": 1}]}', "line 1: field 'ctxs.0.text'"),
-        ('[{"question": "a"}, 3]', "entry 2: not an object"),
-        ('[{"question": "a"},', "line 1: not valid JSON"),
+        ('{"question": "a"}\n{"question": ', ":2: not valid JSON"),
+        ('{"answers": ["a"]}', ":1: field 'question': Field required"),
+        ('{"question": " "}', ":1: field 'question' is empty"),
+        ('{"question": "a", "answers": "b"}', ":1: field 'answers'"),
+        ('{"question": "a", "ctxs": [{"id": 1}]}', ":1: field 'ctxs.0.text'"),
+        ('[{"question": "a"}, 3]', "entry 2: a question must be a JSON object, not a number"),
+        ('[{"question": "a"},', ":1: not valid JSON"),
         ("", "holds no questions"),
         (
             '{"question": "a", "answer": ["b"]}',
-            "line 1: no field 'answers' (did you mean 'answer'?)",
+            ":1: unknown field 'answer' (did you mean 'answers'?)",
         ),
-        ('{"question": "a", "answers": [" "]}', "line 1: field 'answers' holds an empty text"),
-        ('{"question": "a\\ud800"}', "line 1: holds half a surrogate pair"),
-        ('{"question": "a", "ctxs": [{"text": "b", "score": NaN}]}', "line 1: not valid JSON: NaN"),
+        (
+            '{"question": "a", "answer_list": ["b"]}',
+            ":1: no field 'answers' (did you mean 'answer_list'?)",
+        ),
+        (
+            '{"question": "a", "gold_pasage_id": "b"}',
+            ":1: unknown field 'gold_pasage_id' (did you mean 'gold_passage_id'?)",
+        ),
+        ('[{"question": "a"},\n{"question": "b",]', ":2: not valid JSON"),
+        ('{"question": "a", "answers": [" "]}', ":1: field 'answers' holds an empty text"),
+        ('{"question": "a\\ud800"}', ":1: a question holds half a surrogate pair"),
+        ('{"question": "a", "ctxs": [{"text": "b", "score": NaN}]}', ":1: not valid JSON: NaN"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )
@@ -69,13 +78,13 @@ def test_bad_questions_are_named(content: str, said: str, tmp_path: Path) -> Non
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_bytes(b'{"question": "\xff"}')
-    with pytest.raises(DataError, match=r"line 1: not UTF-8: byte 14"):
+    with pytest.raises(DataError, match=r":1: not valid UTF-8 at byte 15"):
         read_questions(tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_bytes(b'{"question": "a"}\n' * 5000 + b'{"question": "\xff"}')
-    with pytest.raises(DataError, match=r"line 5001: not UTF-8: byte 14"):
+    with pytest.raises(DataError, match=r":5001: not valid UTF-8 at byte 15"):
         read_questions(tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_bytes(b'[{"question": "a"},\n{"question": "\xff"}]')
-    with pytest.raises(DataError, match=r"q.jsonl, line 2: not UTF-8"):
+    with pytest.raises(DataError, match=r"q.jsonl:2: not valid UTF-8 at byte 15"):
         read_questions(tmp_path / "q.jsonl")
     with pytest.raises(DataError, match="no such file"):
         read_questions(tmp_path / "none.jsonl")

@@ -164,7 +164,7 @@ def test_every_stage_is_scored() -> None:
     assert says.texts[0] == (
         "France\nIts capital is Paris.\n\nRome is old.\n\nQuestion: capital of France?"
     )
-    with pytest.raises(DataError, match=r"question 2 .* has no answers"):
+    with pytest.raises(DataError, match=r"question 'x\?' has no answers"):
         report_card(reader, [questions[0], Question("x?", ())])
 
 
@@ -235,8 +235,9 @@ def test_a_real_skill_reads_what_fits(arch: str, tiny_lm: Callable[[str], Frozen
     streamed = [d.completion for d in reader.stream(packed) if d.completion]
     assert len(streamed) == 1
     assert reader.judged(streamed[0], answer.ranked, packed).text == answer.text
-    with pytest.raises(WindowError, match="shorten it"):
-        reader.answer([Question("who is that " * 400, ())])
+    endless = Question("who is that " * 400, (), where="q.jsonl:7")
+    with pytest.raises(WindowError, match=r"^q\.jsonl:7: question 'who is .* shorten it"):
+        reader.answer([Question("who?", ()), endless])
 
 
 def test_rows_to_select_on_are_neither_dropped_nor_narrowed(lm: FrozenLM, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_questions_without_answers_are_refused_before_anything_is_trained(tmp_pa
     with file.open("a", encoding="utf-8") as rows:
         rows.write('{"question": "who swims?"}\n')
     recipe = make_reader_recipe(values, "mine")
-    with pytest.raises(DataError, match=r"validation\.jsonl: question 5 \('who swims\?'\) has no"):
+    with pytest.raises(DataError, match=r"validation\.jsonl:5: question 'who swims\?' has no"):
         questions_of(recipe)
 
 

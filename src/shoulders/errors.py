@@ -63,10 +63,11 @@ class InterruptedBenchmark(ShouldersError):  # noqa: N818 - as above
 
 
 @contextmanager
-def placed(texts: Sequence[str], places: Sequence[str]) -> Iterator[None]:
+def placed(texts: Sequence[str], places: Sequence[str | None]) -> Iterator[None]:
     """Name the file and line of a text that does not fit, where a pass says which text it was.
 
-    By the text, not by its number: passes and engines read parts of what they are given.
+    By the text, not by its number: passes and engines read parts of what they are given. Texts
+    without a place are left as they are.
     """
     try:
         yield

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoulders.data.rows import Row, check_encodable, checked_texts, json_lines
+from shoulders.data.rows import Row, checked_texts
 from shoulders.errors import DataError, ShouldersError
 from shoulders.files import atomic_path, is_special, writing_to
+from shoulders.lines import check_encodable, json_lines
 
 if TYPE_CHECKING:
     from shoulders.data.templates import Templates

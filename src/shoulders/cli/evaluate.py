@@ -85,6 +85,7 @@ def evaluate(
     check_outputs(json, dump, contexts, plot, read=[data, templates, *files_of(skill)])
     choice = options.LMChoice(lm, dtype, quantize, device_map)
     if reads:
+        questions = readers.questions_to_score(data, limit, searches=index is not None)
         reader = readers.open_reader(
             skill,
             index,
@@ -100,7 +101,7 @@ def evaluate(
             skill,
             index,
             data,
-            limit=limit,
+            questions,
             json=json,
             dump=dump,
             contexts=contexts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from shoulders.errors import ShouldersError
 
 if TYPE_CHECKING:
     from shoulders.evaluation.report_card import ReportCard
+    from shoulders.reader.questions import Question
     from shoulders.skills.reader import Reader, ReadingConfig
     from shoulders.skills.reader_artefact import SearchConfig
 
@@ -109,26 +111,40 @@ def open_reader(
     return Reader(skill, Contexts(found, opened, reranker, k or search.k), reading)
 
 
+def questions_to_score(data: Path, limit: int | None, *, searches: bool) -> list[Question]:
+    """Read questions, and miss now what would be missed after an LM has been loaded.
+
+    Raises `DataError` for one without answers, or, where nothing `searches`, without passages.
+    """
+    from shoulders.reader.contexts import given
+    from shoulders.reader.questions import check_answered, read_questions
+
+    questions = read_questions(data)[:limit]
+    check_answered(questions)
+    for question in () if searches else questions:
+        given(question)
+    return questions
+
+
 def evaluate_reader(
     reader: Reader,
     name: str,
     index: str | None,
     data: Path,
+    questions: Sequence[Question],
     *,
-    limit: int | None,
     json: Path | None,
     dump: Path | None,
     contexts: Path | None,
     plot: Path | None,
 ) -> None:
-    """Score a reader on a file of questions; write and show its report card."""
+    """Score a reader on the questions of a file; write and show its report card."""
     from shoulders.evaluation.report_card import dump_answers, plot_report_card, pyplot, report_card
     from shoulders.progress import quiet_progress
-    from shoulders.reader.questions import read_questions, write_questions
+    from shoulders.reader.questions import write_questions
 
     if plot is not None:
         pyplot()  # missing, it should be missed now
-    questions = read_questions(data)[:limit]
     with quiet_progress(stderr(), "reading", 2 * len(questions)) as advance:
         card = report_card(reader, questions, on_search=advance, on_read=advance)
     if dump is not None:

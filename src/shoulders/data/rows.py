@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shoulders.errors import DataError, install, nearest
+from shoulders.lines import check_encodable, json_lines, kind_of, meant_by, refuse_slips
 
 _FIELDS = ("task", "input", "target", "targets", "options")
 _P3_INPUT, _P3_TARGET, _P3_OPTIONS = (
@@ -76,61 +76,9 @@ def _jsonl_rows(path: Path, default_task: str) -> Iterator[Row]:
         yield _row(fields, where, default_task)
 
 
-def json_lines(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield every JSON object of a file with one a line, and where it stands, for messages.
-
-    Raises `DataError` for a line that is none.
-    """
-    # Read as bytes: text mode would name no line for bad UTF-8, and would also break lines at
-    # U+2028, which JSON allows inside a text.
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if raw.strip():
-                    yield _parse(raw, where), where
-    except OSError as error:
-        raise DataError(f"{path}: cannot read: {error.strerror or error}") from error
-
-
-def _parse(raw: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(
-            raw.rstrip().decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_once
-        )
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not valid UTF-8 at byte {error.start + 1}; save the file as UTF-8"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{where}: not valid JSON: {reason}{column}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a row must be a JSON object, not {_kind(value)}")
-    return value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"'{twice}' stands there twice")
-    return found
-
-
 def _row(fields: Mapping[str, Any], where: str, default_task: str) -> Row:
     """Check one row given as JSON-like fields; an optional field may be null."""
-    for name in fields:
-        if typo_of := _typo_of(name):
-            raise DataError(f"{where}: unknown field '{name}' (did you mean '{typo_of}'?)")
+    refuse_slips(fields, _FIELDS, where)
     given = {name: value for name, value in fields.items() if value is not None}
     if "question" in given and "answers" in given and "input" not in given:
         if other := {"target", "targets"} & given.keys():
@@ -158,65 +106,23 @@ def _row(fields: Mapping[str, Any], where: str, default_task: str) -> Row:
     )
 
 
-def _typo_of(name: str) -> str | None:
-    """Return the known field that an unknown one is meant to be; None for `id`, `metadata`..."""
-    if name in _FIELDS:
-        return None
-    lowered = name.lower()
-    # Nearer than 'tags' is to 'task', 'optional' to 'options', 'task_id' to 'task': fields of
-    # people's own.
-    near = [known for known in _FIELDS if _slip(lowered, known)]
-    close = difflib.get_close_matches(lowered, near, n=1, cutoff=0)
-    return close[0] if close else None
-
-
-def _slip(word: str, known: str) -> bool:
-    """Tell whether `word` is `known` with one letter wrong, missing or too many, or reordered."""
-    if sorted(word) == sorted(known):
-        return True
-    pairs = enumerate(zip(word, known, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(word), len(known)))
-    here, there = word[same:], known[same:]
-    return here[1:] == there[1:] or here[1:] == there or here == there[1:]
-
-
 def _text(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: '{field}' must be a text, not {_kind(value)}{_quote(value)}")
+        raise DataError(f"{where}: '{field}' must be a text, not {kind_of(value)}{_quote(value)}")
     if not value.strip():
         raise DataError(f"{where}: '{field}' is empty; fill it in or remove the row")
     check_encodable(value, f"{where}: '{field}'")
     return value
 
 
-def check_encodable(text: str, what: str) -> None:
-    """Raise `DataError` for text that no tokenizer takes and no file holds."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{what} holds half a surrogate pair (\\ud800-\\udfff); repair the text"
-        ) from None
-
-
 def checked_texts(value: Any, field: str, where: str) -> tuple[str, ...]:
     """Return a field's list of texts; raises `DataError` for anything else, or an empty text."""
     if not isinstance(value, list):
         hint = "; use 'target' for one text" if field == "targets" else ""
-        raise DataError(f"{where}: '{field}' must be a list of texts, not {_kind(value)}{hint}")
+        raise DataError(f"{where}: '{field}' must be a list of texts, not {kind_of(value)}{hint}")
     if not value:
         raise DataError(f"{where}: '{field}' is an empty list; give at least one text")
     return tuple(_text(item, f"{field}[{index}]", where) for index, item in enumerate(value))
-
-
-def _kind(value: Any) -> str:
-    """Name a value's type as JSON calls it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    names = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
 
 
 def _quote(value: Any) -> str:
@@ -297,7 +203,7 @@ def _columns(
         wanted = (_P3_INPUT, _P3_TARGET, _P3_OPTIONS, "is_correct")
         return [n for n in wanted if n in names], lambda f, where: _p3_row(f, where, default_task)
     if "input" in names and ("targets" in names or "target" in names):
-        columns = [n for n in names if n in _FIELDS or _typo_of(n)]
+        columns = [n for n in names if n in _FIELDS or meant_by(n, _FIELDS)]
         return columns, lambda f, where: _row(f, where, default_task)
     raise DataError(
         f"{file}: needs the columns {_P3_INPUT} and {_P3_TARGET}, or input and targets;"

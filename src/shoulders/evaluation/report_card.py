@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoulders.errors import DataError, ShouldersError, install
+from shoulders.errors import ShouldersError, install
 from shoulders.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
@@ -24,7 +24,7 @@ from shoulders.files import atomic_path
 from shoulders.reader.answers import has_answer
 from shoulders.reader.contexts import Ranked
 from shoulders.reader.passage import Passage
-from shoulders.reader.questions import Question
+from shoulders.reader.questions import Question, check_answered
 from shoulders.skills.reader import Answer, Reader
 
 HITS_AT = (1, 4, 20)
@@ -73,9 +73,7 @@ def report_card(
     Raises:
         DataError: a question has no answers to compare with.
     """
-    for number, question in enumerate(questions, 1):
-        if not question.answers:
-            raise DataError(f"question {number} ('{question.question[:60]}') has no answers")
+    check_answered(questions)
     started = time.perf_counter()
     ranked = reader.contexts.ranked(questions, on_search)
     found = time.perf_counter()

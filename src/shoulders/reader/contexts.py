@@ -86,16 +86,11 @@ class Contexts:
             return found, found_passages(found, self._collection)
         passages: list[list[Passage]] = []
         for question in questions:
-            if question.contexts is None:
-                raise DataError(
-                    f"question '{question.question[:60]}' brings no passages (ctxs), and there "
-                    "is no index to search: give --index"
-                )
             # Some collections' passages have no ids: their place tells them apart.
             passages.append(
                 [
                     p if p.id else replace(p, id=f"ctxs.{place}")
-                    for place, p in enumerate(question.contexts[: self._k])
+                    for place, p in enumerate(given(question)[: self._k])
                 ]
             )
         return (
@@ -106,6 +101,16 @@ class Contexts:
             ),
             passages,
         )
+
+
+def given(question: Question) -> tuple[Passage, ...]:
+    """Return the passages that a question brings along; raises `DataError` where it has none."""
+    if question.contexts is None:
+        raise DataError(
+            f"{question.named} brings no passages (ctxs), and there is no index to search: "
+            "give --index"
+        )
+    return question.contexts
 
 
 def as_ranked(found: Found, ordered: Found, passages: Sequence[Sequence[Passage]]) -> list[Ranked]:

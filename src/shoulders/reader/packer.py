@@ -89,7 +89,8 @@ def pack(
     asked = config.question + question
     if count(asked) > room:
         raise WindowError(
-            f"question '{question[:40]}...': {count(asked)} tokens, {max(room, 0)} fit; shorten it"
+            f"question '{question[:40]}...': {count(asked)} tokens, {max(room, 0)} fit; shorten it",
+            text=question,
         )
 
     def fits(chosen: Sequence[Passage]) -> bool:

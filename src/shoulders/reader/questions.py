@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shoulders.errors import DataError, nearest
 from shoulders.files import atomic_path
+from shoulders.lines import (
+    MARK,
+    check_encodable,
+    decoded,
+    json_lines,
+    json_object,
+    parsed,
+    refuse_slips,
+)
 from shoulders.reader.passage import Passage
 
-_MARK = b"\xef\xbb\xbf"  # ahead of what some editors save as UTF-8
+WHAT = "a question"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,7 @@ class Question:
         gold_passage_id: a passage that holds the answer.
         contexts: passages that some retriever found, best first; None without any.
         scores: their scores, as many.
+        where: the file and line it stands in, for messages; no part of what it is.
     """
 
     question: str
@@ -38,6 +48,13 @@ class Question:
     gold_passage_id: str | None = None
     contexts: tuple[Passage, ...] | None = None
     scores: tuple[float, ...] = ()
+    where: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def named(self) -> str:
+        """What messages call it: where it stands, and how it begins."""
+        begins = f"question '{self.question[:60]}'"
+        return begins if self.where is None else f"{self.where}: {begins}"
 
 
 class _Context(BaseModel):
@@ -70,6 +87,13 @@ def read_questions(path: Path) -> list[Question]:
     return found
 
 
+def check_answered(questions: Sequence[Question]) -> None:
+    """Raise `DataError` for a question without answers: nothing can be compared with it."""
+    for question in questions:
+        if not question.answers:
+            raise DataError(f"{question.named} has no answers; give it some or remove it")
+
+
 def write_questions(
     path: Path,
     questions: Sequence[Question],
@@ -95,54 +119,31 @@ def write_questions(
         temporary.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def _objects(path: Path) -> Iterator[tuple[Any, str]]:
+def _objects(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield every object of the file and where it stands."""
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(_MARK).lstrip()
-        file.seek(0)
-        if head.startswith(b"["):
-            whole = file.read().removeprefix(_MARK)
-            for number, values in enumerate(_parsed(whole, f"{path}", whole=True), 1):
-                yield values, f"{path}, entry {number}"
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield _parsed(line.removeprefix(_MARK) if number == 1 else line, where), where
-
-
-def _parsed(raw: bytes, where: str, *, whole: bool = False) -> Any:
     try:
-        text = raw.decode("utf-8")
-        value = json.loads(text, parse_constant=_refused)
-        # Half a surrogate pair, which JSON can name and nothing can write.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        place = f"{where}, line {line}" if whole else where
-        raise DataError(f"{place}: not UTF-8: byte {error.start}") from error
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds half a surrogate pair (\\ud800-\\udfff)") from error
-    except json.JSONDecodeError as error:
-        place = f"{where}, line {error.lineno}" if whole else where
-        raise DataError(f"{place}: not valid JSON: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from error
-    return value
+        with path.open("rb") as file:
+            begins = file.read(4096).removeprefix(MARK).lstrip()
+        whole = path.read_bytes().removeprefix(MARK) if begins.startswith(b"[") else None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read: {error.strerror or error}") from error
+    if whole is None:
+        yield from json_lines(path, WHAT)
+        return
+    for number, value in enumerate(parsed(decoded(whole, path), path), start=1):
+        where = f"{path}, entry {number}"
+        yield json_object(value, where, WHAT), where
 
 
-def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _question(values: Any, where: str) -> Question:
+def _question(values: dict[str, Any], where: str) -> Question:
+    refuse_slips(values, _Row.model_fields.keys() - values.keys(), where)
+    check_encodable(json.dumps(values, ensure_ascii=False), f"{where}: {WHAT}")
     try:
         row = _Row.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        problem = f"field '{field}': {first['msg']}" if field else "not an object with a question"
-        raise DataError(f"{where}: {problem}") from error
+        raise DataError(f"{where}: field '{field}': {first['msg']}") from error
     if not row.question.strip():
         raise DataError(f"{where}: field 'question' is empty")
     if "answers" not in values and (meant := nearest("answers", [*values])):
@@ -158,4 +159,5 @@ def _question(values: Any, where: str) -> Question:
         row.gold_passage_id,
         contexts,
         tuple(c.score for c in row.ctxs or ()),
+        where,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shoulders.errors import placed
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.reader.contexts import Contexts, Ranked
 from shoulders.reader.packer import PackConfig, Packed, pack
@@ -102,10 +103,11 @@ class Reader:
         """
         room = self.skill.input_room(self.config.max_new_tokens)
         count = self.skill.count_tokens
-        return [
-            pack(q.question, found.passages, self.config.pack, count, room)
-            for q, found in zip(questions, ranked, strict=True)
-        ]
+        with placed([q.question for q in questions], [q.where for q in questions]):
+            return [
+                pack(q.question, found.passages, self.config.pack, count, room)
+                for q, found in zip(questions, ranked, strict=True)
+            ]
 
     def answer(
         self,

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from shoulders.data.mixture import MixtureConfig
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import DataError, TrainingError
+from shoulders.errors import TrainingError
 from shoulders.files import atomic_path, remove_partial
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
@@ -29,7 +29,7 @@ from shoulders.reader.index.build import Choices, build
 from shoulders.reader.index.index import Index
 from shoulders.reader.index.manifest import FILE as INDEX_FILE
 from shoulders.reader.index.plan import DenseChoice
-from shoulders.reader.questions import Question, read_questions
+from shoulders.reader.questions import Question, check_answered, read_questions
 from shoulders.reader.watch import Watch
 from shoulders.skills.artefact import FILE as SKILL_FILE
 from shoulders.skills.reader import Reader
@@ -116,12 +116,7 @@ def questions_of(recipe: ReaderRecipe) -> tuple[list[Question], list[Question]]:
 
 def _answered(file: Path) -> list[Question]:
     questions = read_questions(file)
-    for number, question in enumerate(questions, 1):
-        if not question.answers:
-            raise DataError(
-                f"{file}: question {number} ('{question.question[:60]}') has no answers; to train "
-                "and to calibrate on it needs some"
-            )
+    check_answered(questions)
     return questions
 
 

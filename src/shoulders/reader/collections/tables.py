@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from shoulders.errors import DataError, nearest
+from shoulders.lines import (
+    MARK,
+    check_encodable,
+    decoded,
+    json_object,
+    kind_of,
+    parsed,
+    refuse_slips,
+)
 from shoulders.reader.collections.source import Estimate, Note, Sourced
 from shoulders.reader.passage import Passage
 
@@ -67,7 +75,8 @@ class JsonLines:
         for number, line in _lines(self.path):
             if line.strip():
                 where = f"{self.path}:{number}"
-                yield Sourced(_checked(_json_passage(line, where), where), where)
+                value = json_object(parsed(line, self.path, number), where, "a passage")
+                yield Sourced(_checked(_json_passage(value, where), where), where)
 
     def estimate(self) -> Estimate:
         """Guess the number of rows from the length of the first ones."""
@@ -90,15 +99,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                         f"{path}:{number}: a line of over {MAX_LINE:,} bytes; this is no table of "
                         "passages (a document is cut into passages where it is a .txt file)"
                     )
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    yield number, raw.decode("utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{path}:{number}: not valid UTF-8 at byte {error.start + 1}; "
-                        "save the file as UTF-8"
-                    ) from None
+                line = raw.removeprefix(MARK) if number == 1 else raw
+                yield number, decoded(line, path, number).rstrip("\r\n")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged gzip file after line {number} ({error})") from None
     except OSError as error:
@@ -124,14 +126,8 @@ def _unquoted(field: str) -> str:
     return field
 
 
-def _json_passage(line: str, where: str) -> Passage:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where}: not valid JSON: {reason}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a passage must be a JSON object with 'id' and 'text'")
+def _json_passage(value: dict[str, Any], where: str) -> Passage:
+    refuse_slips(value, {"title", "text", "source"} - value.keys(), where)
     key = "_id" if "_id" in value else "id"
     id_ = value.get(key)
     if isinstance(id_, int) and not isinstance(id_, bool):
@@ -153,11 +149,8 @@ def _text(value: dict[str, Any], key: str, where: str, *, optional: bool = False
     if text is None:
         raise DataError(f"{where}: no text in field '{key}'{nearest(key, value)}")
     if not isinstance(text, str):
-        raise DataError(f"{where}: field '{key}' must be a text, not {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON may escape half of a surrogate pair
-        raise DataError(f"{where}: field '{key}' holds half of a surrogate pair") from None
+        raise DataError(f"{where}: field '{key}' must be a text, not {kind_of(text)}")
+    check_encodable(text, f"{where}: field '{key}'")
     return text
 
 
