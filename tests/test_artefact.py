@@ -170,6 +170,16 @@ def test_another_process_computes_the_same_bits(
 # -- promise 6: bound to its LM ----------------------------------------------------------
 
 
+def test_a_template_that_writes_the_date_writes_the_same_every_day(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}: {% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+    skill = Skill.base(lm, SkillConfig(format=TextFormat(chat=True)))
+    (ids,) = skill.input_ids(["hi"])
+    assert ids == lm.tokenize(["26 Jul 2024: "], markup=True)[0] + lm.tokenize(["hi"])[0]
+
+
 def test_another_chat_template_is_refused_where_it_is_read(
     lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer
 
 from conftest import save_lm
 from shoulders.cli.app import main
-from shoulders.comparison import tuned
+from shoulders.comparison import frozen, stages, tuned
 from shoulders.comparison.figures import pareto
 from shoulders.comparison.forgetting import examined
 from shoulders.comparison.join import joined
@@ -808,15 +809,24 @@ def test_what_tuning_forgets_is_measured_in_one_precision(tmp_path: Path, lm_fol
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
-    plan = plan_for(tmp_path, folder, "int8", methods=["lora_r4"], search={"trials": 0})
-    out = tmp_path / "out"
-    found = run_comparison(plan, out)["forgetting"]
+    out, settings = tmp_path / "out", {"search": {"trials": 0}, "budget": {"examples": 4}}
+    alone = plan_for(tmp_path, folder, "int8", methods=["zero_shot", "static_kv"], **settings)
+    before = run_comparison(alone, out)
+    methods = ["zero_shot", "static_kv", "lora_r4"]
+    plan = plan_for(tmp_path, folder, "int8", methods=methods, **settings)
+    after = run_comparison(plan, out, resume=True)
+    found = after["forgetting"]
+    assert [one["runs"] for one in before["interference"]] == [2]
+    assert [one["runs"] for one in after["interference"]] == [3]  # asked after LoRA once more
     text = [str(out / "own_text.txt")]
     wanted = examined(load_lm(str(folder), dtype="float32"), plan.forgetting, text, [])
     assert found[0]["method"] == "frozen"
     assert found[0]["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
     other = examined(load_lm(str(folder), dtype="int8"), plan.forgetting, text, [])
     assert other["perplexity"] != pytest.approx(wanted["perplexity"], rel=1e-5)
+    (one,) = before["forgetting"]
+    assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+    assert [f["method"] for f in found] == ["frozen", "lora_r4"]
 
 
 def test_rivals_are_read_from_what_transformers_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1296,3 +1306,46 @@ def test_a_row_too_long_is_named_before_anything_is_trained(
     with pytest.raises(WindowError, match=r"test.jsonl:\d+: "):
         run_comparison(plan, tmp_path / "fresh")
     assert not (tmp_path / "fresh/runs").exists()
+
+
+def test_a_row_that_fits_without_its_prompt_only_is_named_too(
+    tmp_path: Path, lm_folder: Path
+) -> None:
+    lm = load_lm(str(lm_folder), dtype="float32")
+    room = Skill.base(lm, SkillConfig()).input_room()
+    plan = plan_for(tmp_path, lm_folder, methods=["static_kv"], length=40)
+    test = Path(plan.test[0])
+    words = "word " * room
+    while len(lm.tokenize([words])[0]) > room - 20:
+        words = words[:-5]
+    long = {"task": "t0", "input": words, "targets": ["one"]}
+    test.write_text(test.read_text() + json.dumps(long) + "\n")
+    with pytest.raises(WindowError, match=r"test.jsonl:\d+: .*prompt 40"):
+        run_comparison(plan, tmp_path / "fresh")
+
+
+def test_encoders_keep_nothing_of_what_is_timed(
+    tmp_path: Path, lm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(tmp_path, lm_folder, methods=["static_kv", "idpt_kv"])
+    monkeypatch.setattr(frozen, "load_encoder", lambda _name, on_disk=True: on_disk)
+    monkeypatch.setattr(frozen, "load", lambda _folder, _lm, encoder: (encoder("any"), None))
+    lm = load_lm(str(lm_folder), dtype="float32")
+    own = frozen.Frozen(lm, plan, rows_of(plan), Console(quiet=True))
+    assert own.skill(tmp_path)
+    ledger = Ledger(tmp_path / "out")
+    for method in plan.methods:
+        ledger.add({"stage": "run", "method": method, "seed": 0})
+    timed: list[object] = []
+
+    def latencies(asked: list[tuple[object, object]], _console: object) -> list[float]:
+        timed.extend(skill for skill, _ in asked)
+        return [1.0 for _ in asked]
+
+    monkeypatch.setattr(stages, "latencies", latencies)
+    methods = [Method(name, "frozen", ()) for name in plan.methods]
+    setting = SimpleNamespace(
+        ledger=ledger, methods=methods, frozen=own, plan=plan, texts=["a"], console=None
+    )
+    stages.time_answers(setting)  # type: ignore[arg-type]
+    assert timed == [False, False]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import ArtefactError
@@ -50,6 +51,25 @@ def test_peft_computes_the_same_logits_from_an_exported_prompt(
         theirs = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0]
     assert ours.std() > 0.01
     torch.testing.assert_close(theirs[-len(ours) :], ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "config", "said"),
+    [
+        (torch.ones(2, 3), "[]", "holds no object"),
+        (torch.ones(0, 16), '{"peft_type": "PROMPT_TUNING"}', "is empty, or holds NaN"),
+        (torch.full((2, 16), torch.nan), '{"peft_type": "PROMPT_TUNING"}', "is empty, or holds"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(
+    prompt: torch.Tensor, config: str, said: str, folder: Path, tmp_path: Path
+) -> None:
+    lm = load_lm(str(folder), dtype="float32")
+    vectors = prompt.new_empty(len(prompt), lm.hidden_size).copy_(prompt[:, :1])
+    save_file({"prompt_embeddings": vectors}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(ArtefactError, match=said):
+        import_from_peft(tmp_path, lm)
 
 
 def test_an_exported_prompt_comes_back_the_same(folder: Path, tmp_path: Path) -> None:

@@ -230,6 +230,8 @@ def test_start_from_vocabulary(spec: dict[str, Any], around: Surroundings) -> No
     lm, top = around.lm, 6
     if lm.prefix_shape.layers != 3:
         pytest.skip("written for tiny LMs")
+    with pytest.raises(RecipeError, match=r"init\.top: the 1 lowest token ids .* are all special"):
+        started({**spec, "init": {"source": "vocabulary", "top": 1}}, around)
     init = {"source": "vocabulary", "top": top}
     allowed = set(range(top)) - set(lm.tokenizer.all_special_ids)
     assert len(allowed) == 4

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from shoulders.errors import ArtefactError, DataError, RecipeError
+from shoulders.errors import ArtefactError, DataError, RecipeError, TrainingError
 from shoulders.skills.reader_artefact import read_reader
-from shoulders.training.read import questions_of
+from shoulders.training.read import questions_of, same_collection
 from shoulders.training.reader_recipe import is_reader, make_reader_recipe, read_reader_recipe
 from tiny_models import environment, save_tiny_encoder, save_tiny_lm, write_jsonl, write_recipe
 
@@ -90,6 +90,13 @@ def shoulders(cache: Path, *arguments: object) -> subprocess.CompletedProcess[st
     return subprocess.run(
         command, env=environment(cache), capture_output=True, text=True, check=False
     )
+
+
+def test_other_passages_than_a_reader_was_begun_with_are_noticed(tmp_path: Path) -> None:
+    same_collection(tmp_path / "collection.json", "a")
+    same_collection(tmp_path / "collection.json", "a")
+    with pytest.raises(TrainingError, match="other passages in the index"):
+        same_collection(tmp_path / "collection.json", "b")
 
 
 @pytest.mark.slow

@@ -347,6 +347,23 @@ def test_paths_are_looked_up_beside_the_recipe_then_here(
     assert data.validation == [str(here / "held.jsonl")]
 
 
+def test_one_text_by_two_names_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    text = "text: {train: [a.txt], validation: [./a.txt]}"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"skill: {{passes: [{{prompt: {{}}}}]}}\n{text}\ntraining: {{steps: 1}}\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: text: .*in both train and validation"):
+        read_recipe(recipe)
+
+
+def test_answers_select_where_there_are_rows_to_answer() -> None:
+    def without(values: dict[str, Any]) -> None:
+        values["data"].pop("validation", None)
+        values["training"].update(select="exact_match")
+
+    assert "exact_match needs rows to select on: data.validation" in _message(without)
+
+
 # -- the recipes we ship -----------------------------------------------------------------
 
 

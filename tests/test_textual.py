@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from shoulders.data.rows import Row, read_rows
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import RecipeError, ShouldersError, TrainingError
+from shoulders.files import sha256_of_file
 from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
@@ -31,14 +33,14 @@ from shoulders.recursion.candidates import (
     stream_of,
     subsets,
 )
-from shoulders.skills.artefact import load_skill, read_artefact
+from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import CrossFitConfig
-from shoulders.training.recipe import make_recipe
+from shoulders.training.recipe import make_recipe, read_recipe
 from shoulders.training.run import data_hashes
-from shoulders.training.start import same_recipe
-from shoulders.training.textual import _fold, fold_of
+from shoulders.training.start import same_recipe, start_hashes
+from shoulders.training.textual import _first_recipe, _fold, fold_of, run_textual
 from tiny_models import environment, recipe_values, save_tiny_encoder, save_tiny_lm, write_recipe
 
 TEXTS = ["the capital of france", "two", "write the number three as a word please"]
@@ -324,6 +326,44 @@ def test_training_leaves_a_skill_of_two_passes(trained: Path) -> None:
     # Its rows were drawn at the recipe's temperature already.
     assert artefact.provenance["recipe"]["data"]["temperature"] == 3
     assert artefact.provenance["second_pass"]["recipe"]["data"]["temperature"] == 1
+    assert artefact.provenance["candidates_seconds"] > 0
+
+
+def test_a_first_pass_that_began_at_another_could_have_seen_what_is_held_out(
+    trained: Path, tmp_path: Path
+) -> None:
+    recipe = read_recipe(trained / "given" / "textual.yaml")
+    first = tmp_path / "first"
+    shutil.copytree(trained / "out" / "parts" / "first", first)
+    _first_recipe(recipe, first)
+
+    def note(folder: Path, **of_recipe: Any) -> None:
+        values = json.loads((folder / FILE).read_text())
+        values["provenance"]["recipe"] |= of_recipe
+        (folder / FILE).write_text(json.dumps(values))
+
+    begun = tmp_path / "begun"
+    shutil.copytree(first, begun)
+    note(first, start={"passes.0.prompt": str(begun)})
+    with pytest.raises(RecipeError, match="could have seen what is held out"):
+        _first_recipe(recipe, first)
+    note(begun, data=None, text={"train": ["words.txt"]})  # of running text it knows no rows
+    _first_recipe(recipe, first)
+
+
+def test_a_first_pass_that_was_trained_again_is_noticed(trained: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(trained / "out" / "parts" / "first", first)
+    begin = f"start={{passes.0.prompt: {first}}}"
+    recipe = read_recipe(trained / "given" / "textual.yaml", [begin])
+    noted = data_hashes(recipe) | start_hashes(recipe.start)
+    same_recipe(recipe, tmp_path / "out" / "textual.json", noted)
+    values = json.loads((first / FILE).read_text())
+    values["tensors_sha256"] = sha256_of_file(trained / "out" / "second" / TENSORS)
+    shutil.copy(trained / "out" / "second" / TENSORS, first / TENSORS)
+    (first / FILE).write_text(json.dumps(values))
+    with pytest.raises(TrainingError, match=r"begun with start\.passes\.0\.prompt as it was"):
+        run_textual(recipe, tmp_path / "out", resume=True)
 
 
 def test_candidates_come_from_a_pass_that_has_not_seen_the_row(trained: Path) -> None:

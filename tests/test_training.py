@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import DynamicCache
 
@@ -42,6 +44,7 @@ from shoulders.prompts.build import producer_kinds
 from shoulders.skills.artefact import FILE, load_skill
 from shoulders.skills.skill import Skill
 from shoulders.training import checkpoint, fit, run, step
+from shoulders.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from shoulders.training.configs import OptimizerConfig, TrainingConfig
 from shoulders.training.examples import check_window, example_at, example_of
 from shoulders.training.interrupt import deferred_interrupt
@@ -556,6 +559,38 @@ def test_the_schedule_and_the_part_rates_reach_the_optimizer(
 # -- selection ---------------------------------------------------------------------------
 
 
+def test_without_a_console_nothing_is_said(
+    lm: FrozenLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    run_recipe(_recipe(lm, tmp_path), tmp_path / "out")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_answers_cannot_select_where_no_rows_are_left(lm: FrozenLM, tmp_path: Path) -> None:
+    recipe = _recipe(lm, tmp_path, select="exact_match")
+    assert recipe.data is not None
+    seen = recipe.data.model_copy(update={"validation": recipe.data.train})
+    with pytest.raises(TrainingError, match=r"training\.select: exact_match needs validation"):
+        run_recipe(recipe.model_copy(update={"data": seen}), tmp_path / "out")
+
+
+def test_a_checkpoint_is_bound_to_its_encoders(lm: FrozenLM, tmp_path: Path) -> None:
+    """Where it noted them: earlier versions did not."""
+    recipe = _recipe(lm, tmp_path).model_dump(mode="json")
+    module = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    weights = dict(module.named_parameters())
+    noted = {"recipe": recipe, "lm": "a", "encoders": ["b"]}
+    save_checkpoint(tmp_path / "new", Progress(step=1), weights, {}, optimizer, noted)
+    assert load_checkpoint(tmp_path / "new", optimizer, noted)
+    with pytest.raises(TrainingError, match=r"encoders was \['b'\], is \['c'\]"):
+        load_checkpoint(tmp_path / "new", optimizer, {**noted, "encoders": ["c"]})
+    earlier = {"recipe": recipe, "lm": "a"}
+    save_checkpoint(tmp_path / "old", Progress(step=1), weights, {}, optimizer, earlier)
+    assert load_checkpoint(tmp_path / "old", optimizer, noted)
+
+
 @pytest.mark.parametrize(
     ("select", "results", "best"),
     [
@@ -582,8 +617,10 @@ def test_the_best_weights_are_saved(
 
     monkeypatch.setattr(fit, "validate", fake)
     recipe = _recipe(lm, tmp_path, validate_every=2, select=select)
-    run_recipe(recipe, tmp_path / "out")
-    said = f"keeping step {best}, of the lowest loss" in capsys.readouterr().err
+    shown = io.StringIO()
+    run_recipe(recipe, tmp_path / "out", console=Console(file=shown, width=200))
+    said = f"keeping step {best}, of the lowest loss" in shown.getvalue()
+    assert capsys.readouterr() == ("", "")
     assert said == (select == "loss")  # in both cases above a later step is not kept
     loaded, _ = load_skill(tmp_path / "out", lm, load_encoder)
     assert torch.equal(_module(loaded).get_parameter("base"), seen[best // 2 - 1])

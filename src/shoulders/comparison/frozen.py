@@ -24,7 +24,14 @@ from shoulders.errors import TrainingError
 from shoulders.files import atomic_directory, remove_partial
 from shoulders.lm.frozen import FrozenLM
 from shoulders.machine import machine
-from shoulders.skills.artefact import ENSEMBLE, FILE, TENSORS, read_artefact, save_skill
+from shoulders.skills.artefact import (
+    ENSEMBLE,
+    FILE,
+    TENSORS,
+    frozen_parts,
+    read_artefact,
+    save_skill,
+)
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.ensemble_artefact import read_ensemble, save_ensemble
 from shoulders.skills.load import load
@@ -64,6 +71,9 @@ class Frozen:
     def __init__(self, lm: FrozenLM, plan: Plan, rows: Rows, console: Console) -> None:
         self.lm, self.plan, self.rows, self._console = lm, plan, rows, console
         self._encoder: Callable[[str], FrozenEncoder] = functools.cache(load_encoder)
+        self._forgetful: Callable[[str], FrozenEncoder] = functools.cache(
+            functools.partial(load_encoder, on_disk=False)
+        )
 
     def recipe(
         self,
@@ -136,7 +146,8 @@ class Frozen:
         recipe = self.recipe(method, steps, seed, factor, start)
         if method.proposes:
             if not (folder / FILE).is_file():
-                run_textual(recipe, folder, resume=True, console=self._console)
+                chosen = self.rows.validation
+                run_textual(recipe, folder, resume=True, console=self._console, validation=chosen)
             return _found(folder)
         skill = self._create(method, seed)
         begin_at(skill, start, self.lm)
@@ -144,7 +155,7 @@ class Frozen:
         mixture = Mixture(self.rows.train, self.rows.templates, recipe.data, seed)
         progress = fit(
             skill, mixture, self.rows.validation, self.rows.templates, recipe, folder,
-            bound={"lm": self.lm.fingerprint}, resume=True, console=self._console,
+            bound=frozen_parts(skill), resume=True, console=self._console,
         )  # fmt: skip
         facts = {
             "steps": progress.step,
@@ -199,9 +210,14 @@ class Frozen:
         seconds, losses = zip(*((one.seconds, one.loss) for one in found.values()), strict=True)
         return Trained(sum(seconds), fmean(losses), [])
 
-    def skill(self, folder: Path) -> Skill | Ensemble:
-        """Return a trained skill, or the ensemble of several."""
-        return load(folder, self.lm, self._encoder)[0]
+    def skill(self, folder: Path, *, remembers: bool = True) -> Skill | Ensemble:
+        """Return a trained skill, or the ensemble of several.
+
+        Args:
+            folder: where it was trained.
+            remembers: whether its encoders look on disk for what they have read before.
+        """
+        return load(folder, self.lm, self._encoder if remembers else self._forgetful)[0]
 
     def step_seconds(self, method: Method) -> float:
         """Return what one step takes here, from a few that are thrown away."""
@@ -229,6 +245,7 @@ def _found(folder: Path) -> Trained:
     facts = read_artefact(folder).provenance
     inside = [read_artefact(f.parent).provenance for f in folder.glob(f"*/**/{FILE}")]
     seconds = sum(float(f.get("training_seconds", 0.0)) for f in (facts, *inside))
+    seconds += float(facts.get("candidates_seconds", 0.0))
     validations = facts.get("second_pass", facts).get("validations", [])
     if not validations:
         raise TrainingError(f"{folder}: was never validated; give data.validation rows")

@@ -91,6 +91,11 @@ class Ledger:
         self._rows.append(row)
         return row
 
+    def replace(self, row: dict[str, Any], key: dict[str, Any]) -> dict[str, Any]:
+        """Note a run in place of those with the facts of `key`, if there are any."""
+        self._rows = [old for old in self._rows if not key.items() <= old.items()]
+        return self.add(row)
+
     def scores(self, method: str, seed: int) -> list[tuple[str, float]]:
         """Return the test rows' tasks and exact matches (0 or 1) of a finished run, in order."""
         lines = _lines(self.predictions(method, seed))

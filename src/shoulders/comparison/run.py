@@ -44,7 +44,7 @@ def run_comparison(
     """Train and measure everything that a plan names, and return every figure.
 
     Finished runs are kept in `out` and not repeated; a run that was stopped goes on (frozen
-    methods from their last checkpoint, rivals from their start). With `finished` nothing more is
+    methods and rivals from their last checkpoint). With `finished` nothing more is
     trained: what is finished is compared, and what is not is listed as `unfinished`.
 
     Raises:

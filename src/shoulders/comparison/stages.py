@@ -17,8 +17,8 @@ from shoulders.comparison.search import best_factor
 from shoulders.comparison.setting import Setting
 from shoulders.comparison.tuned import plain
 from shoulders.errors import ShouldersError, placed
-from shoulders.skills.config import SkillConfig
 from shoulders.skills.ensemble import Ensemble
+from shoulders.skills.framing import Framing
 from shoulders.skills.skill import Skill
 
 
@@ -30,22 +30,28 @@ def ask_untrained(setting: Setting) -> None:
             measured(setting, method, 0, skill, asked, {})
     rivals = any(method.family == "tuned" for method in setting.methods)
 
-    def untouched() -> dict[str, Any]:
-        return setting.examine(setting.tuned.original(setting.lm) if rivals else setting.lm)
-
-    once(setting.ledger, "forgetting", "frozen", 0, untouched)
+    # In the precision of rivals' copies: again, where they join a comparison that had none.
+    read = "float32" if rivals else setting.lm.quantize or setting.lm.precision
+    key = {"stage": "forgetting", "method": "frozen", "seed": 0}
+    noted = setting.ledger.find(**key)
+    if noted is None or (rivals and noted.get("read", read) != read):
+        lm = setting.tuned.original(setting.lm) if rivals else setting.lm
+        setting.ledger.replace({**key, "read": read, **setting.examine(lm)}, key)
 
 
 def check_windows(setting: Setting) -> None:
     """Raise `WindowError`, naming file and line, for a test row that is too long for the LM.
 
-    Now, not when hours of training are over. What prompts take of the window is not counted here.
+    Now, not when hours of training are over. Counted is the longest prompt of a pass that reads
+    the text, since what a prompt takes of the window is not the text's.
     """
     places = [row.where or "" for row in setting.rows.test]
     with placed(setting.texts, places):
-        for form in {method.format for method in setting.trained}:
-            skill = Skill.base(setting.lm, SkillConfig(format=form))
-            skill.asking_ids(setting.texts, setting.decoding)
+        for method in setting.trained:
+            prompts = [one.get("prompt") or {} for one in method.passes]
+            longest = max((int(prompt.get("length", 0)) for prompt in prompts), default=0)
+            framing = Framing(setting.lm, method.format, longest)
+            framing.input_ids(setting.texts, framing.answer_room(setting.decoding.max_new_tokens))
 
 
 def search_rates(setting: Setting, method: Method) -> float:
@@ -111,7 +117,8 @@ def time_answers(setting: Setting) -> None:
         else:
             done = {run["seed"] for run in ledger.every(stage="run", method=method.name)}
             seed = next(seed for seed in setting.plan.seeds if seed in done)
-            asked.append((setting.frozen.skill(ledger.folder(method.name, seed)), setting.texts))
+            folder = ledger.folder(method.name, seed)
+            asked.append((setting.frozen.skill(folder, remembers=False), setting.texts))
     for method, ms in zip(setting.methods, latencies(asked, setting.console), strict=True):
         ledger.add({"stage": "latency", "method": method.name, "ms": ms})
 
@@ -120,8 +127,11 @@ def ask_first_again(setting: Setting) -> None:
     """Ask the skill that was trained first again: no other has changed it, as is measured here."""
     first = next((method for method in setting.trained if method.family == "frozen"), None)
     if first is not None:
-        seed = setting.plan.seeds[0]
-        once(setting.ledger, "interference", first.name, seed, lambda: interference(setting, first))
+        ledger, runs = setting.ledger, len(setting.ledger.every(stage="run"))
+        key = {"stage": "interference", "method": first.name, "seed": setting.plan.seeds[0]}
+        noted = ledger.find(**key)
+        if noted is None or noted.get("runs", runs) < runs:  # others have been trained since
+            ledger.replace({**key, "runs": runs, **interference(setting, first)}, key)
 
 
 def unfinished(plan: Plan, methods: Sequence[Method], ledger: Ledger) -> list[dict[str, Any]]:

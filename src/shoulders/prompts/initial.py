@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from shoulders.errors import RecipeError
 from shoulders.lm.frozen import FrozenLM
 
 
@@ -45,6 +46,11 @@ def initial_ids(config: InitConfig, lm: FrozenLM, length: int, random: torch.Gen
     if config.source == "vocabulary":
         special = set(lm.tokenizer.all_special_ids)
         common = [i for i in range(min(config.top, lm.vocab_size)) if i not in special]
+        if not common:
+            raise RecipeError(
+                f"init.top: the {config.top} lowest token ids of {lm.name} are all special; "
+                "make it larger"
+            )
         picks = torch.randint(len(common), (length,), generator=random)
         return torch.tensor([common[int(i)] for i in picks], device=lm.device)
     text = config.text if config.source == "text" else " ".join(config.labels)

@@ -213,6 +213,15 @@ def load_skill(
     return skill, Templates.from_dict(artefact.templates, source=str(folder / FILE))
 
 
+def frozen_parts(skill: Skill) -> dict[str, Any]:
+    """Return the fingerprints of what a skill is trained around: its LM, template and encoders."""
+    return {
+        "lm": skill.lm.fingerprint,
+        "encoders": [encoder.fingerprint for encoder in skill.encoders()],
+        "chat_template": _chat_template(skill),
+    }
+
+
 def _chat_template(skill: Skill) -> str | None:
     """Return the hash of the chat template that a skill reads inputs in, None for another one."""
     if not skill.config.format.chat:

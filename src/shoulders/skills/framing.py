@@ -11,6 +11,11 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.config import TextFormat
 from shoulders.skills.spelling import most_tokens, spelled
 
+# A skill reads the same every day: templates that write the date are told this one (functions
+# cannot be given to them).
+_DAY = {"%d": "26", "%-d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24",
+        "%A": "Friday", "%a": "Fri", "%H": "00", "%M": "00", "%S": "00"}  # fmt: skip
+
 
 class Framing:
     """A text format on one LM.
@@ -112,10 +117,23 @@ class Framing:
             raise LMError(f"{lm.name} has no chat template; set format.chat to false")
         mark = "\x00"  # stands where the input goes; no template contains it
         turn = [{"role": "user", "content": mark}]
-        framed = lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        framed = lm.tokenizer.apply_chat_template(
+            turn,
+            chat_template=_dated(lm.tokenizer.get_chat_template()),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
         head, _, tail = framed.partition(mark)
         before, after = lm.tokenize([head, tail], markup=True)
         return before, after
+
+
+def _dated(template: str) -> str:
+    """Return a chat template in which it is always the same day."""
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f".replace('{form}', '{value}')" for form, value in _DAY.items())
+    return f"{{% macro strftime_now(form) %}}{{{{ form{written} }}}}{{% endmacro %}}{template}"
 
 
 class Unprefixed:

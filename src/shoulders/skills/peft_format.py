@@ -67,12 +67,16 @@ def import_from_peft(folder: Path | str, lm: FrozenLM, form: TextFormat | None =
         vectors = load_file(folder / TENSORS)[KEY]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ArtefactError(f"{folder}: not a PEFT PromptTuning adapter: {error}") from error
+    if not isinstance(described, dict):
+        raise ArtefactError(f"{folder / CONFIG}: not a PEFT adapter's: holds no object")
     if described.get("peft_type") != "PROMPT_TUNING":
         raise ArtefactError(f"{folder}: PEFT type {described.get('peft_type')}, not PROMPT_TUNING")
     if vectors.dim() != 2 or vectors.shape[1] != lm.hidden_size:
         raise ArtefactError(
             f"{folder}: prompt {tuple(vectors.shape)}, but {lm.name} has width {lm.hidden_size}"
         )
+    if not len(vectors) or not bool(torch.isfinite(vectors).all()):
+        raise ArtefactError(f"{folder / TENSORS}: its prompt is empty, or holds NaN or infinity")
 
     def no_encoder(name: str) -> None:
         raise ArtefactError(f"a static prompt needs no encoder, asked for {name}")

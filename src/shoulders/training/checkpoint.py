@@ -28,7 +28,8 @@ class Progress:
         best_step: step of the best validation so far; 0 before the first.
         best: its value (lower is better).
         validations: one entry per validation, in order.
-        seconds: training time so far, over all resumed parts.
+        seconds: time of training steps so far, over all resumed parts; validations and checkpoints
+            are not counted.
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class Progress:
 
 
 Tensors = dict[str, torch.Tensor]
+LATER = ("encoders", "chat_template")  # not noted before 2026-12
 
 
 def save_checkpoint(
@@ -149,7 +151,9 @@ def load_checkpoint(
         started = {**stored.recipe, "recipe": by_name(as_now(stored.recipe["recipe"], Recipe))}
     except (ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{stored.folder}: cannot be read: {error!r}") from error
-    if found := difference(started, {**recipe, "recipe": by_name(recipe["recipe"])}):
+    wanted = {**recipe, "recipe": by_name(recipe["recipe"])}
+    wanted = {key: value for key, value in wanted.items() if key in started or key not in LATER}
+    if found := difference(started, wanted):
         raise TrainingError(
             f"{out}: was started with another recipe ({found}); resume with the same "
             "one, or train into a new folder"

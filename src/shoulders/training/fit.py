@@ -58,7 +58,7 @@ def fit(
         out: folder for `checkpoints/` and `log.jsonl`.
         bound: further facts (hashes of LM and data) that a resumed run must agree on.
         resume: go on from the newest checkpoint in `out`, if there is one.
-        console: where progress goes.
+        console: where progress goes; None is silent.
         processes: where several train together; only the leading one writes files.
 
     Returns:
@@ -70,7 +70,7 @@ def fit(
             on resume.
     """
     config, producer = recipe.training, _trainable(skill, recipe.training)
-    console = console or Console(stderr=True)
+    console = console or Console(quiet=True)
     processes = processes or Processes()
     stored = {"recipe": recipe.model_dump(mode="json"), **(bound or {})}
     stored["processes"] = processes.count
@@ -105,11 +105,11 @@ def fit(
 
     def save() -> None:
         progress.seconds += time.monotonic() - clock[0]
-        clock[0] = time.monotonic()
         if processes.leads:
             save_checkpoint(out, progress, copied(producer), best, optimizer, stored)
+        clock[0] = time.monotonic()
 
-    clock = [time.monotonic()]
+    clock = [time.monotonic()]  # of steps alone: neither validations nor checkpoints are training
     keep_freed_memory()
     with (
         settled(),
@@ -140,9 +140,11 @@ def fit(
             if checked and (
                 progress.step % config.validate_every == 0 or progress.step == config.steps
             ):
+                paused = time.monotonic()
                 producer.train(False)
                 entry = validate(skill, rows, templates, checked, config.select)
                 producer.train()
+                clock[0] += time.monotonic() - paused
                 check_validation(progress.step, entry["loss"])
                 value = _ranked(config.select, progress.step, entry)
                 improved = value < progress.best or progress.best_step == 0

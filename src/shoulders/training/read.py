@@ -20,7 +20,7 @@ from rich.console import Console
 from shoulders.data.mixture import MixtureConfig
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
-from shoulders.files import atomic_path, remove_partial
+from shoulders.files import atomic_path, read_noted, remove_partial, write_json
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
 from shoulders.reader.answers import has_answer
@@ -42,10 +42,11 @@ from shoulders.training.rerank import trained_reranker
 from shoulders.training.run import hashes_of, run_recipe
 from shoulders.training.start import same_recipe
 from shoulders.training.textual import run_textual
+from shoulders.training.validation import check_selectable
 
 INDEX = "index"
 CONTEXTS = "contexts"
-RECIPE = "recipe.json"
+RECIPE, COLLECTION = "recipe.json", "collection.json"
 TASK = "reading"
 
 
@@ -75,6 +76,7 @@ def run_reader_recipe(
         with watch.stage("ordering validation passages", len(validation)) as advance:
             found = contexts.ranked(validation, advance)
         collection = index.manifest.content
+        same_collection(out / COLLECTION, collection)
     rows = {"train": (train, reranking.ranked), "validation": (validation, found)}
     skill = trained_prompt(recipe, rows, out, watch, console)
     reader = Reader(skill, contexts, recipe.reader.reading)
@@ -102,6 +104,20 @@ def run_reader_recipe(
     return Reader(skill, contexts, reading)
 
 
+def same_collection(file: Path, content: str) -> None:
+    """Note the hash of an index's passages; raises `TrainingError` where it was another before.
+
+    What was ranked and packed then would stand beside what is searched now.
+    """
+    if not file.is_file():
+        write_json(file, {"content": content})
+    elif (noted := read_noted(file).get("content")) != content:
+        raise TrainingError(
+            f"{file.parent}: was begun with other passages in the index (content {noted}, now "
+            f"{content}); choose another --out"
+        )
+
+
 def questions_of(recipe: ReaderRecipe) -> tuple[list[Question], list[Question]]:
     """Return the questions to train on, and those of validation that are not among them.
 
@@ -111,7 +127,9 @@ def questions_of(recipe: ReaderRecipe) -> tuple[list[Question], list[Question]]:
     seen = {_plain(q.question) for q in train}
     validation = [q for name in recipe.reader.validation for q in _answered(Path(name))]
     # Promise 2: what was trained on selects and calibrates nothing.
-    return train, [q for q in validation if _plain(q.question) not in seen]
+    unseen = [q for q in validation if _plain(q.question) not in seen]
+    check_selectable(recipe.training.select, unseen)
+    return train, unseen
 
 
 def _answered(file: Path) -> list[Question]:

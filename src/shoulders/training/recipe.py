@@ -56,6 +56,10 @@ class Recipe(BaseModel):
             raise ValueError("give either data (tasks) or text (running text) to train on")
         if self.text is not None and self.training.select == "exact_match":
             raise ValueError("training.select: running text has no answers; use loss or last")
+        if self.training.select == "exact_match" and self.data and not self.data.validation:
+            raise ValueError(
+                "training.select: exact_match needs rows to select on: data.validation"
+            )
         proposing = self.skill.before_text() is not None
         if proposing and (self.cross_fit is None or self.data is None):
             raise ValueError(
@@ -95,7 +99,13 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         updates["text"] = recipe.text.model_copy(
             update={split: [located(n, folder) for n in names] for split, names in files.items()}
         )
-    return recipe.model_copy(update=updates)
+    recipe = recipe.model_copy(update=updates)
+    if recipe.text is not None:  # again: what had two names may have one path
+        try:
+            RunningTextConfig.model_validate(recipe.text.model_dump())
+        except ValidationError as error:
+            raise RecipeError(f"{path}: text: {error.errors()[0]['msg']}") from error
+    return recipe
 
 
 def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

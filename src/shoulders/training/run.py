@@ -23,7 +23,7 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
 from shoulders.recursion.first_pass import FirstPass
-from shoulders.skills.artefact import save_skill, saved_in
+from shoulders.skills.artefact import frozen_parts, save_skill, saved_in
 from shoulders.skills.skill import Skill
 from shoulders.training.checkpoint import FOLDER
 from shoulders.training.fit import fit
@@ -32,7 +32,7 @@ from shoulders.training.processes import Processes
 from shoulders.training.recipe import Recipe
 from shoulders.training.running_text import RunningText
 from shoulders.training.start import MEMBERS, begin_at, trained_parts
-from shoulders.training.validation import choose_rows
+from shoulders.training.validation import check_selectable, choose_rows
 
 
 def run_recipe(
@@ -102,7 +102,7 @@ def run_recipe(
     skill = Skill.create(lm, recipe.skill, functools.cache(load_encoder), random)
     begin_at(skill, folders, lm)
     mixture, validation, templates = given or _text_data(recipe, lm)
-    bound = {"lm": lm.fingerprint, "data": data_hashes(recipe)}
+    bound = {**frozen_parts(skill), "data": data_hashes(recipe)}
     processes.agree("LM or data files", bound)
     before = lm.digest()
     if recipe.training.remember_first_pass:
@@ -151,6 +151,7 @@ def _task_data(
             f"{len(validation) - len(unseen)} validation rows also stand in the training "
             "files; they are not used to select"
         )
+    check_selectable(recipe.training.select, unseen)
     chosen = choose_rows(unseen, recipe.training.validation_rows)
     if len(chosen) < len(unseen) and console is not None:
         console.print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from shoulders.data.mixture import Mixture, MixtureConfig
 from shoulders.data.rows import Row, as_line
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import RecipeError, TrainingError
+from shoulders.errors import RecipeError, ShouldersError, TrainingError
 from shoulders.files import atomic_path, only_writer, remove_partial, write_json
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
@@ -36,10 +37,17 @@ from shoulders.skills.skill import Skill
 from shoulders.training.configs import CrossFitConfig
 from shoulders.training.gate import gate_of
 from shoulders.training.processes import Processes
-from shoulders.training.recipe import Recipe
+from shoulders.training.recipe import Recipe, read_recipe
 from shoulders.training.run import data_hashes, load_data, run_recipe, unseen_rows
-from shoulders.training.start import MEMBERS, TEXTUAL, same_recipe, trained_parts
-from shoulders.training.validation import choose_rows
+from shoulders.training.start import (
+    MEMBERS,
+    TEXTUAL,
+    YAML,
+    same_recipe,
+    start_hashes,
+    trained_parts,
+)
+from shoulders.training.validation import check_selectable, choose_rows
 
 FIRST = "passes.0.prompt"
 FOLDS, CANDIDATES, SECOND = "folds", "candidates", "second"
@@ -47,9 +55,21 @@ PART = 256  # rows whose candidates are kept at once
 
 
 def run_textual(
-    recipe: Recipe, out: Path | str, *, resume: bool = False, console: Console | None = None
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    validation: Sequence[Row] | None = None,
 ) -> Skill:
     """Train what a recipe with `cross_fit` describes and save the skill in `out`.
+
+    Args:
+        recipe: what to train.
+        out: the skill's folder.
+        resume: go on with what a stopped run left there.
+        console: for progress; None is silent.
+        validation: rows to select on, in place of the recipe's.
 
     Raises:
         TrainingError: `out` holds a finished skill, an unfinished run without `resume`, or one of
@@ -59,10 +79,16 @@ def run_textual(
     """
     out = Path(out)
     with only_writer(out):
-        return _run_textual(recipe, out, resume=resume, console=console)
+        return _run_textual(recipe, out, resume, console or Console(quiet=True), validation)
 
 
-def _run_textual(recipe: Recipe, out: Path, *, resume: bool, console: Console | None) -> Skill:
+def _run_textual(
+    recipe: Recipe,
+    out: Path,
+    resume: bool,
+    console: Console,
+    selecting: Sequence[Row] | None,
+) -> Skill:
     assert recipe.cross_fit is not None
     assert recipe.data is not None  # the recipe's validator
     if saved_in(out).exists():
@@ -73,8 +99,7 @@ def _run_textual(recipe: Recipe, out: Path, *, resume: bool, console: Console | 
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
     if Processes.started().count > 1:
         raise TrainingError("cross_fit trains several skills after one another: start one process")
-    console = console or Console(quiet=True)
-    same_recipe(recipe, out / TEXTUAL, data_hashes(recipe))
+    same_recipe(recipe, out / TEXTUAL, data_hashes(recipe) | start_hashes(recipe.start))
     _clean(out)
 
     def run(other: Recipe, folder: Path) -> Skill:
@@ -86,7 +111,11 @@ def _run_textual(recipe: Recipe, out: Path, *, resume: bool, console: Console | 
     rows, validation, templates = load_data(recipe.data)
     mixture = Mixture(rows, templates, recipe.data, recipe.training.seed)
     drawn = [mixture.example(i) for i in range(recipe.cross_fit.rows)]
-    unseen = choose_rows(unseen_rows(validation, rows), recipe.training.validation_rows)
+    unseen = choose_rows(
+        unseen_rows(validation if selecting is None else selecting, rows),
+        recipe.training.validation_rows,
+    )
+    check_selectable(recipe.training.select, unseen)
     checked = [(row, templates.render(row, 0)) for row in unseen]
 
     files = {"train": out / SECOND / "train.jsonl", "validation": out / SECOND / "validation.jsonl"}
@@ -131,6 +160,7 @@ def _run_textual(recipe: Recipe, out: Path, *, resume: bool, console: Console | 
         "recipe": recipe.model_dump(mode="json"),
         "first_pass": read_artefact(first).provenance,
         "second_pass": read_artefact(out / SECOND).provenance,
+        "candidates_seconds": round(_proposing_seconds(out), 1),
         "machine": machine(),
     }
     save_skill(skill, out, templates, provenance, gate_of(skill, checked))
@@ -198,14 +228,31 @@ def _candidates(
                 if skill is None:
                     lm = load_lm(**recipe.lm.model_dump())
                     skill, _ = load_skill(folder, lm, functools.cache(load_encoder))
+                began = time.monotonic()
                 samples = skill.generate(part, propose.decoding())
+                seconds = time.monotonic() - began
                 own = [merged(several) for several in samples]
-                write_json(file, [[[c.text, c.count, c.logprob] for c in row] for row in own])
-            for row in json.loads(file.read_text(encoding="utf-8")):
+                rows = [[[c.text, c.count, c.logprob] for c in row] for row in own]
+                write_json(file, {"seconds": seconds, "candidates": rows})
+            for row in _kept(file)[1]:
                 found.append([Candidate(*values) for values in row])
             advance(len(part))
     check_some(found)
     return found
+
+
+def _kept(file: Path) -> tuple[float, list[list[Any]]]:
+    """Return the seconds that proposing a part's candidates took, and these."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(kept, list):  # as runs noted them that were begun before 2026-12
+        return 0.0, kept
+    return float(kept["seconds"]), kept["candidates"]
+
+
+def _proposing_seconds(out: Path) -> float:
+    """Return what proposing all candidates took, whichever run did it."""
+    folders = (out, *(out / FOLDS).glob("*/"))
+    return sum(_kept(file)[0] for f in folders for file in (f / CANDIDATES).glob("*.json"))
 
 
 def _write(
@@ -246,7 +293,26 @@ def _first_recipe(recipe: Recipe, first: Path) -> Recipe:
         ) from None
     if taught.data is None:
         raise RecipeError(f"start.{FIRST}: {first} was trained on running text, not on tasks")
+    # A fold's first pass would begin at the same weights, which have seen the rows held out of it.
+    for part, name in taught.start.items():
+        if not _of_text(Path(name)):
+            raise RecipeError(
+                f"start.{FIRST}: {first} began at {name} (its start.{part}), which was not trained "
+                "on running text alone: the folds' first passes could have seen what is held out"
+            )
     return taught
+
+
+def _of_text(source: Path) -> bool:
+    """Tell whether a skill, or a recipe's, has learned from running text and nothing else."""
+    try:
+        if source.suffix in YAML:
+            recipe = read_recipe(source)
+        else:
+            recipe = Recipe.model_validate(read_artefact(source).provenance["recipe"])
+    except (KeyError, ValidationError, ShouldersError):
+        return False
+    return recipe.data is None and all(_of_text(Path(name)) for name in recipe.start.values())
 
 
 def _second_config(recipe: Recipe) -> SkillConfig:

@@ -10,6 +10,7 @@ import torch
 from shoulders.data.batching import length_grouped
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
+from shoulders.errors import TrainingError
 from shoulders.evaluation.evaluate import evaluate
 from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS
 from shoulders.skills.skill import Skill
@@ -36,6 +37,14 @@ def choose_rows(rows: Sequence[Row], per_task: int | None) -> list[Row]:
         return hashlib.sha256(f"{row.task}\n{row.input}".encode()).hexdigest()
 
     return [row for task in sorted(groups) for row in sorted(groups[task], key=place)[:per_task]]
+
+
+def check_selectable(select: Select, rows: Sequence[object]) -> None:
+    """Raise `TrainingError` where weights are to be selected by answers, and no rows are left."""
+    if select == "exact_match" and not rows:
+        raise TrainingError(
+            "training.select: exact_match needs validation rows that are not trained on as well"
+        )
 
 
 @torch.no_grad()
