@@ -68,6 +68,7 @@ def _tiny_config(arch: str, vocabulary: int) -> Any:
         GemmaConfig,
         GPT2Config,
         LlamaConfig,
+        MistralConfig,
         Qwen2Config,
         Qwen3Config,
     )
@@ -96,6 +97,8 @@ def _tiny_config(arch: str, vocabulary: int) -> Any:
         return LlamaConfig(**common)
     if arch == "llama64":  # sizes that fit the tiles of a processor's matrix unit
         return LlamaConfig(**common | {"hidden_size": 64, "intermediate_size": 128})
+    if arch == "mistral":  # Llama's layers with a sliding window
+        return MistralConfig(**common, sliding_window=TINY_SLIDING_WINDOW)
     if arch == "qwen2":
         return Qwen2Config(**common)
     if arch == "qwen3":

@@ -8,9 +8,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ import torch
 from fastapi.testclient import TestClient
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import ShouldersError
+from shoulders.errors import ShouldersError, WindowError
 from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
@@ -36,6 +38,7 @@ from shoulders.serving.job import Event, Job
 from shoulders.serving.metrics import Metrics
 from shoulders.serving.passes import LAST
 from shoulders.serving.pool import Pool
+from shoulders.serving.replies import completion_logprobs
 from shoulders.serving.rows import Entry
 from shoulders.serving.schema import ChatRequest
 from shoulders.serving.skillset import Served, SkillSet
@@ -185,6 +188,34 @@ def test_every_kind_under_load_answers_as_alone(
     assert engine.jobs == 0
     assert engine.running == 0
     assert engine.tokens > engine.steps, "no two rows ever shared a step"
+
+
+def test_layers_with_a_sliding_window_are_served_within_it(
+    tiny_lm: Callable[[str], FrozenLM],
+) -> None:
+    """The engine's layers see all that came before, which beyond the window the LM's do not."""
+    lm = tiny_lm("mistral")
+    window, skill = lm.sliding_window, Skill.base(lm, SkillConfig())
+    assert window is not None
+    assert lm.blocks is not None
+    engine = Engine(lm, EngineConfig(workers=1))
+    try:
+        text = "a b c"
+        length = len(skill.input_ids([text])[0])
+        assert length < window
+        _, answers = ask(engine, skill, text, max_new_tokens=2 * window, min_new_tokens=2 * window)
+        assert answers.over.wait(30)
+        (served,) = answers.completions
+        assert len(served.token_ids) == window + 1 - length
+        decoding = DecodingConfig(max_new_tokens=2 * window, min_new_tokens=2 * window)
+        (alone,) = skill.generate([text], decoding)[0]
+        assert served.token_ids == alone.token_ids[: len(served.token_ids)]
+        _, answers = ask(engine, skill, text * 6, max_new_tokens=1)
+        assert answers.over.wait(30)
+        assert isinstance(answers.error, WindowError)
+        assert f"serves the {window} that this LM's sliding layers see" in str(answers.error)
+    finally:
+        engine.close(30)
 
 
 @pytest.mark.parametrize(
@@ -959,6 +990,90 @@ def test_log_probabilities_name_every_token_apart(served: Server) -> None:
         ):
             assert top[token] == own
             assert len(top) >= 5
+    none = client.post("/v1/completions", json={**body, "logprobs": 0}).json()
+    assert all(len(top) == 1 for top in none["choices"][0]["logprobs"]["top_logprobs"])
+
+
+def test_alternatives_come_where_they_are_asked_for(
+    served: Server, lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm.tokenizer, "chat_template", "{{ messages[0].content }}")
+    client = TestClient(create_app(served), headers=OPEN)
+    message = {"role": "user", "content": "two"}
+    body = {"model": "lm", "messages": [message], "max_tokens": 2, "logprobs": True}
+    for asked, wanted in ((None, 0), (0, 0), (3, 3)):
+        reply = client.post("/v1/chat/completions", json={**body, "top_logprobs": asked}).json()
+        for token in reply["choices"][0]["logprobs"]["content"]:
+            assert len(token["top_logprobs"]) == wanted
+
+
+class Bytes:
+    """An LM whose tokens are bytes; 256 says nothing."""
+
+    tokenizer = SimpleNamespace(
+        convert_ids_to_tokens=lambda i: bytes_to_unicode().get(i, "</s>"), all_special_ids=[256]
+    )
+
+    def text(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i != 256).decode(errors="replace")
+
+
+class Words:
+    """An LM whose tokens bring their space, which the first of a text loses."""
+
+    pieces = ("▁The", "▁cap", "ital", "▁", "</s>")
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=pieces.__getitem__, all_special_ids=[4])
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "".join(self.pieces[i] for i in ids if i != 4).replace("▁", " ").removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    ("lm", "ids", "text", "offsets"),
+    [
+        (Bytes(), [*"🦥 s".encode(), 256], "🦥 s", [0, 0, 0, 0, 1, 2, 3]),
+        (Bytes(), [*"A: é你".encode()], "é你", [0, 0, 0, 0, 0, 1, 1, 1]),
+        (Bytes(), [0xE2, *b"ab"], "�ab", [0, 0, 2]),  # half a character, seen at the next
+        (Words(), [0, 1, 2, 3, 0, 4], "The capital  The", [0, 3, 7, 11, 12, 16]),
+    ],
+)
+def test_offsets_are_those_in_the_text(
+    lm: Any, ids: list[int], text: str, offsets: list[int]
+) -> None:
+    top = tuple(((i, -1.0),) for i in ids)
+    found = completion_logprobs(lm, Completion(text, ids, 0.0, "stop", (-1.0,) * len(ids), top), 0)
+    begins = found["text_offset"]
+    assert begins == offsets
+    if isinstance(lm, Words):
+        assert found["tokens"] == [" The", " cap", "ital", " ", " The", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": ["a"] * 33}, "prompt: List should have at most 32 items"),
+        ({"prompt": [1, 2]}, "prompt.0: Input should be a valid string"),
+        ({"prompt": ["a", ""]}, "prompt.1: String should have at least 1 character"),
+        ({"stop": ["a"] * 9}, "stop: List should have at most 8 items"),
+        ({"prompt": 5}, "prompt: Input should be a valid string"),
+        ({"bad_words": ["a"]}, "bad_words"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+    ],
+)
+def test_a_refusal_is_of_what_was_sent(served: Server, change: dict[str, Any], said: str) -> None:
+    client = TestClient(create_app(served), headers=OPEN)
+    body = {"model": "lm", "prompt": "two", "max_tokens": 2, **change}
+    found = client.post("/v1/completions", json=body)
+    assert found.status_code == 400
+    assert said in found.json()["error"]["message"]
+
+
+def test_what_asks_for_nothing_is_taken(served: Server) -> None:
+    client = TestClient(create_app(served), headers=OPEN)
+    nothing = {"seed": -1, "suffix": "", "stream_options": {"include_usage": None}, "bad_words": []}
+    body = {"model": "lm", "prompt": "two", "max_tokens": 2, **nothing}
+    assert client.post("/v1/completions", json=body).status_code == 200
 
 
 @pytest.mark.slow
@@ -1000,6 +1115,13 @@ def test_a_chat_template_may_do_as_it_likes_with_messages(
         _, ids = conversation(served, served.skills.get("lm"), ChatRequest.model_validate(body))
         assert ids is not None
         assert lm.text(ids) == lm.text(lm.tokenize([wanted])[0])
+        # As the tokenizer reads it, unless users write what only templates may.
+        assert ids == lm.tokenize([wanted], markup=True)[0]
+        special = lm.tokenizer.all_special_tokens[0]
+        body["messages"] = [{"role": r, "content": c + special} for r, c in turns]
+        _, ids = conversation(served, served.skills.get("lm"), ChatRequest.model_validate(body))
+        assert ids is not None
+        assert not set(ids) & set(lm.tokenizer.all_special_ids)
         return
     client = TestClient(create_app(served), headers=OPEN)
     found = client.post("/v1/chat/completions", json=body)

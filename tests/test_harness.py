@@ -28,7 +28,9 @@ from shoulders.benchmark.contender import peer_lm
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import ShouldersError, WindowError
+from shoulders.evaluation.harness import options
 from shoulders.evaluation.harness.model import HarnessModel
+from shoulders.evaluation.harness.options import opened
 from shoulders.evaluation.harness.registration import register
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import load_lm
@@ -319,6 +321,14 @@ def test_running_text_through_a_skill_is_our_perplexity(
         example.answer_ids[:0] = [example.input_ids.pop()]
         expected = perplexity(model.skill, [example])
         assert found == pytest.approx(-expected.loss * expected.tokens, abs=1e-2)
+
+
+def test_a_skill_on_the_hub_is_fetched(
+    skills: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = str(next(iter(skills.values())))
+    monkeypatch.setattr(options, "local", {"hf://me/skill": found}.__getitem__)
+    assert opened("hf://me/skill", None, None, "cpu").trained is not None
 
 
 def test_what_is_not_defined_is_refused(skills: dict[str, Path], tmp_path: Path) -> None:

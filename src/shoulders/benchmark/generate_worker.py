@@ -24,14 +24,16 @@ def main() -> None:
     started = time.perf_counter()
     answers = skill.generate(texts, decoding)
     seconds = time.perf_counter() - started
-    read = sum(len(ids) for ids in skill.input_ids(texts))
+    prompt = skill.prompt(texts[:1])  # of a static one keys/values are kept: nothing is read of it
+    own = 0 if prompt.shared else prompt.vectors.shape[1]
+    read = sum(own + len(ids) for ids in skill.input_ids(texts))
     written = sum(len(several[0].token_ids) for several in answers)
     report(
         {
             "seconds": seconds,
             "rows": len(texts),
             "new_tokens": written,
-            "operations": generation_operations(skill.lm, read, written),
+            "operations": generation_operations(skill.lm, len(texts), read, written),
             "token_ids": [several[0].token_ids for several in answers],
         }
     )

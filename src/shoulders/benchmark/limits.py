@@ -82,10 +82,14 @@ def step_operations(lm: FrozenLM, positions: int, pairs: int, answers: int) -> f
     )
 
 
-def generation_operations(lm: FrozenLM, read: int, written: int) -> float:
-    """Return the operations of reading `read` and writing `written` positions, attention aside."""
+def generation_operations(lm: FrozenLM, rows: int, read: int, written: int) -> float:
+    """Return the operations of reading and writing so many positions in all, attention aside.
+
+    A row's last token is chosen and never read.
+    """
     weights = sum(n * k for n, k in layer_shapes(lm))
-    return float(2 * (read + written) * weights + 2 * written * lm.vocab_size * lm.hidden_size)
+    positions = read + written - rows
+    return float(2 * positions * weights + 2 * written * lm.vocab_size * lm.hidden_size)
 
 
 def matmul_rates(name: str) -> dict[str, float]:

@@ -121,7 +121,7 @@ def summary(
     if settings.peers is not None:
         peers = {
             "peft_default": speed["peft_default"],
-            "peft_best": max(speed["peft_grouped"], speed["peft_bf16"]),
+            "peft_best": max(speed[f"peft_{one}"] for one in ("default", "grouped", "bf16")),
             "peft_best_bf16": speed["peft_bf16"],
             "lora": max(speed["peft_lora"], speed["peft_lora_bf16"]),
         }

@@ -54,7 +54,10 @@ def serve(
     ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Rows that one of them decodes.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests at once; more get 429.")] = 256,
-    cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys/values.")] = 2.0,
+    cache_gib: Annotated[
+        float,
+        typer.Option(min=0.01, help="Memory for keys/values; more for moments, while it grows."),
+    ] = 2.0,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(help="Whose pages in browsers may ask, such as https://chat.example."),

@@ -19,6 +19,7 @@ from shoulders.lm.decoder import Decoder, Source
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.sampling import likeliest, next_tokens, sample_stream
+from shoulders.lm.written import Written
 
 
 class DecodingConfig(BaseModel):
@@ -89,7 +90,8 @@ class Running:
         random: its own stream of random numbers.
         room: tokens that it may still grow to.
         ids, logprob, logprobs, top: so far; see `Completion`.
-        shown: characters of its text that have been given out.
+        written: its text so far.
+        shown: characters of it that have been given out.
     """
 
     row: int
@@ -101,6 +103,7 @@ class Running:
     logprob: float = 0.0
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    written: Written = field(default_factory=Written)
     shown: int = 0
 
 
@@ -244,7 +247,7 @@ def advance(lm: FrozenLM, state: Running) -> Delta:
     """Look at a sample's newest token: what text is now certain, and has it ended?"""
     config = state.config
     at_end = state.ids[-1] in lm.end_ids
-    text = lm.text(state.ids[:-1] if at_end else state.ids)
+    text = state.written.of(lm, state.ids[:-1] if at_end else state.ids)
     begin = _behind(text, config.answer_prefix)
     cuts = [at for s in config.stop if (at := text.find(s, begin)) >= 0]
     finish = "stop" if at_end or cuts else "length" if len(state.ids) >= state.room else None

@@ -180,6 +180,11 @@ class FrozenLM:
         """Return the embeddings of rows of token ids end to end, `[t, d]`."""
         return self.embed(torch.tensor([i for ids in token_ids for i in ids], device=self.device))
 
+    @property
+    def seen_whole(self) -> int:
+        """Positions within which every layer sees all that came before: its window, or less."""
+        return min(self.max_positions, self.sliding_window or self.max_positions)
+
     def new_cache(self) -> DynamicCache:
         """Return an empty key/value cache for this LM.
 

@@ -114,7 +114,7 @@ def create_app(server: Server, origins: Sequence[str] = ()) -> FastAPI:
         decoding = body.decoding(body.max_tokens, max(1, top) if body.logprobs is not None else 0,
                                  new_seed())  # fmt: skip
         inputs: list[tuple[str, list[int] | None]] = [(text, None) for text in body.prompts]
-        form = Form("cmpl", replies.completion_reply, body.logprobs is not None)
+        form = Form("cmpl", replies.completion_reply, body.logprobs)
         return await _answer(server, request, body, served, inputs, decoding, form)
 
     @app.post("/v1/chat/completions", dependencies=guarded, response_model=None)
@@ -125,7 +125,9 @@ def create_app(server: Server, origins: Sequence[str] = ()) -> FastAPI:
         decoding = body.decoding(body.most, top, new_seed())
         # Long ones take their time, in which others are to be answered.
         inputs = [await asyncio.to_thread(conversation, server, served, body)]
-        form = Form("chatcmpl", replies.chat_reply, bool(body.logprobs))
+        form = Form(
+            "chatcmpl", replies.chat_reply, body.top_logprobs or 0 if body.logprobs else None
+        )
         return await _answer(server, request, body, served, inputs, decoding, form)
 
     @app.post("/v1/load_adapter", dependencies=guarded)
@@ -146,11 +148,11 @@ def create_app(server: Server, origins: Sequence[str] = ()) -> FastAPI:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How an endpoint words its answers."""
+    """How an endpoint words its answers; with `top` alternatives of every token, unless None."""
 
     kind: str
     reply: Callable[..., dict[str, Any]]
-    logprobs: bool
+    top: int | None
 
 
 class Streamed(StreamingResponse):
@@ -193,7 +195,8 @@ async def _answer(
             return Streamed(events, answering)
         found = await answering.completions(gone)
     count(server, served, answering, found)
-    reply = form.reply(server.skills.lm, frame, found, logprobs=form.logprobs)
+    # Long ones take their time, in which others are to be answered.
+    reply = await asyncio.to_thread(form.reply, server.skills.lm, frame, found, top=form.top)
     reply["usage"] = replies.usage(answering.prompt_tokens, found)
     if body.details:
         reply["details"] = answering.details
@@ -227,9 +230,10 @@ async def _stream(
                 choice["text"] = piece.text
             if piece.completion is not None:
                 found.append(piece.completion)
-                if form.logprobs:
+                if form.top is not None:
                     of = replies.chat_logprobs if chat else replies.completion_logprobs
-                    choice["logprobs"] = of(server.skills.lm, piece.completion)
+                    lm, ended = server.skills.lm, piece.completion
+                    choice["logprobs"] = await asyncio.to_thread(of, lm, ended, form.top)
             yield replies.event({**frame, **kind, "choices": [choice]})
     except Exception as error:
         status, name = status_of(error)
@@ -271,15 +275,22 @@ def conversation(server: Server, served: Served, body: ChatRequest) -> tuple[str
     if not lm.tokenizer.chat_template:
         raise ShouldersError(f"{served.name} has no chat template; use /v1/completions")
     turns = [{"role": m.role, "content": m.text} for m in body.messages]
-    marks = [f"\x00{i}\x00" for i in range(len(turns))]
-    try:
-        framed = lm.tokenizer.apply_chat_template(
-            [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-    except jinja2.TemplateError as error:
-        raise ShouldersError(f"{served.name}'s chat template: {error}") from None
+
+    def framed_with(contents: Sequence[str]) -> str:
+        said = [{**turn, "content": own} for turn, own in zip(turns, contents, strict=True)]
+        try:
+            framed: str = lm.tokenizer.apply_chat_template(
+                said, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise ShouldersError(f"{served.name}'s chat template: {error}") from None
+        return framed
+
+    special = {*lm.tokenizer.all_special_tokens, *lm.tokenizer.get_added_vocab()}
+    if not any(token in message.text for message in body.messages for token in special):
+        whole = framed_with([message.text for message in body.messages])
+        return text, lm.tokenize([whole], markup=True)[0]
+    framed = framed_with([f"\x00{i}\x00" for i in range(len(turns))])
     # The frame's special tokens are special; what users write never is. Templates may move
     # messages, leave some out, or repeat one.
     ids: list[int] = []

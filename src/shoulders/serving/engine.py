@@ -66,7 +66,8 @@ class EngineConfig(BaseModel):
             the processor's, four at most.
         max_rows: rows that one worker decodes together.
         max_queue: jobs that run or wait; one more is refused.
-        cache_bytes: most memory for keys/values, of all workers.
+        cache_bytes: most memory for keys/values, of all workers; while room is made for a row that
+            joins, what was there and its copy lie side by side for a moment.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -266,7 +267,10 @@ class Engine:
                 job.prompt_tokens += len(ids)
             told = functools.partial(done, number)
             fellows = tuple(self._fellow(job, ask, other) for other in ask.others)
-            entries.append(Entry(job, ask, ids, prompt, hops, told, here, fellows))
+            entry = Entry(job, ask, ids, prompt, hops, told, here, fellows)
+            if here:
+                self._check_seen(entry)
+            entries.append(entry)
         return entries
 
     def _check(self, ids: Sequence[int]) -> None:
@@ -276,6 +280,18 @@ class Engine:
         """
         if not 0 < len(ids) <= self.lm.max_positions:
             raise WindowError(f"the input has {len(ids)} tokens, {self.lm.max_positions} fit")
+
+    def _check_seen(self, entry: Entry) -> None:
+        """Raise `WindowError` where layers with a sliding window would not see all of an input.
+
+        Fused layers see everything, which would not be what the LM computes.
+        """
+        longest = max(own.taken + len(own.ids) for own in entry.every)
+        if self.lm.sliding_window and longest > self.lm.seen_whole:
+            raise WindowError(
+                f"the input and its prompt have {longest} positions; the local engine serves the "
+                f"{self.lm.seen_whole} that this LM's sliding layers see"
+            )
 
     def _fellow(self, job: Job, ask: Ask, skill: Skill) -> Entry:
         """Prepare what another member of an ensemble reads; its first member's entry answers."""

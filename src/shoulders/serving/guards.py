@@ -8,7 +8,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -63,7 +64,7 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        first = _of_the_branch_meant(error.errors())
         if first["type"] == "json_invalid":
             said = f"the body is no JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
         elif first["type"] == "model_attributes_type":
@@ -97,6 +98,16 @@ def handle_errors(app: FastAPI) -> None:
     async def unknown(_: Request, error: Exception) -> JSONResponse:
         LOG.exception("internal error", exc_info=error)
         return reply(500, "internal_error", "internal error; the server's log says more")
+
+
+def _of_the_branch_meant(errors: Sequence[Any]) -> Any:
+    """Return the first field's error; of a union, of the branch that came furthest.
+
+    Another branch says no more than that what was sent is of another type.
+    """
+    field = errors[0]["loc"][:2]
+    own = [error for error in errors if error["loc"][:2] == field]
+    return max(own, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
 
 
 def _is_branch(part: str | int) -> bool:

@@ -34,7 +34,7 @@ class Passes:
 
     def enter(self, entry: Entry) -> list[int]:
         """Return a slot in each pass for an entry, or take none at all."""
-        room = entry.positions(self._lm.max_positions)
+        room = entry.positions(self._lm.seen_whole)
         slots: list[int] = []
         try:
             for i, prompt in enumerate([*(hop.prompt for hop in entry.hops), entry.prompt]):
@@ -73,7 +73,7 @@ class Passes:
             self._pool(level).bytes_with(
                 sum(_slots(own, level) * own.rows for own in entry.every)
                 + sum(_slots(r.entry, level) * (r.entry.rows - 1) for r in rows if not r.running),
-                max((own.positions(self._lm.max_positions) for own in entry.every), default=0),
+                max((own.positions(self._lm.seen_whole) for own in entry.every), default=0),
             )
             for level in {*self.pools, *range(len(entry.hops)), LAST}
         )
@@ -83,7 +83,7 @@ class Passes:
         """Let go of what rows that have left took, see `Pool.trim`."""
         for level, pool in self.pools.items():
             own = [row.entry for row in rows if _slots(row.entry, level)]
-            pool.trim(max((one.positions(self._lm.max_positions) for one in own), default=0))
+            pool.trim(max((one.positions(self._lm.seen_whole) for one in own), default=0))
 
     # -- reading -------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 from collections.abc import Sequence
@@ -13,15 +14,15 @@ from shoulders.serving.tokens import token_bytes, token_name
 
 
 def completion_reply(
-    lm: FrozenLM, frame: dict[str, Any], found: Sequence[Completion], *, logprobs: bool
+    lm: FrozenLM, frame: dict[str, Any], found: Sequence[Completion], *, top: int | None
 ) -> dict[str, Any]:
-    """Return a whole answer of `/v1/completions`."""
+    """Return a whole answer of `/v1/completions`; None of `top` is without log-probabilities."""
     choices = [
         {
             "index": i,
             "text": c.text,
             "finish_reason": c.finish,
-            "logprobs": completion_logprobs(lm, c) if logprobs else None,
+            "logprobs": None if top is None else completion_logprobs(lm, c, top),
         }
         for i, c in enumerate(found)
     ]
@@ -29,46 +30,46 @@ def completion_reply(
 
 
 def chat_reply(
-    lm: FrozenLM, frame: dict[str, Any], found: Sequence[Completion], *, logprobs: bool
+    lm: FrozenLM, frame: dict[str, Any], found: Sequence[Completion], *, top: int | None
 ) -> dict[str, Any]:
-    """Return a whole answer of `/v1/chat/completions`."""
+    """Return a whole answer of `/v1/chat/completions`; `top` as above."""
     choices = [
         {
             "index": i,
             "message": {"role": "assistant", "content": c.text},
             "finish_reason": c.finish,
-            "logprobs": chat_logprobs(lm, c) if logprobs else None,
+            "logprobs": None if top is None else chat_logprobs(lm, c, top),
         }
         for i, c in enumerate(found)
     ]
     return {**frame, "object": "chat.completion", "choices": choices}
 
 
-def completion_logprobs(lm: FrozenLM, completion: Completion) -> dict[str, Any]:
-    """Return what `logprobs` is in a completion.
+def completion_logprobs(lm: FrozenLM, completion: Completion, most: int) -> dict[str, Any]:
+    """Return what `logprobs` is in a completion, with at most so many alternatives a token.
 
-    Offsets are those in the text that was answered: what was taken off its front lies at 0.
+    Offsets are those in the text that was answered: what was taken off its front lies at 0, and
+    all tokens of one character where it does.
     """
-    texts = [lm.text([i]) for i in completion.token_ids]
-    at = -max(0, "".join(texts).find(completion.text))
-    offsets = []
-    for text in texts:
-        offsets.append(max(0, at))
-        at += len(text)
+    text, decoder, begins = "", codecs.getincrementaldecoder("utf-8")("replace"), []
+    for token in completion.token_ids:
+        begins.append(len(text))
+        text += decoder.decode(token_bytes(lm, token) or b"")
+    ahead = max(0, (text + decoder.decode(b"", final=True)).find(completion.text))
     both = zip(completion.token_ids, completion.logprobs, completion.top, strict=True)
     return {
         "tokens": [token_name(lm, i) for i in completion.token_ids],
         "token_logprobs": list(completion.logprobs),
         "top_logprobs": [
-            {token_name(lm, i): value for i, value in dict([*top, (token, own)]).items()}
+            {token_name(lm, i): value for i, value in dict([*top[:most], (token, own)]).items()}
             for token, own, top in both
         ],
-        "text_offset": offsets,
+        "text_offset": [max(0, begin - ahead) for begin in begins],
     }
 
 
-def chat_logprobs(lm: FrozenLM, completion: Completion) -> dict[str, Any]:
-    """Return what `logprobs` is in a chat completion."""
+def chat_logprobs(lm: FrozenLM, completion: Completion, most: int) -> dict[str, Any]:
+    """Return what `logprobs` is in a chat completion, with at most so many alternatives a token."""
 
     def entry(token: int, value: float) -> dict[str, Any]:
         own = token_bytes(lm, token)
@@ -78,7 +79,7 @@ def chat_logprobs(lm: FrozenLM, completion: Completion) -> dict[str, Any]:
     both = zip(completion.token_ids, completion.logprobs, completion.top, strict=True)
     return {
         "content": [
-            {**entry(token, value), "top_logprobs": [entry(*one) for one in top]}
+            {**entry(token, value), "top_logprobs": [entry(*one) for one in top[:most]]}
             for token, value, top in both
         ]
     }

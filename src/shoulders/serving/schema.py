@@ -18,7 +18,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=100)]
 class StreamOptions(BaseModel):
     """What a stream ends with."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class Plain(BaseModel):
@@ -41,7 +41,7 @@ class Common(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     details: bool = False  # ours: passages read, candidates proposed
@@ -58,6 +58,10 @@ class Common(BaseModel):
     ignore_eos: Literal[False] | None = None
     use_beam_search: Literal[False] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=0)] | None = None
+    bad_words: Annotated[list[str], Field(max_length=0)] | None = None
+    allowed_token_ids: None = None
+    include_stop_str_in_output: Literal[False] | None = None
+    truncate_prompt_tokens: None = None
     guided_json: None = None
     guided_regex: None = None
     guided_choice: None = None
@@ -80,7 +84,7 @@ class Common(BaseModel):
             top_p=self.top_p,
             n=self.n,
             stop=tuple(stop),
-            seed=seed if self.seed is None else self.seed,
+            seed=seed if self.seed is None else self.seed % 2**63,
             top_logprobs=top,
         )
 
@@ -92,7 +96,7 @@ class CompletionRequest(Common):
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
-    suffix: None = None
+    suffix: Literal[""] | None = None
     best_of: Literal[1] | None = None
 
     @property
@@ -135,6 +139,10 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    chat_template: None = None
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _said(self) -> Self:

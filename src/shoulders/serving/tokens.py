@@ -11,17 +11,20 @@ from shoulders.lm.frozen import FrozenLM
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # of vocabularies that fall back to bytes
 _BROKEN = "\ufffd"
+_SPACE = "\u2581"  # how SentencePiece's vocabularies write one
 
 
 def token_bytes(lm: FrozenLM, token: int) -> bytes | None:
     """Return what a token stands for; None for a special one, which stands for no text."""
     text = lm.text([token])
+    name = str(lm.tokenizer.convert_ids_to_tokens(token))
+    if _SPACE in name and token not in lm.tokenizer.all_special_ids:
+        return name.replace(_SPACE, " ").encode()  # a text of its own begins without its space
     if not text:
         return None
     if _BROKEN not in text:
         return text.encode()
     # A part of a character: only the vocabulary knows which.
-    name = str(lm.tokenizer.convert_ids_to_tokens(token))
     if found := _BYTE.fullmatch(name):
         return bytes([int(found[1], 16)])
     known = _bytes_of_letters()

@@ -241,7 +241,7 @@ class Worker(threading.Thread):
     def _samples(self, row: Row) -> list[Row]:
         """Return the samples of a row that has read its input: they share what was read."""
         entry, config = row.entry, row.entry.ask.decoding
-        room = self._lm.max_positions + 1 - max(own.taken + len(own.ids) for own in entry.every)
+        room = self._lm.seen_whole + 1 - max(own.taken + len(own.ids) for own in entry.every)
         found = [row]
         copies = [self.passes.copy(one, config.n - 1) for one in row.every]
         for slots in zip(*copies, strict=True):

@@ -13,6 +13,7 @@ from shoulders.errors import ShouldersError, WindowError
 from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.load import Precision, load_lm
 from shoulders.skills.artefact import load_skill, read_artefact
+from shoulders.skills.hub import local
 from shoulders.skills.reader_artefact import FILE as READER_FILE
 from shoulders.skills.skill import Skill
 
@@ -32,7 +33,7 @@ def opened(name: str, lm: str | None, dtype: Any, device: str | None) -> Skill:
         device = None  # the harness asks for CUDA unless it is told otherwise
     if name == BASE:
         return Skill.base(load_lm(lm or "embedded", dtype=dtype or "auto", device=device))
-    folder = Path(name)
+    folder = Path(local(name))
     if (folder / READER_FILE).is_file():
         raise ShouldersError(
             f"{folder}: a reader answers from documents, which the harness's tasks do not bring; "
