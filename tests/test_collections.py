@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shoulders.errors import DataError
-from shoulders.reader.collections import documents
+from shoulders.reader.collections import documents, html
 from shoulders.reader.collections.documents import SUFFIXES
 from shoulders.reader.collections.source import Sourced, open_source
 from shoulders.reader.passage import Passage
@@ -99,7 +99,6 @@ def test_columns_in_any_order_bom_gzip(tmp_path: Path) -> None:
         (HEADER + "1\ta\tb\n2\tno title\n", ":3: 2 columns, expected 3"),
         (HEADER + "1\ta\tb\tc\n", ":2: 4 columns, expected 3"),
         (HEADER + "\ttext\ttitle\n", ":2: an empty id"),
-        (HEADER + "1\t \t\n", ":2: passage '1' has neither text nor title"),
         ((HEADER + "1\tabc\n").encode()[:-1] + b"\xff\tt\n", ":2: not valid UTF-8 at byte 6"),
         (HEADER + "1\t" + "x" * 16_000_001 + "\tt\n", ":2: a line of over 16,000,000 bytes"),
     ],
@@ -139,11 +138,45 @@ def test_jsonl_of_beir_and_our_own(tmp_path: Path) -> None:
         ('{"id": "1", "text": "a", "titel": "b"}', "unknown field 'titel' (did you mean 'title'?)"),
         ('{"id": "1", "id": "2", "text": "a"}', "not valid JSON: 'id' stands there twice"),
         (r'{"id": "1", "text": "\ud800"}', "field 'text' holds half a surrogate pair"),
+        (r'{"id": "\ud800", "text": "a"}', "field 'id' holds half a surrogate pair"),
     ],
 )
 def test_bad_jsonl_is_named_by_line(tmp_path: Path, line: str, said: str) -> None:
     path = write(tmp_path / "p.jsonl", '{"id": "0", "text": "fine"}\n' + line + "\n")
     assert refused(path).startswith(f"{path}:2: {said}")
+
+
+def test_passages_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Published collections have some, FiQA's five."""
+    table = write(tmp_path / "t.tsv", HEADER + "1\t \t\n2\twords\t\n3\t\t\n")
+    notes: list[str] = []
+    assert [p.id for p in passages(table, notes)] == ["2"]
+    assert notes == [
+        f"t.tsv: 2 passages have neither text nor title: left out ({table}:2, '1' first)"
+    ]
+    rows = ['{"_id": "a", "title": "", "text": "", "metadata": {}}', '{"_id": "b", "text": "c"}']
+    corpus = write(tmp_path / "corpus.jsonl", "\n".join(rows))
+    assert [p.id for p in passages(corpus, notes)] == ["b"]
+    assert len(notes) == 2
+
+
+def test_fields_of_peoples_own_are_left_alone(tmp_path: Path) -> None:
+    row = {"id": "1", "text": "a", "course": "CS101", "test": "b", "mask": 1, "URL": "u"}
+    assert passages(write(tmp_path / "p.jsonl", json.dumps(row))) == [Passage("1", "", "a")]
+
+
+def test_comments_and_line_breaks_end_no_paragraph(tmp_path: Path) -> None:
+    """React's pages have a comment between any two texts."""
+    page = (
+        "<h2><!-- -->Opening <!-- -->hours</h2><p>opened in <!-- -->1892<!-- --> on the "
+        "4<!-- -->th</p><p>a<br>b</p>"
+    )
+    _, blocks = html.parse(page.encode(), print, "page")
+    assert [(" ".join(b.text.split()), b.heading) for b in blocks] == [
+        ("Opening hours", True),
+        ("opened in 1892 on the 4th", False),
+        ("a b", False),
+    ]
 
 
 def test_documents_of_every_kind(tmp_path: Path) -> None:

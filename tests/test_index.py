@@ -603,6 +603,27 @@ def test_another_encoder_is_refused(tmp_path: Path, dense: Choices, encoder: Pat
     assert np.fromfile(out / "vectors.float16", "<f2").size == 8 * 24
 
 
+def test_vectors_of_two_encoders_are_not_mixed(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while encoding, and resumed with the encoder trained again."""
+    own = Path(shutil.copytree(encoder, tmp_path / "encoder"))
+    choices = Choices(DenseChoice(question=str(own), passage=str(own)), sizes=SIZES)
+    source, out = table(tmp_path / "a.tsv", texts(0, 20)), tmp_path / "index"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vectors.VectorFile, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(source, out, Silent(), choices)
+    shutil.rmtree(own)
+    save_tiny_encoder(own, seed=5)
+    with pytest.raises(ArtefactError, match="its first vectors were made by"):
+        build(source, out, Silent(), choices, resume=True)
+
+
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tantivy", None)
     store.analyzer.cache_clear()

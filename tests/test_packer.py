@@ -50,6 +50,15 @@ def test_of_the_best_passage_lines_or_words_are_read_where_no_sentence_fits() ->
     assert [p.text for p in packed.used] == ["aa0 aa0 aa0"]
 
 
+def test_text_without_spaces_is_read_by_sentences_and_by_letters() -> None:
+    text = "北京大学创办于一八九八年。" * 30
+    packed = pack("谁?", [Passage("aa", "", text)], PackConfig(tokens=30), len, 1000)
+    assert [p.text for p in packed.used] == ["北京大学创办于一八九八年。" * 2]
+    endless = Passage("bb", "", "北京大学" * 100)
+    packed = pack("谁?", [endless], PackConfig(tokens=30), len, 1000)
+    assert [len(p.text) for p in packed.used] == [28]  # and what separates it from the question
+
+
 def test_the_best_may_stand_next_to_the_question() -> None:
     several = [passage("aa", 3, title="A a"), passage("bb", 3, title="B b")]
     config = PackConfig(tokens=None, order="best_last")

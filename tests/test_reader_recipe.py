@@ -149,6 +149,8 @@ def test_a_reader_is_trained_saved_asked_and_scored(tmp_path: Path) -> None:
         refused = shoulders(cache, *command, "--abstain-below", "0.5")
         assert refused.returncode == 2
         assert "--abstain-below: answers' probabilities were calibrated" in refused.stderr
+    refused = shoulders(cache, "eval", out, "--data", found, "--abstain-below", "0.5")
+    assert refused.returncode == 2, "of another retriever's passages and scores"
 
     done = shoulders(cache, "eval", out, "--index", index, "--data", data, "--k", "3")
     assert "--k: probabilities of answers were calibrated with" in done.stderr

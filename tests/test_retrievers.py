@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,6 +123,17 @@ def test_any_question_is_only_words(question: str) -> None:
 def test_query_syntax_means_nothing(question: str) -> None:
     words = " ".join(analyzer().analyze(question))
     assert _small().search([question], 5) == _small().search([words], 5)
+
+
+def test_accents_are_found_however_they_are_written(tmp_path: Path) -> None:
+    same = "Das Café Müller liegt in Köln."
+    forms = [unicodedata.normalize(form, same) for form in ("NFC", "NFD")]
+    retriever, store = sparse_of(
+        tmp_path, [Passage(f"id{n}", "", text) for n, text in enumerate(forms)]
+    )
+    for question in ("Café", unicodedata.normalize("NFD", "Müller")):
+        assert sorted(retriever.search([question], 5).ids[0]) == ["id0", "id1"]
+    store.close()
 
 
 def test_questions_without_words_and_endless_ones() -> None:

@@ -59,6 +59,8 @@ def test_bom_crlf_blank_lines_and_line_separators_inside_texts_are_accepted(
         ({"input": "x", "tagrets": ["y"]}, "unknown field 'tagrets' (did you mean 'targets'?)"),
         ({**GOOD, "Input": "x"}, "unknown field 'Input' (did you mean 'input'?)"),
         ({**GOOD, "taks": "x"}, "unknown field 'taks' (did you mean 'task'?)"),
+        ({**GOOD, "tsk": "x"}, "unknown field 'tsk' (did you mean 'task'?)"),
+        ({**GOOD, "inpit": "x"}, "unknown field 'inpit' (did you mean 'input'?)"),
         ({**GOOD, "option": ["3"]}, "unknown field 'option' (did you mean 'options'?)"),
         ({**GOOD, "targts": ["3"]}, "unknown field 'targts' (did you mean 'targets'?)"),
         ({**GOOD, "Targets": ["3"]}, "unknown field 'Targets' (did you mean 'targets'?)"),

@@ -108,13 +108,16 @@ def meant_by(name: str, known: Collection[str]) -> str | None:
 
 
 def _slip(word: str, known: str) -> bool:
-    """Tell whether `word` is `known` with one letter wrong, missing or too many, or reordered."""
-    if sorted(word) == sorted(known):
-        return True
+    """Tell whether `word` is `known` with a letter wrong, missing or too many, or two swapped.
+
+    Never the first one, nor one wrong of four: `mask` and `tank` are not meant to be `task`.
+    """
     pairs = enumerate(zip(word, known, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(word), len(known)))
     here, there = word[same:], known[same:]
-    return here[1:] == there[1:] or here[1:] == there or here == there[1:]
+    wrong = here[1:] == there[1:] and (len(known) > 4 or word == known)
+    swapped = here[:2] == there[1::-1] and here[2:] == there[2:]
+    return same > 0 and (wrong or swapped or here[1:] == there or here == there[1:])
 
 
 def _refuse(constant: str) -> None:

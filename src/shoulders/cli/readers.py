@@ -89,7 +89,8 @@ def open_reader(
             )
         reading = reading.model_copy(update={"abstain_below": abstain_below})
     unlike = is_reader(name) and (
-        (retriever is not None and retriever != search.retriever)
+        index is None  # passages and scores are another retriever's
+        or (retriever is not None and retriever != search.retriever)
         or (not rerank and bool(artefact.files))
     )
     if unlike and reading.confidence is not None:

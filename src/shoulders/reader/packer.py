@@ -2,7 +2,7 @@
 
 Greedy in descending score (arXiv 2204.10019, section on frozen readers): whole passages while they
 fit, then as many sentences of the next one as fit, then no more. Where not even the best one's
-first sentence fits (a table has no sentences), as many of its lines, or words.
+first sentence fits (a table has no sentences), as many of its lines, words or letters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from shoulders.errors import WindowError
 from shoulders.reader.passage import Passage
 
 # A sentence ends at . ! ? (and closing quotes) before white space; an initial or a number does not.
-_SENTENCE_END = re.compile(r"(?<=[^\s.][^\s.][.!?])[\"')\]]*\s+")
+# Chinese and Japanese have ends of their own, and no white space.
+_SENTENCE_END = re.compile(r"(?<=[^\s.][^\s.][.!?])[\"')\]]*\s+|[。！？]+[」』”’）]*\s*")
 SEPARATOR = "\n\n"
 
 Count = Callable[[str], int]
@@ -104,7 +105,7 @@ def pack(
         if fits([*used, passage]):
             used.append(passage)
             continue
-        ways = (sentences,) if used else (sentences, _lines, _words)
+        ways = (sentences,) if used else (sentences, _lines, _words, list)
         starts = (_cut(passage, way(passage.text), lambda p: fits([*used, p])) for way in ways)
         shorter = next((start for start in starts if start is not None), None)
         if shorter is not None:

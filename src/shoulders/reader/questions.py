@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from shoulders.errors import DataError, nearest
 from shoulders.files import atomic_path
@@ -62,10 +62,10 @@ class _Context(BaseModel):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    id: str = ""
-    title: str = ""
+    id: str | None = None
+    title: str | None = None
     text: str
-    score: float = 0.0
+    score: FiniteFloat = 0.0
 
 
 class _Row(BaseModel):
@@ -152,7 +152,7 @@ def _question(values: dict[str, Any], where: str) -> Question:
         raise DataError(f"{where}: field 'answers' holds an empty text; leave it out")
     contexts = None
     if row.ctxs is not None:
-        contexts = tuple(Passage(c.id, c.title, c.text) for c in row.ctxs)
+        contexts = tuple(Passage(c.id or "", c.title or "", c.text) for c in row.ctxs)
     return Question(
         row.question,
         tuple(row.answers),

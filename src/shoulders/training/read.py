@@ -86,7 +86,10 @@ def run_reader_recipe(
             answers = reader.answer(validation, found, on_rows=advance)
         confidence = fitted_confidence(validation, answers)
         if confidence is None:
-            watch.note("too few right or wrong validation answers: confidence is not calibrated")
+            never = "" if recipe.reader.reading.abstain_below is None else ", and it never abstains"
+            watch.note(
+                f"too few right or wrong validation answers: confidence is not calibrated{never}"
+            )
     reading = recipe.reader.reading.model_copy(update={"confidence": confidence})
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoulders.encoders.load import EMBEDDED
 from shoulders.errors import RecipeError
@@ -55,6 +55,12 @@ class ReaderSection(BaseModel):
     reranker: RerankingConfig | None = RerankingConfig()
     reading: ReadingConfig = ReadingConfig()
     unanswerable: Literal["keep", "drop"] = "keep"
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> Self:
+        if self.reading.abstain_below is not None and not self.validation:
+            raise ValueError("reading.abstain_below needs validation questions to calibrate on")
+        return self
 
 
 class ReaderRecipe(BaseModel):

@@ -41,13 +41,16 @@ class RunningText:
         self._seed = seed
         self._start = lm.start_ids
         self.chunks = [c for name in files for c in chunks_of(lm, Path(name), chunk)]
+        self._order: tuple[int, np.ndarray] | None = None  # of the last epoch that was asked for
 
     def example(self, position: int) -> Example:
         """Return the example at a position of the endless order."""
         epoch, place = divmod(position, len(self.chunks))
-        key = hashlib.sha256(repr((self._seed, "text", epoch)).encode()).digest()
-        draws = np.random.PCG64(int.from_bytes(key)).random_raw(len(self.chunks))
-        return self._example(self.chunks[int(np.argsort(draws, kind="stable")[place])])
+        if self._order is None or self._order[0] != epoch:
+            key = hashlib.sha256(repr((self._seed, "text", epoch)).encode()).digest()
+            draws = np.random.PCG64(int.from_bytes(key)).random_raw(len(self.chunks))
+            self._order = epoch, np.argsort(draws, kind="stable")
+        return self._example(self.chunks[int(self._order[1][place])])
 
     def examples(self, most: int | None = None) -> list[Example]:
         """Return the chunks in the order of the files; of many, `most` spread evenly."""
@@ -93,11 +96,13 @@ def chunks_of(lm: FrozenLM, file: Path, chunk: int) -> list[list[int]]:
     if not file.is_file():
         raise DataError(f"{file}: no such file; check the path in the recipe")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file}: not valid UTF-8 at byte {error.start + 1}; save the file as UTF-8"
         ) from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot read: {error.strerror or error}") from error
     # By paragraphs: tokenizers take quadratic time for very long texts.
     lines = text.splitlines(keepends=True)
     ids = [i for own in lm.tokenize(lines) for i in own] if lines else []

@@ -57,7 +57,7 @@ def _blocks(parser: object) -> Iterator[Block]:
             words.append(node.text_content or "")
         elif tag in _CELLS or tag == "br":
             words.append(" ")
-        elif tag not in _INLINE:
+        elif tag not in _INLINE and tag[:1] != "-":  # `-comment`: many stand inside words
             yield from _one(words, heading)
             words, heading = [], tag in _HEADINGS
         following = node.first_child
@@ -65,7 +65,7 @@ def _blocks(parser: object) -> Iterator[Block]:
             if node.mem_id == top:
                 yield from _one(words, heading)
                 return
-            if node.tag not in _INLINE and node.tag not in _CELLS and node.tag[:1] != "-":
+            if node.tag not in (*_INLINE, *_CELLS, "br") and node.tag[:1] != "-":
                 yield from _one(words, heading)
                 words, heading = [], False
             following = node.next if node.next is not None else None

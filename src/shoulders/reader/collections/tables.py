@@ -40,8 +40,11 @@ class DprTable:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self, note: Note) -> Iterator[Sourced]:  # noqa: ARG002 - nothing is left out
-        """Yield the passages, row by row."""
+    def read(self, note: Note) -> Iterator[Sourced]:
+        """Yield the passages, row by row; those without text or title are left out and noted."""
+        return _with_words(self.path, self._rows(), note)
+
+    def _rows(self) -> Iterator[Sourced]:
         order: list[int] = []
         for number, line in _lines(self.path):
             where = f"{self.path}:{number}"
@@ -70,8 +73,14 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self, note: Note) -> Iterator[Sourced]:  # noqa: ARG002 - nothing is left out
-        """Yield the passages, line by line; blank lines are skipped."""
+    def read(self, note: Note) -> Iterator[Sourced]:
+        """Yield the passages, line by line; blank lines are skipped.
+
+        Passages without text or title, as published collections have some, are left out and noted.
+        """
+        return _with_words(self.path, self._rows(), note)
+
+    def _rows(self) -> Iterator[Sourced]:
         for number, line in _lines(self.path):
             if line.strip():
                 where = f"{self.path}:{number}"
@@ -134,6 +143,7 @@ def _json_passage(value: dict[str, Any], where: str) -> Passage:
         id_ = str(id_)
     if not isinstance(id_, str):
         raise DataError(f"{where}: no text in field 'id' or '_id'{nearest('id', value)}")
+    check_encodable(id_, f"{where}: field '{key}'")
     return Passage(
         id_,
         _text(value, "title", where, optional=True),
@@ -157,9 +167,20 @@ def _text(value: dict[str, Any], key: str, where: str, *, optional: bool = False
 def _checked(passage: Passage, where: str) -> Passage:
     if not passage.id.strip():
         raise DataError(f"{where}: an empty id")
-    if not passage.text.strip() and not passage.title.strip():
-        raise DataError(f"{where}: passage '{passage.id}' has neither text nor title")
     return passage
+
+
+def _with_words(path: Path, rows: Iterator[Sourced], note: Note) -> Iterator[Sourced]:
+    """Yield the passages that say something; note how many do not, and the first of them."""
+    empty, first = 0, ""
+    for sourced in rows:
+        if sourced.passage.text.strip() or sourced.passage.title.strip():
+            yield sourced
+        else:
+            first = first or f"{sourced.place}, '{sourced.passage.id}'"
+            empty += 1
+    if empty:
+        note(f"{path.name}: {empty} passages have neither text nor title: left out ({first} first)")
 
 
 def _estimate(path: Path) -> Estimate:

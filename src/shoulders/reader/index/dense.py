@@ -66,6 +66,14 @@ class DenseStage:
         Windows begin at the same numbers in a run that was killed, and a window is written at
         once: every passage is encoded in the same company, so its vector is the same.
         """
+        if plan.vectors is None:
+            plan.vectors = self.facts
+            plan.save(out)
+        elif plan.vectors != self.facts:
+            raise ArtefactError(
+                f"{out}: its first vectors were made by {plan.vectors.passage.name} as it was then "
+                "(its fingerprint or settings differ now); give this change up, and begin again"
+            )
         file = VectorFile(out / self.file, self.facts.dimensions, self.facts.dtype)
         start = base.rows if base is not None and base.dense is not None else 0
         done = max(file.rows, start)

@@ -132,12 +132,15 @@ class _Batch:
         with PassageStore(self._folder / self._plan.store) as store:
             twice = store.known(list(self._places))
             if twice is not None:
-                earlier = store.number(twice) >= self._plan.first
-                raise DataError(
-                    f"{self._places[twice]}: duplicate id '{twice}', seen earlier in this source"
-                    if earlier
-                    else f"{self._places[twice]}: id '{twice}' is in the index; delete it first"
-                )
+                if store.number(twice) >= self._plan.first:
+                    raise DataError(
+                        f"{self._places[twice]}: duplicate id '{twice}', seen earlier in this "
+                        "source"
+                    )
+                advice = "delete it first"
+                if self._plan.kind == "documents":  # of another folder, perhaps
+                    advice += " if this is another version of it; else index their common folder"
+                raise DataError(f"{self._places[twice]}: id '{twice}' is in the index; {advice}")
         first = rows - len(self.sourced)
         for number, sourced in enumerate(self.sourced, start=first):
             self._writer.add(number, sourced.passage)

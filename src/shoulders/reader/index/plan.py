@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shoulders.errors import ArtefactError
 from shoulders.files import write_json
-from shoulders.reader.index.manifest import UNFINISHED
+from shoulders.reader.index.manifest import UNFINISHED, DenseFacts
 
 
 class DenseChoice(BaseModel):
@@ -74,6 +74,7 @@ class Plan(BaseModel):
         words: size of passages, of documents.
         deleted: ids that are deleted.
         dense: the dense half that is wanted, or None.
+        vectors: what makes the vectors, from the first one on.
         approximate: an approximate index is wanted.
         checkpoints: the last two, newest last; one of them is what the store has committed.
         rows: number of rows when all passages are in, None before.
@@ -90,6 +91,7 @@ class Plan(BaseModel):
     words: int | None = None
     deleted: list[str] = []
     dense: DenseChoice | None = None
+    vectors: DenseFacts | None = None
     approximate: bool = False
     sizes: Sizes = Sizes()
     checkpoints: list[Checkpoint]

@@ -7,6 +7,7 @@ never used again. Dense vectors and ids are kept by number, and equal scores are
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ class StoreWriter:
         """Add one passage; its id must not be there yet (see `PassageStore.known`)."""
         document = self._document(
             id=passage.id,
-            words=f"{passage.title}\n{passage.text}",
+            words=composed(f"{passage.title}\n{passage.text}"),
         )
         document.add_bytes("title", passage.title.encode())
         document.add_bytes("text", passage.text.encode())
@@ -188,6 +189,11 @@ class PassageStore:
             term = make.term_query(self._schema, "words", word, "freq")
             clauses.append((should, make.boost_query(term, float(count)) if count > 1 else term))
         return make.boolean_query(clauses)
+
+
+def composed(text: str) -> str:
+    """Return a text as it is searched: accents and their letters are one character (NFC)."""
+    return unicodedata.normalize("NFC", text)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoulders.reader.index.ids import Ids
-from shoulders.reader.index.store import PassageStore, analyzer
+from shoulders.reader.index.store import PassageStore, analyzer, composed
 from shoulders.reader.passage import Found
 
 MAX_TERMS = 1024  # of a question; what stands behind is not looked for
@@ -29,7 +29,7 @@ class SparseRetriever:
         analyze = analyzer().analyze
         ids, scores = [], []
         for question in questions:
-            words = analyze(question)[:MAX_TERMS]
+            words = analyze(composed(question))[:MAX_TERMS]
             hits = self._store.search(words, k) if words else []
             ids.append(self._ids.take([number for _, number in hits]))
             scores.append([score for score, _ in hits])
