@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from shoulders.errors import LMError
 from shoulders.lm.decode import DecodingConfig, generate
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
+from shoulders.lm.prefix_shape import prefix_shape
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
+from shoulders.prompts.lowrank import LowRank
 from tiny_models import save_tiny_lm
 
 ENDS = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
@@ -40,6 +43,7 @@ BART = {
     "max_position_embeddings": 64,
     **ENDS,
 }
+BLOOM = {**ENDS, "seq_length": 64}
 HYBRID = {"layer_types": ["conv", "full_attention", "conv"]}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
@@ -194,3 +198,62 @@ def test_an_lm_without_an_end_token_generates_on() -> None:
     decoding = DecodingConfig(max_new_tokens=3, min_new_tokens=2)
     ((found,),) = generate(lm, Prompt.empty(1), [[5, 6]], decoding)
     assert len(found.token_ids) == 3
+
+
+def test_a_window_that_the_architecture_does_not_know_is_none() -> None:
+    """As leftovers in configurations of LMs that were made Llamas."""
+    lm = build("llama", **LLAMA, sliding_window=4)
+    assert lm.model.config.sliding_window == 4
+    assert lm.sliding_window is None
+    check_rows(lm)
+    assert build("mistral", **LLAMA, sliding_window=4).sliding_window == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_beyond_a_sliding_window_rounding_would_depend_on_the_batch(dtype: str) -> None:
+    """There the LM's own modules compute, and in bfloat16 round otherwise than our layers."""
+    lm = make_tiny_lm("mistral", dtype=dtype)
+    assert lm.blocks is not None
+    assert lm.sliding_window is not None
+    assert (lm.max_positions == lm.sliding_window) == (dtype == "bfloat16")
+
+
+def test_an_lm_without_a_cache_is_refused() -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    with pytest.raises(LMError, match=r"tiny-openai-gpt .*not supported"):
+        build("openai-gpt", **sizes)
+
+
+def test_keys_and_values_behind_pads_are_refused_where_places_count() -> None:
+    lm = build("mpt", d_model=32, n_layers=2, n_heads=4, max_seq_len=64, **ENDS)
+    with pytest.raises(LMError, match="pads between a key/value prefix and a row"):
+        prefix_shape(lm)
+    assert prefix_shape(build("bloom", hidden_size=32, n_layer=2, n_head=4, **BLOOM)).layers == 2
+
+
+def test_states_wider_than_embeddings_take_no_updates() -> None:
+    sizes = {**LLAMA, "ffn_dim": 64, "word_embed_proj_dim": 16}
+    lm = build("opt", **sizes)
+    random = torch.Generator().manual_seed(0)
+    with pytest.raises(LMError, match=r"32 wide, its embeddings 16: low-rank updates do not fit"):
+        LowRank(2, lm).initialise(lm, torch.tensor([5, 6, 7]), random)
+
+
+def test_weights_that_the_configuration_knows_nothing_of_are_refused(tmp_path: Path) -> None:
+    folder = save_lm(make_tiny_lm("llama"), tmp_path / "lm")
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers - 1}))
+    with pytest.raises(
+        LMError, match=rf"nothing of \d+ of its weights, model\.layers\.{layers - 1}"
+    ):
+        load_lm(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file({**weights, **bias}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LMError, match=r"nothing of 1 of its weights, .*q_proj\.bias"):
+        load_lm(str(folder))
+    other = {"model.layers.0.mtp.weight": torch.ones(2)}  # of what is no part of a causal LM
+    save_file({**weights, **other}, folder / "model.safetensors", metadata={"format": "pt"})
+    load_lm(str(folder))

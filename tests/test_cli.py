@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -20,10 +21,13 @@ import torch
 
 import shoulders
 from shoulders.cli.app import main
+from shoulders.cli.common import emit_json
 from shoulders.cli.remote import key_of
+from shoulders.cli.serve import _named
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import ShouldersError
+from shoulders.files import write_json
 from shoulders.lm.load import load_lm
 from shoulders.serving import listening
 from shoulders.skills import artefact
@@ -522,6 +526,49 @@ def test_a_readers_questions_are_looked_at_before_an_lm_is_loaded(
     good = {"question": "what?", "answers": ["it"], "ctxs": []}
     data = write_jsonl(tmp_path / "q.jsonl", [good, row])
     _refused(run("eval", tmp_path, "--data", data), said)
+
+
+def test_json_on_standard_output_is_utf8_whatever_the_locale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "__stdout__", io.TextIOWrapper(raw, encoding="latin-1"))
+    emit_json(Path("-"), {"text": "café 中文 🙂"})
+    assert json.loads(raw.getvalue().decode("utf-8")) == {"text": "café 中文 🙂"}
+
+
+def test_names_of_files_that_are_no_text_are_noted(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "o.json", {"data": name, "é": 1})
+    assert json.loads((tmp_path / "o.json").read_bytes()) == {"data": name, "é": 1}
+
+
+@pytest.mark.parametrize("what", ["train", "generate"])
+def test_bench_does_not_overwrite_its_rows(what: str, run: Command, data: Path) -> None:
+    before = data.read_bytes()
+    _refused(run("bench", what, "--data", data, "--json", data), "would be overwritten")
+    assert data.read_bytes() == before
+
+
+def test_info_of_a_skill_says_that_its_lm_is_its_own(run: Command, skill: Path) -> None:
+    result = run("info", skill, "--lm", "nonexistent")
+    assert result.code == 0
+    assert "--lm does nothing here" in result.err
+
+
+def test_a_dry_run_writes_no_json(run: Command, tmp_path: Path) -> None:
+    result = run("compare", tmp_path / "plan.yaml", "--dry-run", "--json", "o.json")
+    _refused(result, "--dry-run only says whether")
+
+
+def test_a_link_is_served_under_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run-7").mkdir()
+    (tmp_path / "prod").symlink_to("run-7")
+    assert list(_named([str(tmp_path / "prod")])) == ["prod"]
+    monkeypatch.chdir(tmp_path / "run-7")
+    assert list(_named(["."])) == ["run-7"]
 
 
 def test_eval_on_a_full_disk_leaves_no_file(

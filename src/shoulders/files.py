@@ -136,7 +136,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def as_json(value: Any) -> str:
     """Return `value` as indented JSON with a line's end; non-finite numbers are refused."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # names of files need not be text
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    return text
 
 
 def read_noted(path: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def train(
     from shoulders.benchmark.rows import benchmark_rows
     from shoulders.benchmark.train import TrainBenchmark, bench_train
 
-    check_outputs(json)
+    check_outputs(json, read=[data, templates])
     quiet_libraries()
     dtypes, kinds = _checked(dtype, kind)
     settings = TrainBenchmark(
@@ -113,7 +113,7 @@ def generate(
     from shoulders.benchmark.generate import GenerateBenchmark, bench_generate
     from shoulders.benchmark.rows import benchmark_rows
 
-    check_outputs(json)
+    check_outputs(json, read=[data, templates])
     quiet_libraries()
     dtypes, kinds = _checked(dtype, kind)
     if vllm is not None and not vllm.is_file():

@@ -177,7 +177,10 @@ def emit_json(path: Path | None, value: dict[str, Any]) -> None:
     """Write the machine-readable result where one was asked for; `-` is standard output."""
     if path == STANDARD_OUTPUT:
         # `sys.stdout` is standard error by now: see `shoulders.cli.app`.
-        sys.__stdout__.write(as_json(value))  # type: ignore[union-attr]
-        sys.__stdout__.flush()  # type: ignore[union-attr]
+        out = sys.__stdout__
+        assert out is not None
+        out.flush()
+        out.buffer.write(as_json(value).encode())  # JSON is UTF-8, whatever the locale
+        out.buffer.flush()
     elif path is not None:
         write_json(path, value)

@@ -70,6 +70,8 @@ def compare(
         raise ShouldersError("--join puts finished runs together: it takes --out and --json only")
     if minutes is not None and data is None:
         raise ShouldersError("--minutes goes with --data; in a plan it is budget.minutes")
+    if dry_run and json is not None:
+        raise ShouldersError("--dry-run only says whether a plan is valid: it writes no --json")
     check_outputs(json, read=[plan, data, *(join or ())])
     if join and (out / "plan.json").exists():
         raise ShouldersError(f"{out}: holds a comparison; choose another --out for what is joined")

@@ -82,7 +82,8 @@ def evaluate(
     if vllm_url is not None and (recurse_below is not None or reads or data.suffix == ".txt"):
         raise ShouldersError("--vllm-url: readers, running text and --recurse-below are asked here")
     _unused(context, skill, reads=reads, text=data.suffix == ".txt")
-    check_outputs(json, dump, contexts, plot, read=[data, templates, *files_of(skill)])
+    read = [data, templates, *files_of(skill), *(files_of(index) if index is not None else ())]
+    check_outputs(json, dump, contexts, plot, read=read)
     choice = options.LMChoice(lm, dtype, quantize, device_map)
     if reads:
         questions = readers.questions_to_score(data, limit, searches=index is not None)

@@ -9,12 +9,20 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from shoulders.cli.common import check_outputs, emit_json, files_of, quiet_libraries, stdout
+from shoulders.cli.common import (
+    check_outputs,
+    emit_json,
+    files_of,
+    note_given,
+    quiet_libraries,
+    stdout,
+)
 from shoulders.cli.index import index_facts, show_index
 from shoulders.skills.hub import local
 
 
 def info(
+    context: typer.Context,
     skill: Annotated[
         str | None,
         typer.Argument(help="A folder of a skill, an ensemble or an index. Default: the LM."),
@@ -25,6 +33,8 @@ def info(
     """Show what a skill, an index or the LM is: fingerprints, sizes, provenance."""
     folder = None if skill is None else Path(local(skill))
     check_outputs(json, read=files_of(str(folder)) if folder is not None else ())
+    if folder is not None:
+        note_given(context, ["lm"], "a skill's own is told")
     if folder is not None and _is_index(folder):
         index = {"index": str(folder), **_index_facts(folder)}
         emit_json(json, index)

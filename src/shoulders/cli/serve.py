@@ -106,6 +106,8 @@ def serve(
     first = read_first(next(iter(folders.values()))) if folders else None
     choice = options.LMChoice(lm, dtype, quantize, device_map)
     frozen = choice.load(first, remote=engine is Kind.VLLM)
+    if vllm_url is None and vllm_api_key_file is not None:
+        stderr().print("note: --vllm-api-key-file does nothing here: it goes with --vllm-url")
     remote = None if vllm_url is None else connected(frozen, vllm_url, vllm_api_key_file)
     served = SkillSet(frozen, index=index, root=skill_root)
     for name, folder in folders.items():
@@ -153,7 +155,8 @@ def _named(skills: Sequence[str]) -> dict[str, Path]:
         # A folder's path may itself hold a `=`.
         if not equals or Path(given).is_dir():
             path = Path(given)
-            name = path.resolve().name
+            # A link is served under its own name.
+            name = path.name if path.name not in ("", "..") else path.resolve().name
         if given.startswith(SCHEME) or folder.startswith(SCHEME):
             repository = folder if folder.startswith(SCHEME) else given
             path = Path(local(repository))

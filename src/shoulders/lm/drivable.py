@@ -21,8 +21,8 @@ def check_drivable(lm: FrozenLM) -> Tensor:
     """Refuse an LM whose logits from embeddings are not its own logits from token ids.
 
     Catches what architectures do outside layers and head (scaled embeddings, capped or
-    multiplied logits, projections between body and head), and those where pads before a row change
-    what it is.
+    multiplied logits, projections between body and head), and those where pads before a row, or
+    reading it in two pieces, change what it is.
 
     Returns:
         Its own logits `[3, vocabulary]` of the row that is tried, for `packs_apart`.
@@ -44,6 +44,8 @@ def check_drivable(lm: FrozenLM) -> Tensor:
         ids = _tried(lm)
         expected = lm.model(input_ids=ids, use_cache=False).logits[0].float()
         found = {"from embeddings": _logits(lm, ids), "behind pads": _behind_pads(lm, ids)}
+        last = torch.cat([expected[:2], _from_cache(lm, ids)])
+        found["after what a cache holds"] = last
     except LMError:
         raise
     except Exception as error:  # whatever an architecture that we do not know may raise
@@ -88,6 +90,15 @@ def _behind_pads(lm: FrozenLM, ids: Tensor) -> Tensor:
     positions = torch.tensor([[0, 0, 0, 1, 2]], device=lm.device)
     embedded = lm.embed(torch.cat([pads, ids], 1))
     return lm.plain_logits(lm.hidden(embedded, mask, positions)[0, 2:])
+
+
+def _from_cache(lm: FrozenLM, ids: Tensor) -> Tensor:
+    """Return the last token's logits `[1, vocabulary]`, where those before it are cached."""
+    cache, positions = lm.new_cache(), torch.arange(3, device=lm.device)[None]
+    for own in (slice(0, 2), slice(2, 3)):
+        seen = torch.ones_like(ids[:, : own.stop])
+        hidden = lm.hidden(lm.embed(ids[:, own]), seen, positions[:, own], cache)
+    return lm.plain_logits(hidden[0, -1:])
 
 
 def _logits(lm: FrozenLM, ids: Tensor) -> Tensor:

@@ -70,6 +70,10 @@ class FrozenLM:
         self.max_positions = window_of(model.config, name)
         self.sliding_window = sliding_window_of(model.config)
         self._laid = Blocks.of(model) if shards is None else None
+        if self._laid is not None and self.precision != "float32":
+            # Beyond a sliding window our own layers do not compute; others round otherwise, and
+            # which ones do must not depend on what a row is beside.
+            self.max_positions = self.seen_whole
         self._fingerprint = fingerprint
         self._asking = threading.Lock()
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters

