@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -26,17 +24,17 @@ from shoulders.data.mixture import Mixture, MixtureConfig
 from shoulders.data.rows import Row, as_line
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import RecipeError, ShouldersError, TrainingError
-from shoulders.files import atomic_path, only_writer, remove_partial, write_json
+from shoulders.files import atomic_path, only_writer, remove_partial
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
-from shoulders.progress import quiet_progress
-from shoulders.recursion.candidates import Candidate, check_some, merged, shown, stream_of
-from shoulders.skills.artefact import FILE, TENSORS, load_skill, read_artefact, save_skill, saved_in
+from shoulders.recursion.candidates import Candidate, shown, stream_of
+from shoulders.skills.artefact import FILE, TENSORS, read_artefact, save_skill, saved_in
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
 from shoulders.training.configs import CrossFitConfig
 from shoulders.training.gate import gate_of
 from shoulders.training.processes import Processes
+from shoulders.training.proposing import candidates_of, proposing_seconds
 from shoulders.training.recipe import Recipe, read_recipe
 from shoulders.training.run import data_hashes, load_data, run_recipe, unseen_rows
 from shoulders.training.start import (
@@ -50,8 +48,7 @@ from shoulders.training.start import (
 from shoulders.training.validation import check_selectable, choose_rows
 
 FIRST = "passes.0.prompt"
-FOLDS, CANDIDATES, SECOND = "folds", "candidates", "second"
-PART = 256  # rows whose candidates are kept at once
+FOLDS, SECOND = "folds", "second"
 
 
 def run_textual(
@@ -129,10 +126,10 @@ def _run_textual(
             held[fold_of(row, recipe.cross_fit.folds)].append(i)
         found: list[list[Candidate]] = [[] for _ in drawn]
         for folder, own in zip(folders, held, strict=True):
-            several = _candidates(recipe, folder, [drawn[i][1] for i in own], console)
+            several = candidates_of(recipe, folder, [drawn[i][1] for i in own], console)
             for i, candidates in zip(own, several, strict=True):
                 found[i] = candidates
-        known = _candidates(recipe, first, [text for _, text in checked], console, out)
+        known = candidates_of(recipe, first, [text for _, text in checked], console, out)
         lm = load_lm(**recipe.lm.model_dump())
         second = Skill.create(lm, _second_config(recipe), functools.cache(load_encoder))
         _write(files["train"], recipe, second, drawn, found, shuffled=True)
@@ -160,7 +157,7 @@ def _run_textual(
         "recipe": recipe.model_dump(mode="json"),
         "first_pass": read_artefact(first).provenance,
         "second_pass": read_artefact(out / SECOND).provenance,
-        "candidates_seconds": round(_proposing_seconds(out), 1),
+        "candidates_seconds": round(proposing_seconds((out, *(out / FOLDS).glob("*/"))), 1),
         "machine": machine(),
     }
     save_skill(skill, out, templates, provenance, gate_of(skill, checked))
@@ -201,58 +198,6 @@ def _fold(
     data = taught.data.model_copy(update={"train": [str(file)]})
     run(taught.model_copy(update={"data": data, "training": training}), folder)
     return folder
-
-
-def _candidates(
-    recipe: Recipe,
-    folder: Path,
-    texts: Sequence[str],
-    console: Console,
-    cache: Path | None = None,
-) -> list[list[Candidate]]:
-    """Return what the first pass in `folder` proposes for texts; finished parts are kept."""
-    before = recipe.skill.before_text()
-    assert before is not None  # the recipe's validator
-    propose = before[1]
-    skill: Skill | None = None
-    found: list[list[Candidate]] = []
-    cache = (cache or folder) / CANDIDATES
-    with quiet_progress(console, f"candidates of {folder.name}", len(texts)) as advance:
-        for start in range(0, len(texts), PART):
-            part = texts[start : start + PART]
-            # How they are shown changes nothing about them.
-            content = json.dumps([propose.decoding().model_dump(mode="json"), list(part)])
-            key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-            file = cache / f"{key[:32]}.json"
-            if not file.is_file():
-                if skill is None:
-                    lm = load_lm(**recipe.lm.model_dump())
-                    skill, _ = load_skill(folder, lm, functools.cache(load_encoder))
-                began = time.monotonic()
-                samples = skill.generate(part, propose.decoding())
-                seconds = time.monotonic() - began
-                own = [merged(several) for several in samples]
-                rows = [[[c.text, c.count, c.logprob] for c in row] for row in own]
-                write_json(file, {"seconds": seconds, "candidates": rows})
-            for row in _kept(file)[1]:
-                found.append([Candidate(*values) for values in row])
-            advance(len(part))
-    check_some(found)
-    return found
-
-
-def _kept(file: Path) -> tuple[float, list[list[Any]]]:
-    """Return the seconds that proposing a part's candidates took, and these."""
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(kept, list):  # as runs noted them that were begun before 2026-12
-        return 0.0, kept
-    return float(kept["seconds"]), kept["candidates"]
-
-
-def _proposing_seconds(out: Path) -> float:
-    """Return what proposing all candidates took, whichever run did it."""
-    folders = (out, *(out / FOLDS).glob("*/"))
-    return sum(_kept(file)[0] for f in folders for file in (f / CANDIDATES).glob("*.json"))
 
 
 def _write(
