@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoulders.cli import options
-from shoulders.cli.common import quiet_libraries, stderr
+from shoulders.cli.common import note_given, quiet_libraries, stderr
 from shoulders.cli.remote import connected, key_of
 from shoulders.errors import ShouldersError, install
 from shoulders.skills.hub import SCHEME, local
@@ -30,6 +30,7 @@ class Kind(StrEnum):
 
 
 def serve(
+    context: typer.Context,
     skills: Annotated[
         list[str] | None,
         typer.Option(help="A skill's folder, hf://USER/SKILL, or NAME=either. Repeatable."),
@@ -77,6 +78,8 @@ def serve(
     vllm_api_key_file: options.VllmKeyFile = None,
 ) -> None:
     """Serve one frozen LM and any number of skills over an OpenAI-compatible API."""
+    if vllm_url is None:
+        note_given(context, ["vllm_api_key_file"], "it goes with --vllm-url")
     key = key_of(api_key_file, "--api-key-file")
     if skill_root is not None and not skill_root.is_dir():
         raise ShouldersError(f"--skill-root {skill_root}: no such folder")
@@ -106,8 +109,6 @@ def serve(
     first = read_first(next(iter(folders.values()))) if folders else None
     choice = options.LMChoice(lm, dtype, quantize, device_map)
     frozen = choice.load(first, remote=engine is Kind.VLLM)
-    if vllm_url is None and vllm_api_key_file is not None:
-        stderr().print("note: --vllm-api-key-file does nothing here: it goes with --vllm-url")
     remote = None if vllm_url is None else connected(frozen, vllm_url, vllm_api_key_file)
     served = SkillSet(frozen, index=index, root=skill_root)
     for name, folder in folders.items():

@@ -17,6 +17,7 @@ from shoulders.comparison.search import best_factor
 from shoulders.comparison.setting import Setting
 from shoulders.comparison.tuned import plain
 from shoulders.errors import ShouldersError, placed
+from shoulders.skills.config import TextFormat
 from shoulders.skills.ensemble import Ensemble
 from shoulders.skills.framing import Framing
 from shoulders.skills.skill import Skill
@@ -45,12 +46,14 @@ def check_windows(setting: Setting) -> None:
     Now, not when hours of training are over. Counted is the longest prompt of a pass that reads
     the text, since what a prompt takes of the window is not the text's.
     """
+    longest: dict[TextFormat, int] = {}
+    for method in setting.trained:
+        lengths = [int((one.get("prompt") or {}).get("length", 0)) for one in method.passes]
+        longest[method.format] = max([longest.get(method.format, 0), *lengths])
     places = [row.where or "" for row in setting.rows.test]
     with placed(setting.texts, places):
-        for method in setting.trained:
-            prompts = [one.get("prompt") or {} for one in method.passes]
-            longest = max((int(prompt.get("length", 0)) for prompt in prompts), default=0)
-            framing = Framing(setting.lm, method.format, longest)
+        for form, length in longest.items():
+            framing = Framing(setting.lm, form, length)
             framing.input_ids(setting.texts, framing.answer_room(setting.decoding.max_new_tokens))
 
 

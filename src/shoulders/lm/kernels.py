@@ -193,11 +193,8 @@ class Kernels:
     def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
         """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""
         out = torch.empty(len(qkv), sizes.heads * sizes.width)
-        b, q, count = (
-            len(rows.start),
-            prefix.shape[2],
-            queries_together(sizes.heads // sizes.kv_heads),
-        )
+        b, q = len(rows.start), prefix.shape[2]
+        count = queries_together(sizes.heads // sizes.kv_heads)
         room = torch.empty(self.most_seen(rows) * (3 * sizes.width + count))
         self._c.attend(
             *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),

@@ -68,6 +68,8 @@ def run_reader_recipe(
     train, validation = questions_of(recipe)
     search = recipe.reader.search
     with opened_index(recipe, out / INDEX, watch) as index:
+        collection = index.manifest.content
+        same_collection(out / COLLECTION, collection)
         retriever = index.retriever(search.retriever)
         reranking = trained_reranker(
             recipe.reader.reranker, train, retriever, index, search.k, out, watch
@@ -75,8 +77,6 @@ def run_reader_recipe(
         contexts = Contexts(retriever, index, reranking.reranker, search.k)
         with watch.stage("ordering validation passages", len(validation)) as advance:
             found = contexts.ranked(validation, advance)
-        collection = index.manifest.content
-        same_collection(out / COLLECTION, collection)
     rows = {"train": (train, reranking.ranked), "validation": (validation, found)}
     skill = trained_prompt(recipe, rows, out, watch, console)
     reader = Reader(skill, contexts, recipe.reader.reading)
