@@ -326,7 +326,11 @@ def test_training_leaves_a_skill_of_two_passes(trained: Path) -> None:
     # Its rows were drawn at the recipe's temperature already.
     assert artefact.provenance["recipe"]["data"]["temperature"] == 3
     assert artefact.provenance["second_pass"]["recipe"]["data"]["temperature"] == 1
-    assert artefact.provenance["candidates_seconds"] > 0
+    # The first pass's own (validation rows) and both folds' (training rows).
+    files = [*(trained / "out").glob("**/candidates/*.json")]
+    assert len({file.parents[1] for file in files}) == 3
+    took = sum(json.loads(file.read_text())["seconds"] for file in files)
+    assert artefact.provenance["candidates_seconds"] == pytest.approx(took, abs=6e-4)
 
 
 def test_a_first_pass_that_began_at_another_could_have_seen_what_is_held_out(

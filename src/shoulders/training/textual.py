@@ -157,7 +157,7 @@ def _run_textual(
         "recipe": recipe.model_dump(mode="json"),
         "first_pass": read_artefact(first).provenance,
         "second_pass": read_artefact(out / SECOND).provenance,
-        "candidates_seconds": round(proposing_seconds((out, *(out / FOLDS).glob("*/"))), 1),
+        "candidates_seconds": round(proposing_seconds((out, *(out / FOLDS).glob("*/"))), 3),
         "machine": machine(),
     }
     save_skill(skill, out, templates, provenance, gate_of(skill, checked))
