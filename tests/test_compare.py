@@ -62,6 +62,8 @@ from shoulders.training.optimizer import rate_factor
 from shoulders.training.run import load_data
 from shoulders.training.validation import validate
 
+ON_CPU = {"cpu": True, "bfloat16": False}
+
 
 def rows_file(folder: Path, tasks: int = 2, each: int = 20) -> Path:
     """Write rows of a few tasks; every third input has a second row."""
@@ -851,7 +853,7 @@ def test_rows_of_like_length_together_are_the_same_steps(
         }
         for n in random.integers(3, 30, 24)
     ]
-    settings = {"rows_per_step": 8, "lr": 1e-2, "warmup_steps": 1, "seed": 0, "bfloat16": False}
+    settings = {"rows_per_step": 8, "lr": 1e-2, "warmup_steps": 1, "seed": 0, **ON_CPU}
     tokenizer = AutoTokenizer.from_pretrained(lm_folder)
 
     def losses() -> list[float]:
@@ -889,7 +891,7 @@ def test_a_stopped_rival_goes_on_bit_for_bit(
         {"task": "t", "ids": random.integers(5, 20, n).tolist(), "answer_ids": [6, 7]}
         for n in random.integers(3, 30, 20)
     ]
-    settings = {"rows_per_step": 4, "lr": 1e-2, "warmup_steps": 1, "seed": 0, "bfloat16": False}
+    settings = {"rows_per_step": 4, "lr": 1e-2, "warmup_steps": 1, "seed": 0, **ON_CPU}
     tokenizer = AutoTokenizer.from_pretrained(lm_folder)
 
     def run(folder: Path, at: int, told: str = "this") -> tuple[dict[str, Any], Stops]:
@@ -977,8 +979,9 @@ def test_long_rows_keep_no_pairs_of_positions() -> None:
     from shoulders.comparison.tune import SHORT, attention_for
 
     short = {"ids": [1] * (SHORT - 1), "answer_ids": [1]}
-    assert attention_for([short]) == ("sdpa" if torch.cuda.is_available() else "eager")
-    assert attention_for([short, {"ids": [1] * SHORT, "answer_ids": [1]}]) == "sdpa"
+    assert attention_for([short], cpu=True) == "eager"
+    assert attention_for([short], cpu=False) == "sdpa"
+    assert attention_for([short, {"ids": [1] * SHORT, "answer_ids": [1]}], cpu=True) == "sdpa"
 
 
 def test_every_step_keeps_its_rows() -> None:
@@ -1245,7 +1248,7 @@ def test_rivals_and_frozen_methods_have_one_schedule(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     rows = [{"task": "t", "ids": [5, 6, 7], "answer_ids": [8]}] * 20
-    settings = {"rows_per_step": 2, "lr": 0.5, "warmup_steps": 3, "seed": 0, "bfloat16": False}
+    settings = {"rows_per_step": 2, "lr": 0.5, "warmup_steps": 3, "seed": 0, **ON_CPU}
     tokenizer = AutoTokenizer.from_pretrained(lm_folder)
     model = AutoModelForCausalLM.from_pretrained(lm_folder, dtype=torch.float32)
     watch = tune.Watch(model, rows[:1], 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from shoulders.encoders.cache import RECENT, EncoderCache
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import LMError
+from shoulders.lm.frozen import FrozenLM
+from shoulders.skills.config import SkillConfig
+from shoulders.skills.skill import Skill
 from tiny_models import save_tiny_encoder
 
 TEXTS = [
@@ -240,3 +244,21 @@ def test_damaged_weights_are_an_lm_error(bert_folder: Path, tmp_path: Path) -> N
         (tmp_path / file.name).write_bytes(data[:half])
     with pytest.raises(LMError, match=str(tmp_path)):
         load_encoder(str(tmp_path))
+
+
+def test_an_encoder_lies_beside_the_lm_it_is_for(
+    tiny_encoder: FrozenEncoder,
+    tiny_lm: Callable[[str], FrozenLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a GPU is, encoders are loaded to it, an int8 LM to the CPU."""
+    lm, moved = tiny_lm("llama"), []
+    monkeypatch.setattr(FrozenEncoder, "beside", lambda self, device: moved.append(device) or self)
+    config = SkillConfig.model_validate({"passes": [{"prompt": {"kind": "idpt", "length": 2}}]})
+    Skill.create(lm, config, lambda _: tiny_encoder)
+    assert moved == [lm.device]
+    monkeypatch.undo()
+    assert tiny_encoder.beside(torch.device("cpu")).device.type == "cpu"
+    other = load_encoder(str(save_tiny_encoder(tmp_path / "encoder")), device="cpu")
+    assert other.beside(torch.device("meta")).device.type == "meta"

@@ -627,7 +627,7 @@ def test_what_links_remember_is_let_go(engine: Engine, skills: dict[str, Any]) -
 def test_other_lms_are_refused(folder: Path, lm: FrozenLM) -> None:
     other = load_lm(lm.name, dtype="float32")
     other.blocks = None
-    with pytest.raises(ShouldersError, match="Llama-style LMs on CPUs"):
+    with pytest.raises(ShouldersError, match="LMs with Llama's layers"):
         Engine(other)
 
 

@@ -283,8 +283,23 @@ def test_a_skill_runs_on_the_quantised_lm_that_it_was_trained_on(
     assert command([*arguments, "--max-new-tokens", "2"]) == 0
     assert '"quantize": "int8"' in scores.read_text(encoding="utf-8")
     capsys.readouterr()
+    assert command(["serve", "--skills", str(out), "--port", "0"]) == 2
+    assert "held in int8, and the local engine serves plain LMs: --quantize" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert command([*arguments, "--quantize", "int3"]) == 2
     assert "--quantize int3: use one of int8, nf4, none" in capsys.readouterr().err
+
+
+def test_int8_of_our_own_is_the_cpus_where_a_gpu_is_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that recipes with it run there; what asks for the GPU is told that it cannot be had."""
+    folder = save_tiny_lm(tmp_path / "lm")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_lm(str(folder), dtype="int8").device.type == "cpu"
+    with pytest.raises(LMError, match="dtype int8 is for CPUs, the device is meta"):
+        load_lm(str(folder), dtype="int8", device="meta")
 
 
 # -- refusals ----------------------------------------------------------------------------

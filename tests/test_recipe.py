@@ -302,6 +302,21 @@ def test_an_override_changes_its_key_alone(
     assert {k for k in before if before[k] != after[k]} <= {part}
 
 
+def test_an_override_of_one_rate_leaves_the_producers_others(tmp_path: Path) -> None:
+    values = copy.deepcopy(VALUES)
+    del values["training"]["optimizer"]
+    path, own = _file(tmp_path, values), copy.deepcopy(rates_of("static_lora"))
+    assert own is not None
+    given = ["training.optimizer.lr_for.factors=1e-4", "skill.passes.0.prompt={kind: static_lora}"]
+    found = read_recipe(path, given).training.optimizer.model_dump(exclude_unset=True)
+    assert found == {**own, "lr_for": {"factors": 1e-4}}
+    assert rates_of("static_lora") == own
+    whole = read_recipe(path, [*given[1:], "training.optimizer={lr: 0.5}"]).training.optimizer
+    assert whole.model_dump(exclude_unset=True) == {"lr": 0.5}
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: .*'nothing'"):
+        read_recipe(path, [*given[:1], "skill.passes.0.prompt.kind=nothing"])
+
+
 def test_later_overrides_win(tmp_path: Path) -> None:
     recipe = read_recipe(_file(tmp_path), ["training.steps=3", "training.steps=4"])
     assert recipe.training.steps == 4

@@ -91,10 +91,13 @@ def compare(
             stdout().print(f"{plan}: valid; {_facts(parsed)}", markup=False, highlight=False)
             return
     else:
+        import torch
+
         assert data is not None
+        fast = "int8" if lm is None and not torch.cuda.is_available() else "auto"
         settings: dict[str, Any] = {
             "budget": {} if minutes is None else {"minutes": minutes},
-            "lm": {"dtype": "int8" if lm is None else "auto"},
+            "lm": {"dtype": fast},
         }
         for one in given:
             override(settings, one)

@@ -54,7 +54,7 @@ def main() -> None:
         settings["lm"],
         revision=revision,
         dtype=torch.bfloat16 if narrow else torch.float32,
-        attn_implementation=attention_for(rows),
+        attn_implementation=attention_for(rows, cpu=settings["cpu"]),
     )
     if settings["rank"] is not None:
         model = with_lora(model, settings["rank"])
@@ -90,14 +90,14 @@ def main() -> None:
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
-def attention_for(rows: list[dict[str, Any]]) -> str:
+def attention_for(rows: list[dict[str, Any]], *, cpu: bool) -> str:
     """Return which of transformers' own ways to attend suits rows of tokens.
 
     On CPUs the plain one is faster backwards while rows are short; for long ones it would keep
     every pair of positions.
     """
     longest = max(len(row["ids"] + row["answer_ids"]) for row in rows)
-    return "eager" if longest <= SHORT and not torch.cuda.is_available() else "sdpa"
+    return "eager" if longest <= SHORT and cpu else "sdpa"
 
 
 def with_lora(model: Any, rank: int) -> Any:
@@ -145,7 +145,7 @@ def fitted(
         report_to="none",
         disable_tqdm=True,
         bf16=settings["bfloat16"],
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=settings["cpu"],
         dataloader_pin_memory=False,
         seed=settings["seed"],
     )

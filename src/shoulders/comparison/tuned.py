@@ -54,6 +54,8 @@ class Tuned:
         self._tokens_of = lm
         self._plan, self._rows, self._console = plan, rows, console
         self._lm = folder_of(plan.lm.name)
+        # Where the frozen LM lies: int8 is the CPU's, whatever else is there.
+        self._device = "cpu" if lm.device.type == "cpu" else None
 
     def train(
         self, method: Method, folder: Path, *, steps: int, seed: int, factor: float, keep: bool
@@ -81,7 +83,7 @@ class Tuned:
     @contextmanager
     def skill(self, method: Method, folder: Path) -> Iterator[Skill]:
         """Yield the tuned LM as a skill without a prompt; its weights leave the disk afterwards."""
-        lm = load_lm(str(folder / WEIGHTS), dtype="float32")
+        lm = load_lm(str(folder / WEIGHTS), dtype="float32", device=self._device)
         yield plain(lm, method)
         del lm
         shutil.rmtree(folder / WEIGHTS)
@@ -90,7 +92,9 @@ class Tuned:
         """Return `lm` in the precision in which its copies are asked, before any is tuned."""
         if lm.precision == "float32" and lm.quantize is None:
             return lm
-        found: FrozenLM = load_lm(self._lm, dtype="float32", revision=self._plan.lm.revision)
+        found: FrozenLM = load_lm(
+            self._lm, dtype="float32", revision=self._plan.lm.revision, device=self._device
+        )
         return found
 
     def step_seconds(self, method: Method) -> tuple[float, float]:
@@ -125,7 +129,8 @@ class Tuned:
             "lm": self._lm,
             "revision": self._plan.lm.revision,
             "rank": method.rank,
-            "bfloat16": fast_bfloat16(),
+            "cpu": self._device == "cpu",
+            "bfloat16": fast_bfloat16(self._device),
             "lr": method.optimizer["lr"] * factor,
             "rows_per_step": self._plan.rows_per_step,
             "warmup_steps": max(1, round(WARMUP * steps)),

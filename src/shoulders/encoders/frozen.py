@@ -41,6 +41,12 @@ class FrozenEncoder:
         """Device of the encoder's weights."""
         return self._embedding.weight.device
 
+    def beside(self, device: torch.device) -> FrozenEncoder:
+        """Return itself, moved to a device: that of the LM it is an encoder for."""
+        if self.device != device:
+            self.model.to(device)
+        return self
+
     @property
     def max_tokens(self) -> int:
         """Longest input in tokens; what is longer loses its end (the LM still reads it all)."""

@@ -48,7 +48,7 @@ def load_lm(
             AVX512-BF16 processors) and float32 elsewhere. `int8` rounds the linear layers'
             weights once, and activations and gradients row by row: the fastest on CPUs, at a
             small loss of precision (docs/speed.md).
-        device: a torch device; default `cuda` where there is one, else `cpu`.
+        device: a torch device; default `cuda` where there is one, else `cpu`; int8 is the CPU's.
         revision: branch, tag or commit of a Hub id.
         quantize: round the linear layers' weights while they are read and keep only that:
             `int8` through torchao, `nf4` (4 bits) through bitsandbytes; computing stays in
@@ -76,7 +76,7 @@ def load_lm(
     from shoulders.lm.shard import Shards, check_shardable
     from shoulders.lm.whole import check_whole
 
-    name, place = str(name), _place(device)
+    name, place = str(name), _place("cpu" if device is None and dtype == "int8" else device)
     precision = _precision(dtype, place)
     check_options(dtype, quantize, device_map, device)
     if device_map is None and (max_memory is not None or offload_folder is not None):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from shoulders.errors import ShouldersError, WindowError
 from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
+from shoulders.lm.lent import is_quantised
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.reading import read_once
 from shoulders.lm.streams import MOST
@@ -99,9 +100,7 @@ class Engine:
     ) -> None:
         config = config or EngineConfig()
         if lm.blocks is None and remote is None:
-            raise ShouldersError(
-                f"{lm.name}: the local engine serves Llama-style LMs on CPUs; use --engine vllm"
-            )
+            raise ShouldersError(f"{lm.name}: {_unserved(lm)}; or use --engine vllm")
         self.lm, self.most, self._remote = lm, config.max_queue, remote
         threads = torch.get_num_threads()
         count = (config.workers or min(threads, MOST)) if lm.blocks is not None else 0
@@ -321,3 +320,15 @@ class Engine:
         with self._idle:
             self._jobs -= 1
             self._idle.notify_all()
+
+
+def _unserved(lm: FrozenLM) -> str:
+    if lm.quantize is not None:
+        return f"held in {lm.quantize}, and the local engine serves plain LMs: --quantize none"
+    if is_quantised(lm.model):
+        return "its weights are quantised, and the local engine serves plain LMs"
+    if lm.device.type != "cpu":
+        return (
+            f"lies on {lm.device}, and the local engine serves on CPUs: --dtype int8 keeps it there"
+        )
+    return "the local engine serves LMs with Llama's layers (Llama, Mistral, Qwen2, SmolLM2)"

@@ -59,7 +59,9 @@ def build_parts(
         own: dict[str, nn.Module] = {}
         producer = None
         if one.prompt is not None:
-            producer = build_producer(one.prompt, Surroundings(lm, encoder))
+            producer = build_producer(
+                one.prompt, Surroundings(lm, lambda name: encoder(name).beside(lm.device))
+            )
             own["prompt"] = cast(nn.Module, producer)
         if one.link is not None:
             if one.link == "same":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -118,7 +119,16 @@ def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with lm, skill, data and training")
+    rates = [one for one in overrides if one.startswith("training.optimizer.")]
     for one in overrides:
+        if one not in rates:
+            override(values, one)
+    if rates:  # one of a producer's own is changed, where the recipe names no others
+        try:
+            values = with_rates(values)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
+    for one in rates:
         override(values, one)
     return values
 
@@ -173,7 +183,7 @@ def with_rates(values: dict[str, Any]) -> dict[str, Any]:
     match values:
         case {"skill": {"passes": [{"prompt": dict(prompt)}]}, "training": dict(training)}:
             if "optimizer" not in training and (rates := rates_of(kind_of(prompt))) is not None:
-                return {**values, "training": {**training, "optimizer": rates}}
+                return {**values, "training": {**training, "optimizer": copy.deepcopy(rates)}}
     return values
 
 
