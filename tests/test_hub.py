@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,28 @@ def test_a_skill_comes_from_the_hub(hub: list[Any], tmp_path: Path) -> None:
     names = [
         *("skill.json", "skill.safetensors", "member-1/skill.safetensors", "notes.txt"),
         *("checkpoints/step-0000300/state.safetensors", "member-1/checkpoints/step-1/state.json"),
-        *("index/index.json", "contexts/train.json"),
+        *("index/index.json", "contexts/train.json", "folds/without-1/skill.json"),
+        *("candidates/0a.json", "parts/first/skill.json", "second/train.json", "second/skill.json"),
     ]
     allowed, ignored = patterns
     taken = filter_repo_objects(names, allow_patterns=allowed, ignore_patterns=ignored)
     assert list(taken) == names[:3]
+    # What README uploads is no row and no document either.
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in readme.splitlines() if "hf upload" in line)
+    patterns = re.findall('--include "([^"]+)"', line)
+    own = ["skill.json", "skill.safetensors", "member-1/skill.json", "README.md"]
+    own += [
+        "ensemble.json",
+        "reader.json",
+        "fusion.json",
+        "reranker/reranker.json",
+        "reranker/model.safetensors",
+    ]
+    rows = ["log.jsonl", "contexts/train.jsonl", "index/passages.json", "second/train.jsonl"]
+    rows += ["candidates/0a.json", "folds/without-1.jsonl", "checkpoints/step-1/state.safetensors"]
+    sent = filter_repo_objects(own + rows, allow_patterns=patterns)
+    assert list(sent) == own
     assert _named(["hf://me/capitals", "geo=hf://me/capitals@v1"]) == {
         "capitals": tmp_path / "snapshot",
         "geo": tmp_path / "snapshot",

@@ -14,6 +14,7 @@ from shoulders.errors import ArtefactError, DataError, RecipeError, TrainingErro
 from shoulders.skills.reader_artefact import read_reader
 from shoulders.training.read import questions_of, same_collection
 from shoulders.training.reader_recipe import is_reader, make_reader_recipe, read_reader_recipe
+from shoulders.training.recipe import read_recipe
 from tiny_models import environment, save_tiny_encoder, save_tiny_lm, write_jsonl, write_recipe
 
 PLACES = ("oslo", "rome", "lima", "cairo", "paris", "delhi", "quito", "tunis", "accra", "seoul")
@@ -210,6 +211,8 @@ def test_a_readers_recipe_is_checked(tmp_path: Path) -> None:
     values = recipe_of(tmp_path)
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
     assert is_reader(recipe)
+    with pytest.raises(RecipeError, match=r"a reader's recipe.*run_reader_recipe"):
+        read_recipe(recipe)
     assert Path(read_reader_recipe(recipe).reader.collection).is_absolute()
     values["reader"]["reading"]["pack"]["token"] = 3
     with pytest.raises(RecipeError, match=r"unknown key 'reader.reading.pack.token'.*tokens"):

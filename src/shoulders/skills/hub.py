@@ -11,8 +11,8 @@ SCHEME = "hf://"
 _NAME = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # Of an ensemble its members' too; whatever else lies there, and what training needs, stays there.
 FILES = ["*.json", "*.safetensors", "README.md"]
-OTHERS = [f"{folder}/*" for name in ("checkpoints", "index", "contexts")
-          for folder in (name, f"*/{name}")]  # fmt: skip
+_LEFT = ("checkpoints", "index", "contexts", "candidates", "folds", "parts", "second")
+OTHERS = [f"{folder}/*" for name in _LEFT for folder in (name, f"*/{name}")]
 
 
 def local(name: str) -> str:

@@ -23,6 +23,9 @@ def load(
 ) -> tuple[Skill | Ensemble, Templates]:
     """Load what a folder holds around an LM, with the templates that it was trained with.
 
+    Of a reader's folder that is the skill which reads its contexts; what finds them opens beside an
+    index (`shoulders.skills.reader_artefact`).
+
     Args:
         folder: of a skill or an ensemble; or `hf://USER/SKILL`, see `shoulders.skills.hub`.
         lm: the frozen LM that it was trained on.

@@ -88,7 +88,13 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: names the file, the key and, for an unknown key, the nearest valid one.
     """
     path = Path(path)
-    recipe = make_recipe(read_values(path, overrides), str(path))
+    values = read_values(path, overrides)
+    if "reader" in values:
+        raise RecipeError(
+            f"{path}: a reader's recipe, which trains more than a skill: use `shoulders train`, or "
+            "read_reader_recipe and run_reader_recipe of shoulders.training"
+        )
+    recipe = make_recipe(values, str(path))
     folder = path.parent
     updates: dict[str, Any] = {
         "start": {part: located(name, folder) for part, name in recipe.start.items()}
