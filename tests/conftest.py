@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from shoulders.encoders.frozen import FrozenEncoder
     from shoulders.lm.frozen import FrozenLM
+    from shoulders.lm.kernels import Kernels
 
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma2")
 # Window of every tiny LM, and how far Gemma-2's first layer looks back.
@@ -29,8 +30,12 @@ _CORPUS = (
 
 
 def pytest_configure() -> None:
-    """Let no property fail for how long it took: other work may run beside."""
+    """Let nothing hang on the machine: what runs beside, a GPU in it, a proxy around it."""
     from hypothesis import settings
+
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = "127.0.0.1,localhost"
 
     settings.register_profile("untimed", deadline=None)
     settings.load_profile("untimed")
@@ -265,11 +270,40 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def avx2_kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """Return our compiled functions as a processor has them whose best is AVX2."""
+    from shoulders.lm import kernels
+
+    if not {"avx2", "fma"} <= {*kernels._processor_flags().split()}:
+        pytest.skip("this processor has no AVX2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "-march=haswell"))
+        patch.setenv("SHOULDERS_CACHE", str(tmp_path_factory.mktemp("avx2")))
+        found = kernels.available.__wrapped__()
+    assert found is not None, "CI has a C compiler"
+    assert found.pairs is not None
+    assert found.tiles is None
+    return found
+
+
+@pytest.fixture
+def avx2_alone(avx2_kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Compute as a processor does whose best is AVX2."""
+    for module in ("fused", "head", "int8", "sampling"):
+        monkeypatch.setattr(f"shoulders.lm.{module}.available", lambda: avx2_kernels)
+    monkeypatch.setattr("shoulders.lm.fused.fast_bfloat16", lambda _: False)
+    monkeypatch.setattr("shoulders.lm.fused.has", lambda _: False)
+    monkeypatch.setattr("shoulders.lm.block.has_int8", lambda: False)
+    return avx2_kernels
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of shared data sets, or skip."""
     folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no shared data at {folder}")
+    for name in ("nq/passages.tsv", "nq/validation.jsonl"):
+        if not (folder / name).is_file():
+            pytest.skip(f"no shared data: {folder / name}")
     return folder
 
 

@@ -25,6 +25,7 @@ def too_sure(count: int, seed: int) -> tuple[list[float], list[bool]]:
 
 
 def test_platt_equals_scikit_learns() -> None:
+    pytest.importorskip("sklearn")
     from sklearn.calibration import _SigmoidCalibration
 
     scores, right = too_sure(500, 0)

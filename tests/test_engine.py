@@ -458,8 +458,9 @@ def test_the_inbox_is_read_by_one_thread_at_a_time(lm: FrozenLM, skills: dict[st
     _, answers = ask(engine, skills["static"], TEXTS[0], max_new_tokens=4)
     assert answers.over.wait(30)
     assert answers.error is None
-    assert engine._workers[0].load == 0
     assert engine.close(30)
+    engine._workers[0].join(30)
+    assert engine._workers[0].load == 0
 
 
 def test_what_a_closed_engine_had_no_time_for_is_told(lm: FrozenLM, skills: dict[str, Any]) -> None:
@@ -510,9 +511,12 @@ def test_a_deadline_ends_a_job(engine: Engine, skills: dict[str, Any]) -> None:
 
 def test_a_full_queue_refuses(lm: FrozenLM, skills: dict[str, Any]) -> None:
     engine = Engine(lm, EngineConfig(workers=1, max_queue=2))
+    held = threading.Event()
+    engine._preparing.submit(held.wait)
     first = [ask(engine, skills["base"], text, max_new_tokens=30) for text in TEXTS[:2]]
     with pytest.raises(QueueFullError, match="2 requests"):
         ask(engine, skills["base"], TEXTS[0])
+    held.set()
     assert all(answers.over.wait(30) for _, answers in first)
     deadline = time.monotonic() + 10
     while engine.jobs and time.monotonic() < deadline:
@@ -566,7 +570,8 @@ def test_memory_is_bounded(lm: FrozenLM, skills: dict[str, Any]) -> None:
     worker.passes._most = 64 * position * 2
     several = [ask(engine, skills["base"], text, max_new_tokens=12) for text in TEXTS[:3] * 3]
     most = 0
-    while not all(answers.over.is_set() for _, answers in several):
+    until = time.monotonic() + 60
+    while not all(answers.over.is_set() for _, answers in several) and time.monotonic() < until:
         most = max(most, worker.running)
         time.sleep(0.001)
     assert all(answers.error is None for _, answers in several)

@@ -62,6 +62,7 @@ def test_by_hand() -> None:
 
 
 def test_equals_scikit_learn() -> None:
+    pytest.importorskip("sklearn")
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -62,11 +62,14 @@ def test_twenty_kills_and_the_same_bits(dtype: str, tmp_path: Path) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        if kill % 5 == 4:  # some die while they load
-            time.sleep(source.uniform(0.5, 4))
-        else:
-            while newest(killed) == before and process.poll() is None:
-                time.sleep(0.005)
+        # Some die while they load, the others soon after they have got on.
+        loading = kill % 5 == 4
+        until = time.monotonic() + (source.uniform(0.5, 4) if loading else 300)
+        while newest(killed) == before and process.poll() is None:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.005)
+        if not loading:
             time.sleep(source.uniform(0, 0.1))
         assert process.poll() is None, "the run ended before it could be killed: raise STEPS"
         process.send_signal(signal.SIGKILL)

@@ -28,7 +28,7 @@ def plainly(lm: FrozenLM, config: LikelihoodConfig, question: str, passage: Pass
     text = f"{passage.title}\n{passage.text}" if passage.title else passage.text
     encode = lm.tokenizer.encode
     row = encode(before, add_special_tokens=False)
-    row += encode(text, add_special_tokens=False)[: config.max_passage_tokens]
+    row += lm.tokenize([text])[0][: config.max_passage_tokens]  # nothing in it is special
     row += encode(after, add_special_tokens=False)
     total, asked = 0.0, encode(" " + question.strip(), add_special_tokens=False)
     for token in asked:
@@ -102,9 +102,9 @@ def test_passages_cannot_speak_to_the_lm_in_special_tokens(tiny_lm) -> None:
     ((spelt,),) = LikelihoodReranker(lm, SHORT).score(
         ["who?"], [[Passage("f", "", "x y")]], [[0.0]]
     )
-    ids = lm.tokenize([end.text])[0]
-    assert lm.tokenizer.eos_token_id not in ids
+    assert lm.tokenizer.eos_token_id not in lm.tokenize([end.text])[0]
     assert value != spelt
+    assert value == pytest.approx(plainly(lm, SHORT, "who?", end), abs=1e-4)
 
 
 @pytest.mark.parametrize("instruction", ["no place", "{passage}{passage}:", "ends with {passage}"])

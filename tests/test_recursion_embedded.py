@@ -31,7 +31,9 @@ PREFIX = {"kind": "static_kv", "length": 5, "init": {"source": "text", "text": "
 
 
 @pytest.fixture(scope="module", params=["float32", "int8"])
-def lm(request: pytest.FixtureRequest) -> FrozenLM:
+def lm(request: pytest.FixtureRequest, embedded_lm: FrozenLM) -> FrozenLM:
+    if request.param == "float32":
+        return embedded_lm
     found: FrozenLM = load_lm("embedded", dtype=request.param)
     return found
 

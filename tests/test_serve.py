@@ -446,15 +446,17 @@ def test_a_watched_folder_and_a_graceful_end(folder: Path, skills: dict[str, Ski
         assert "idpt_kv" not in str(started.get("/v1/models"))
         # What is running when it is told to stop is finished.
         answers: list[Any] = []
-        long = {"model": "lm", "prompt": TEXT, "max_tokens": 140, "temperature": 0}
+        long = {"model": "lm", "prompt": TEXT, "max_tokens": 140, "n": 30}
         thread = threading.Thread(
             target=lambda: answers.append(started.get("/v1/completions", body=long))
         )
         thread.start()
-        time.sleep(0.05)
+        while "\nshoulders_running_rows 0.0" in started.get("/metrics") and thread.is_alive():
+            time.sleep(0.001)
+        assert thread.is_alive()
         assert started.stop() == 0, started.text()
         thread.join()
-        assert answers[0]["choices"][0]["text"] or answers[0]["usage"]["completion_tokens"]
+        assert len(answers[0]["choices"]) == 30
         assert '"refused"' in started.text()
     finally:
         started.process.kill()
@@ -515,4 +517,5 @@ def test_two_thousand_generated_requests(server: Started) -> None:
     assert not {c for c in codes if c >= 500} - {504}, done.stdout[-3000:]
     assert len(lines) - before >= 2000
     assert done.returncode == 0 or 504 in codes, done.stdout[-3000:]
+    assert "Network Error" not in done.stdout, done.stdout[-3000:]
     assert server.get("/ready")["status"] == "ready"

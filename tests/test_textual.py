@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -420,7 +419,7 @@ def test_killed_at_any_stage_it_ends_the_same(trained: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     recipe = trained / "given" / "textual.yaml"
     command = [sys.executable, "-m", "shoulders", "train", str(recipe), "--out", str(out)]
-    random = np.random.default_rng(0)
+    stages = iter(("first/skill.json", "folds/*/skill.json", "second/train.jsonl"))
     kills = 0
     while not (out / "skill.json").is_file():
         process = subprocess.Popen(
@@ -430,13 +429,14 @@ def test_killed_at_any_stage_it_ends_the_same(trained: Path, tmp_path: Path) -> 
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        if kills < 4:
-            time.sleep(4 + 6 * random.random())
+        if (reached := next(stages, None)) is not None:
+            while not [*out.glob(reached)] and process.poll() is None:
+                time.sleep(0.002)
             kills += process.poll() is None
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+    assert kills == 3
     for name in ("skill.safetensors", "second/train.jsonl", "second/skill.safetensors"):
         assert (out / name).read_bytes() == (trained / "out" / name).read_bytes(), name
 
