@@ -245,12 +245,21 @@ def norm_back(gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float) -> Te
 
 def _before(prefix: Tensor, own: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
     """Return `[b, h, c + s, e]`: prefix, shared positions, then each row's own, per query head."""
-    b = rows.mask.shape[0]
-    parts = [prefix, own[rows.spread].view(b, -1, *own.shape[1:])]
+    b, s = rows.mask.shape[0], rows.mask.shape[2]
+    # What nobody sees is nothing: even 0 times another row's NaN would be NaN.
+    if rows.seen is not None:
+        prefix = _until(rows.seen, prefix)
+    parts = [prefix, _until(rows.length, own[rows.spread].view(b, s, *own.shape[1:]))]
     if sizes.shared:
         parts.insert(1, own[: sizes.shared].expand(b, -1, -1, -1))
     joined = torch.cat(parts, 1).transpose(1, 2)
     return joined.repeat_interleave(sizes.heads // sizes.kv_heads, 1)
+
+
+def _until(lengths: Tensor, x: Tensor) -> Tensor:
+    """Return `x [b, n, g, e]` with 0 from each row's length on."""
+    there = torch.arange(x.shape[1]) < lengths[:, None]
+    return x.masked_fill(~there[..., None, None], 0)
 
 
 def _before_back(gradient: Tensor, rows: Rows, sizes: Sizes) -> tuple[Tensor, Tensor]:

@@ -253,7 +253,12 @@ def advance(lm: FrozenLM, state: Running) -> Delta:
     finish = "stop" if at_end or cuts else "length" if len(state.ids) >= state.room else None
     if cuts:
         text = text[: min(cuts)]
-    certain = len(text) if finish else begin + _certain(text[begin:], config.stop)
+    if finish:
+        certain = len(text)
+    elif begin < len(config.answer_prefix) and config.answer_prefix.startswith(text):
+        certain = state.shown  # the prefix may still come: where stops are looked for is not known
+    else:
+        certain = begin + _certain(text[begin:], config.stop)
     new = text[state.shown : certain]
     state.shown = max(state.shown, certain)
     ended = None

@@ -22,7 +22,7 @@ from shoulders.lm.block8 import Block8
 from shoulders.lm.block16 import Block16
 from shoulders.lm.block32 import Block32
 from shoulders.lm.cache import Cache
-from shoulders.lm.gradient import Functions, LayerFunction, inside_of
+from shoulders.lm.gradient import Functions, LayerFunction, as_typed, inside_of
 from shoulders.lm.inside import Work
 from shoulders.lm.kernels import available
 from shoulders.lm.laid import Laid
@@ -149,7 +149,6 @@ class Blocks:
                 written.append(x)
         return self._result(x, written, taps)
 
-    @torch.no_grad()
     def read(
         self, x: Tensor, counts: Sequence[int], cache: Cache, taps: Sequence[int] = ()
     ) -> Tensor:
@@ -164,6 +163,10 @@ class Blocks:
         Returns:
             Last hidden states after the final norm, `[t, d]`; with taps `[k, t, d]`.
         """
+        with torch.no_grad(), as_typed():
+            return self._read(x, counts, cache, taps)
+
+    def _read(self, x: Tensor, counts: Sequence[int], cache: Cache, taps: Sequence[int]) -> Tensor:
         x, lengths = x.to(self.dtype), torch.tensor(counts)
         starts = lengths.cumsum(0) - lengths
         owner = torch.arange(len(counts)).repeat_interleave(lengths)

@@ -51,8 +51,9 @@ class LayerFunction(torch.autograd.Function):
         *pairs: Tensor,
     ) -> Tensor:
         """Return the layer's output `[t, d]`."""
-        inside = inside_of(layer, added, pairs)
-        y, _, saved = run.forward(x, prefix, Work(layer, rows, sizes, inside))
+        with as_typed():
+            inside = inside_of(layer, added, pairs)
+            y, _, saved = run.forward(x, prefix, Work(layer, rows, sizes, inside))
         ctx.constants = layer, rows, sizes, run, added
         ctx.recompute, ctx.count = recompute, len(pairs)
         ctx.save_for_backward(*pairs, *((x, prefix) if recompute else saved))
@@ -63,7 +64,7 @@ class LayerFunction(torch.autograd.Function):
         """Return the gradients of `x`, `prefix` and `pairs`."""
         layer, rows, sizes, run, added = ctx.constants
         pairs, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        with torch.no_grad():
+        with torch.no_grad(), as_typed():
             inside = inside_of(layer, added, pairs)
             work = Work(layer, rows, sizes, inside)
             if ctx.recompute:
@@ -71,6 +72,11 @@ class LayerFunction(torch.autograd.Function):
             g_x, g_prefix = run.backward(gradients[0], saved, work)
             g_pairs = inside.gradients() if inside else ()
         return g_x, g_prefix, *[None] * 6, *g_pairs
+
+
+def as_typed() -> torch.autocast:
+    """Return a context in which products keep their type: C is told what types tensors have."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def inside_of(layer: Layer, added: Added, pairs: Sequence[Tensor]) -> Inside | None:

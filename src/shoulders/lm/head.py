@@ -23,7 +23,7 @@ class Head:
     """A head `[vocabulary, d]` without bias, packed; for training once more, turned."""
 
     def __init__(self, products: Tiles | Pairs, weight: Tensor) -> None:
-        self._products, self._weight = products, weight
+        self._products, self._weight, self.tokens = products, weight, len(weight)
         self._forward = products.packed(weight.bfloat16())
 
     @classmethod
@@ -43,6 +43,8 @@ class Head:
 
     def losses(self, states: Tensor, targets: Tensor) -> Tensor:
         """Return negative log-likelihoods `[n]` of `targets [n]`, for states `[n, d]`."""
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.tokens:
+            raise IndexError(f"a target is none of the {self.tokens} tokens that the LM has")
         losses: Tensor = _HeadLosses.apply(states.float(), targets, self)
         return losses
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shoulders.errors import ShouldersError
 from shoulders.files import atomic_path, cache_folder
-from shoulders.lm.address import at
+from shoulders.lm.address import at, floats
 from shoulders.lm.beside import Beside
 from shoulders.lm.layer import Rows, Sizes
 from shoulders.lm.pairs import Pairs
@@ -113,7 +113,7 @@ class Kernels:
         rest: Tensor | None = None,
     ) -> Tensor:
         """Return `product [m, n] int32 * scale [m] * channel [n] + bias [n] + rest [m, n]`."""
-        y = torch.empty(product.shape)
+        y = floats(*product.shape)
         self._c.rescale(
             *(at(product), at(scale), at(channel), at(bias), at(rest), at(y)), *product.shape
         )
@@ -169,7 +169,7 @@ class Kernels:
 
         The gradient of the norm's output is `product [m, n] int32 * scale [m] + added [m, n]`.
         """
-        y, row = torch.empty(product.shape), torch.empty(product.shape[1])
+        y, row = floats(*product.shape), floats(product.shape[1])
         self._c.norm_back(
             *(at(product), at(scale), at(added), at(x), at(weight), epsilon, at(rest)),
             *(at(y), at(row), *product.shape),
@@ -186,16 +186,16 @@ class Kernels:
 
     def likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return where each row of `logits [m, n]` is greatest and its logsumexp, `[m]` each."""
-        index, total = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+        index, total = torch.empty(len(logits), dtype=torch.long), floats(len(logits))
         self._c.likeliest(at(logits), at(index), at(total), *logits.shape)
         return index, total
 
     def attend(self, qkv: Tensor, prefix: Tensor, rows: Rows, sizes: Sizes) -> Tensor:
         """Return what every position reads, `[t, h e]`, of rotated `qkv [t, (h + 2 g) e]`."""
-        out = torch.empty(len(qkv), sizes.heads * sizes.width)
+        out = floats(len(qkv), sizes.heads * sizes.width)
         b, q = len(rows.start), prefix.shape[2]
         count = queries_together(sizes.heads // sizes.kv_heads)
-        room = torch.empty(self.most_seen(rows) * (3 * sizes.width + count))
+        room = floats(self.most_seen(rows) * (3 * sizes.width + count))
         self._c.attend(
             *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),
             *(at(rows.seen), at(rows.slot), at(out), at(room), b, q, sizes.shared),
@@ -209,7 +209,7 @@ class Kernels:
         """Return the gradients of rotated `qkv` and of `prefix`, given that of `attend`."""
         g_qkv, g_prefix = torch.empty_like(qkv), torch.empty_like(prefix)
         (b, q), count = prefix.shape[1:3], queries_together(sizes.heads // sizes.kv_heads)
-        room = torch.empty(self.most_seen(rows) * (6 * sizes.width + 2 * count))
+        room = floats(self.most_seen(rows) * (6 * sizes.width + 2 * count))
         self._c.attend_back(
             *(at(qkv), at(prefix[0]), at(prefix[1]), at(rows.start), at(rows.length)),
             *(at(gradient), at(g_qkv), at(g_prefix[0]), at(g_prefix[1]), at(room)),
@@ -289,4 +289,4 @@ def queries_together(group: int) -> int:
 
 
 def _room(m: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(m, n, dtype=torch.int8), torch.empty(m), torch.empty(n)
+    return torch.empty(m, n, dtype=torch.int8), floats(m), floats(n)

@@ -28,6 +28,6 @@ class Laid:
     def _of(self, weight: Tensor, *, back: bool) -> Tensor:
         key = weight.data_ptr(), back
         found = self._packed.get(key)
-        if found is None:  # two threads may both pack it: the same bytes
-            found = self._packed[key] = self._pack(weight.T if back else weight)
+        if found is None:  # two threads may both pack it: the first one's stays, at its address
+            found = self._packed.setdefault(key, self._pack(weight.T if back else weight))
         return found

@@ -22,9 +22,9 @@ class Layers:
     """The layers of an LM, packed for tiles: int8, or bfloat16 with float32 norms and biases."""
 
     def __init__(self, kernels: Kernels, layers: Sequence[Layer], laid: Laid) -> None:
-        self._kernels, self._layers = kernels, layers
+        self._kernels, self._layers, self._laid = kernels, layers, laid
         self._halves = layers[0].qkv.scale is None
-        # Their addresses are handed on: `laid` and `layers` hold what lies there.
+        # Their addresses are handed on: `_laid` and `_layers` hold what lies there.
         self._table = torch.tensor([_addresses(layer, laid) for layer in layers])
 
     def read(

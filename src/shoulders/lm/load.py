@@ -104,9 +104,10 @@ def load_lm(
         check_whole(name, model, info)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=at)
         rows = model.get_input_embeddings().weight.shape[0]
-        if tokenizer.vocab_size > rows:
+        tokens = max(tokenizer.vocab_size, (tokenizer.eos_token_id or 0) + 1)
+        if tokens > rows:
             raise LMError(
-                f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, the LM embeddings for "
+                f"{name}: its tokenizer has {tokens} tokens, the LM embeddings for "
                 f"{rows}: they do not belong together"
             )
     if shard:

@@ -51,7 +51,7 @@ def can_pack(lm: FrozenLM, prompt: Prompt, counts: Sequence[int]) -> bool:
     A layer that sees only the last `w` positions needs a mask of its own; within `w`
     positions it sees all, and one mask serves every layer.
     """
-    longest = max(counts) + int(prompt.lengths().max())
+    longest = int((torch.tensor(counts) + prompt.lengths().cpu()).max())
     return lm.packs and (lm.sliding_window is None or longest <= lm.sliding_window)
 
 

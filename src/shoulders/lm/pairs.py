@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from shoulders.lm.address import at
+from shoulders.lm.address import at, floats
 from shoulders.lm.tiles import GROUP, PANEL, WITHIN
 
 ACROSS = 16  # columns of a panel, as in pairs.c
@@ -64,7 +64,7 @@ class Pairs:
     def wide_product(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return float32 `x [m, k]` times packed bfloat16 weights `[n, k]`."""
         (m, k), n = x.shape, len(weights) * ACROSS
-        y = torch.empty(m, n)
+        y = floats(m, n)
         self._c.wide_product(at(x), at(weights), at(y), m, n, k)
         return y
 

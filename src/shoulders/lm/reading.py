@@ -66,7 +66,10 @@ def begun(
         room: further positions that each may grow by.
         taps: layers whose states are wanted instead of the last ones; see `FrozenLM.hidden`.
     """
-    longest = max(counts) + int(prompt.lengths().max()) + room
+    # No row grows beyond the LM's window, and which layers read it is not its neighbours' affair.
+    longest = min(
+        int((torch.tensor(counts) + prompt.lengths().cpu()).max()) + room, lm.max_positions
+    )
     in_window = lm.sliding_window is None or longest <= lm.sliding_window
     if lm.blocks is not None and in_window:
         return BlocksReading(lm.blocks, prompt, embedded, counts, room, taps)
@@ -78,11 +81,13 @@ def read_once(lm: FrozenLM, prompt: Prompt) -> Prompt:
     """Return a prompt of one row with the keys/values that the LM computes of its vectors.
 
     It stands for `prompt` wherever that is read, bit by bit: what never changes need be read once.
-    As it is where it has no vectors, or the LM no layers of our own.
+    As it is where it has no vectors, or the LM no layers of our own or a shorter sliding window.
     """
+    length = int(prompt.lengths()[0])
     if lm.blocks is None or not prompt.vectors.shape[1]:
         return prompt
-    length = int(prompt.lengths()[0])
+    if lm.sliding_window is not None and length > lm.sliding_window:
+        return prompt
     cache = Cache.of(prompt, lm.blocks.cache_shape, max(1, length), lm.blocks.dtype)
     vectors = prompt.vectors[0, prompt.vector_mask[0]]
     if len(vectors):

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from shoulders.lm.combine import check_window, combine_embedded
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.pack import can_pack, pack
 from shoulders.lm.prompt import Prompt
+from shoulders.lm.reading import begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,11 @@ def states(
         check_window(lm, prompt, np.array(counts))
         rows = lm.blocks.pack(prompt, embedded, counts)
         return States(lm.blocks.hidden(rows, recompute=recompute, taps=taps), rows.first_token)
+    if lm.blocks is not None and not torch.is_grad_enabled() and can_pack(lm, prompt, counts):
+        # Prompts of several lengths: a row is read by the same layers whatever stands beside it.
+        check_window(lm, prompt, np.array(counts))
+        read = begun(lm, prompt, embedded, counts, 0, taps).states
+        return States(read, [0, *np.cumsum(counts)[:-1].tolist()])
     if can_pack(lm, prompt, counts):
         row = pack(lm, prompt, embedded, counts)
         values = lm.hidden(

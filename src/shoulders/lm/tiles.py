@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from shoulders.lm.address import at
+from shoulders.lm.address import at, floats
 
 # As in tiles.c: columns of a panel, bytes of a tile's row, rows of the head at a time, bytes of
 # sums that wait.
@@ -95,7 +95,7 @@ class Tiles:
     def wide_product(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return `x [m, k]` times packed bfloat16 weights `[n, k]`, with 16 bits of each `x`."""
         (m, k), n = x.shape, len(weights) * PANEL
-        y, room = torch.empty(m, n), _split_room(m, k)
+        y, room = floats(m, n), _split_room(m, k)
         self._c.split_product(at(x), at(weights), at(y), at(room), m, n, k)
         return y
 
@@ -107,8 +107,8 @@ class Tiles:
         The head's bfloat16 weights `[n, k]` are packed, and so is their transpose, `back`.
         """
         (m, k), n = states.shape, len(weights) * PANEL
-        losses, gradient = torch.empty(m), None if back is None else torch.empty(m, k)
-        logits, room = torch.empty(min(m, GROUP), n), _split_room(min(m, GROUP), max(n, k))
+        losses, gradient = floats(m), None if back is None else floats(m, k)
+        logits, room = floats(min(m, GROUP), n), _split_room(min(m, GROUP), max(n, k))
         self._c.head_losses(
             *(at(states), at(weights), at(back), at(targets), at(losses)),
             *(at(gradient), at(logits), at(room), m, n, k),
@@ -138,7 +138,7 @@ class Tiles:
         self, gradient: Tensor, x: Tensor, weight: Tensor, epsilon: float, rest: Tensor
     ) -> Tensor:
         """Return `rest` plus the gradient of `x [m, n]`, given that of its RMS norm."""
-        y = torch.empty(x.shape)
+        y = floats(*x.shape)
         self._c.norm_back_float(
             *(at(gradient), at(x), at(weight), epsilon, at(rest), at(y), *x.shape)
         )
