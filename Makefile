@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/installed-docs
 VLLM := .venv-vllm
 
-.PHONY: install demo test test-slow test-vllm check docs clean
+.PHONY: install demo test test-slow test-engine test-vllm check docs clean
 
 install: $(STAMP)
 
@@ -31,6 +31,11 @@ test: install
 
 test-slow: install
 	$(PYTEST) -m slow
+
+# LanceDB is no part of `dev` (190 MB on the disk): only here its tests are not skipped.
+test-engine: install
+	$(PIP) install --quiet --constraint requirements/constraints.txt --editable '.[engine]'
+	$(PYTEST) tests/test_engines.py
 
 # A real vLLM, in an environment of its own. torch first: a CPU build where pip is told of one (such
 # as --extra-index-url https://download.pytorch.org/whl/cpu in PIP_EXTRA_INDEX_URL).

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -88,24 +90,18 @@ class Started:
     """A server process, and where it listens."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "shoulders", "serve", "--port", str(self.port), *options]
-        self.log = (folder / f"log-{self.port}.txt").open("w+")
+        command = [sys.executable, "-m", "shoulders", "serve", "--port", "0", *options]
+        self.log = tempfile.NamedTemporaryFile("w+", dir=folder, suffix=".txt")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, env=environment(folder / "cache"), stdout=self.log, stderr=self.log
         )
-        self.url = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if found := re.search(r"on\s+(http://127\.0\.0\.1:(\d+))/v1", self.text()):
+                self.url, self.port = found[1], int(found[2])
                 self.get("/ready")
                 return
-            except OSError:
-                if self.process.poll() is not None:
-                    break
-                time.sleep(0.1)
+            time.sleep(0.1)
         raise AssertionError(self.text())
 
     def text(self) -> str:
