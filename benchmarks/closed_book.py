@@ -50,14 +50,14 @@ def main() -> None:
 
     results = [{"method": "base", "trained_parameters": 0, **scored("base", options, "base")}]
     for form in options.forms:
-        folder = options.runs / form
+        folder = options.runs / f"{form}-{options.steps}"
         if not (folder / "skill.json").is_file():
             settings = [f"training.steps={options.steps}", *overrides(form, options)]
             sets = [part for one in settings for part in ("--set", one)]
             shoulders("train", RECIPE, "--out", folder, "--resume", *sets)
         artefact = json.loads((folder / "skill.json").read_text(encoding="utf-8"))
         facts = {"method": form, "trained_parameters": artefact["trained_parameters"]}
-        results.append({**facts, **scored(str(folder), options, form)})
+        results.append({**facts, **scored(str(folder), options, folder.name)})
     write_json(
         options.out,
         {

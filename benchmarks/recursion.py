@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from shoulders.data.rows import Row, read_rows
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import ShouldersError
 from shoulders.evaluation.evaluate import EVALUATION_DECODING, evaluate
 from shoulders.evaluation.metrics import (
     bootstrap_interval,
@@ -107,12 +106,13 @@ def textual(
     with quiet_progress(console, "first pass, greedy", len(rows)) as advance:
         greedy = [c[0] for c in first.generate(texts, EVALUATION_DECODING, on_rows=advance)]
     with quiet_progress(console, f"{max(options.n)} samples", len(rows)) as advance:
-        samples = first.generate(texts, config.decoding(max(options.n)), on_rows=advance)
+        most = config.model_copy(update={"n": max(options.n)})
+        samples = first.generate(texts, most.decoding(), on_rows=advance)
     results = [scored("first pass, greedy", rows, [c.text for c in greedy], passes=1)]
     seconds: list[str] = []
     for n in options.n:
         # Sample k of a row is the same, however many are drawn.
-        candidates = [proposed(several[:n]) for several in samples]
+        candidates = [merged(several[:n]) for several in samples]
         for chooser in CHOOSERS:
             said = [chosen(own, chooser).text if own else "" for own in candidates]
             results.append(scored(chooser, rows, said, n=n, passes=1))
@@ -135,14 +135,6 @@ def best_of(rows: Sequence[Row], candidates: Sequence[Sequence[Candidate]]) -> l
         next((c.text for c in own if exact_match(first_line(c.text), row.targets, normalize)), "")
         for row, own in zip(rows, candidates, strict=True)
     ]
-
-
-def proposed(samples: Sequence[Completion]) -> list[Candidate]:
-    """Return the candidates of a few samples: none, where they all say nothing."""
-    try:
-        return merged(samples)
-    except ShouldersError:
-        return []
 
 
 def neural(

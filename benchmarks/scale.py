@@ -116,6 +116,7 @@ def measured(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             sys.exit(f"{options.out}: of another setting; leave out --resume")
         spent = earlier["seconds"]
         result |= {name: earlier[name] for name in ("date", "machine", "versions")}
+        result |= {name: earlier[name] for name in ("seconds", "agreement")}
         result["parts"] = {n: part for n, part in earlier["parts"].items() if "failed" not in part}
         names = [name for name in names if name not in result["parts"]]
     for name in names:

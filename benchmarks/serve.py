@@ -64,6 +64,7 @@ def main() -> None:
     texts = [templates.render(row, 0) for row in rows]
     seconds: dict[str, list[float]] = {}
     latency: dict[str, list[float]] = {}
+    fill: dict[str, list[float]] = {}
     ours = {dtype: Ours(dtype, options.new_tokens) for dtype in options.dtypes}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
@@ -75,7 +76,10 @@ def main() -> None:
         for run in range(options.runs):
             for dtype, own in ours.items():
                 if not options.latency:
+                    before = own.engine.tokens, own.engine.steps
                     seconds.setdefault(dtype, []).append(own.all(texts))
+                    rows = own.engine.tokens - before[0]
+                    fill.setdefault(dtype, []).append(rows / (own.engine.steps - before[1]))
                 for turn in range(LATENCY_TURNS):
                     text = f"({run}.{turn}) {texts[0]}"
                     kinds = ("static", "idpt") if turn % 2 else ("idpt", "static")
@@ -107,7 +111,7 @@ def main() -> None:
         "latency_seconds": waits,
         "every_latency": latency,
         "idpt_adds": {d: added(latency[f"idpt {d}"], latency[f"static {d}"]) for d in ours},
-        "batch_fill": {d: own.engine.tokens / own.engine.steps for d, own in ours.items()},
+        "batch_fill": {name: statistics.median(values) for name, values in fill.items()},
         "seconds": seconds,
         "machine": machine(),
         "seed": 0,

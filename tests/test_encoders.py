@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ElectraConfig, ElectraModel
 
 from shoulders.encoders.cache import RECENT, EncoderCache
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import LMError
+from shoulders.lm.decode import DecodingConfig
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.config import SkillConfig
 from shoulders.skills.skill import Skill
+from shoulders.store import ArrayStore
 from tiny_models import save_tiny_encoder
 
 TEXTS = [
@@ -152,6 +155,54 @@ def test_cached_states_equal_fresh_ones_bit_for_bit(
     assert len(calls) == 1
     assert states.shape[0] == len(TEXTS)
     third.close()
+
+
+def test_how_many_threads_have_computed_is_part_of_the_key(
+    tiny_encoder: FrozenEncoder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums may be split between them, and with them the last bits."""
+    calls = count_encoded(tiny_encoder, monkeypatch)
+    for threads in (1, 2, 1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        cache = EncoderCache(tiny_encoder)
+        cache.states(TEXTS[:1])
+        cache.close()
+    assert len(calls) == 2
+
+
+def test_a_store_that_another_process_makes_is_waited_for(
+    tiny_encoder: FrozenEncoder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, failed = ArrayStore._open, []
+
+    def busy(path: Path | str) -> sqlite3.Connection:
+        if len(failed) < 3:
+            failed.append(path)
+            raise sqlite3.OperationalError("database is locked")
+        return opened(path)
+
+    monkeypatch.setattr(ArrayStore, "_open", staticmethod(busy))
+    EncoderCache(tiny_encoder).states(TEXTS[:1])
+    calls = count_encoded(tiny_encoder, monkeypatch)
+    EncoderCache(tiny_encoder).states(TEXTS[:1])
+    assert calls == [], "it was kept on disk"
+    assert len(failed) == 3
+
+
+def test_a_soft_prompt_is_as_wide_as_the_embeddings(
+    tmp_path: Path, tiny_lm: Callable[[str], FrozenLM]
+) -> None:
+    """ELECTRA's and ALBERT's are narrower than their states."""
+    save_tiny_encoder(tmp_path)  # for its tokenizer
+    sizes = {"embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
+    config = ElectraConfig(vocab_size=330, **sizes, num_attention_heads=2, intermediate_size=16)
+    ElectraModel(config).save_pretrained(tmp_path)
+    generator = {"encoder": str(tmp_path), "encoder_prompt": 3, "width": 16, "heads": 2}
+    prompt = {"kind": "idpt", "length": 2, "generator": generator}
+    config = SkillConfig.model_validate({"passes": [{"prompt": prompt}]})
+    random = torch.Generator().manual_seed(0)
+    skill = Skill.create(tiny_lm("llama"), config, load_encoder, random)
+    assert skill.generate(TEXTS[:2], DecodingConfig(max_new_tokens=2))
 
 
 def test_writing_to_what_the_cache_gave_does_not_change_it(

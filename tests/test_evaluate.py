@@ -109,6 +109,12 @@ def test_intervals_are_the_stratified_bootstrap() -> None:
     assert result.ci95.keys() == result.metrics.keys()
 
 
+def test_options_are_ranked_where_that_is_asked() -> None:
+    result, fake = _evaluate(rank=False)
+    assert set(result.metrics) == {"exact_match", "f1"}
+    assert fake.scored == []
+
+
 def test_no_options_no_rank_accuracy() -> None:
     result, fake = _evaluate([ROWS[0], ROWS[1]])
     assert set(result.metrics) == {"exact_match", "f1"}
@@ -138,6 +144,8 @@ def test_nothing_to_evaluate() -> None:
     assert (empty.n, empty.metrics, empty.tasks) == (0, {}, {})
     with pytest.raises(DataError):
         bootstrap_interval({})
+    with pytest.raises(DataError, match="no rows"):
+        evaluate(cast(Skill, FakeSkill({})), [], Templates())
 
 
 def test_as_dict_is_json_and_a_dump_reads_back(tmp_path: Path) -> None:

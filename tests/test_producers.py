@@ -219,7 +219,7 @@ def test_start_from_text(spec: dict[str, Any], around: Surroundings, length: int
 
 
 def test_start_from_labels(spec: dict[str, Any], around: Surroundings) -> None:
-    init = {"source": "labels", "labels": ["positive", "negative"]}
+    init = {"labels": ["positive", "negative"]}  # its source is what is given
     (ids,) = around.lm.tokenize(["positive negative"])
     producer = started({**spec, "init": init}, around)
     assert_starts_from(producer, around.lm, [ids[i % len(ids)] for i in range(LENGTH)])
@@ -346,6 +346,7 @@ def test_unknown_kind_suggests_the_nearest(tiny_lm: Callable[[str], FrozenLM]) -
         ({"length": "many"}, "length"),
         ({"lenght": 3}, "lenght"),
         ({"init": {"source": "text"}}, "init.text must be given"),
+        ({"init": {"text": "a", "labels": ["b"]}}, "give one, or say init.source"),
         ({"init": {"source": "text", "text": " \n"}}, "init.text must be given"),
         ({"init": {"source": "labels"}}, "init.labels must be given"),
         ({"init": {"source": "random"}}, "init.source"),

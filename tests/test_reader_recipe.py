@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from shoulders.errors import ArtefactError, DataError, RecipeError, TrainingError
+from shoulders.errors import (
+    ArtefactError,
+    DataError,
+    RecipeError,
+    ShouldersError,
+    TrainingError,
+)
+from shoulders.files import only_writer
+from shoulders.reader.watch import Silent
 from shoulders.skills.reader_artefact import read_reader
-from shoulders.training.read import questions_of, same_collection
+from shoulders.training.read import questions_of, run_reader_recipe, same_collection
 from shoulders.training.reader_recipe import is_reader, make_reader_recipe, read_reader_recipe
 from shoulders.training.recipe import read_recipe
 from tiny_models import environment, save_tiny_encoder, save_tiny_lm, write_jsonl, write_recipe
@@ -91,6 +100,16 @@ def shoulders(cache: Path, *arguments: object) -> subprocess.CompletedProcess[st
     return subprocess.run(
         command, env=environment(cache), capture_output=True, text=True, check=False
     )
+
+
+def test_one_process_trains_a_reader(tmp_path: Path) -> None:
+    recipe = make_reader_recipe(recipe_of(tmp_path))
+    out, console = tmp_path / "out", Console(quiet=True)
+    with (
+        only_writer(out / "contexts"),
+        pytest.raises(ShouldersError, match="contexts: another process writes there"),
+    ):
+        run_reader_recipe(recipe, out, Silent(), resume=True, console=console)
 
 
 def test_other_passages_than_a_reader_was_begun_with_are_noticed(tmp_path: Path) -> None:

@@ -285,7 +285,6 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
         ("data.tasks=null", lambda r: r.data.tasks, None),
         ("lm.name=some/model=x", lambda r: r.lm.name, "some/model=x"),
         ("skill.passes.0.prompt.length=7", lambda r: r.skill.passes[0].prompt["length"], 7),
-        ("skill.passes.0={prompt: null}", lambda r: r.skill.passes[0].prompt, None),
         ("skill.format.keep=end", lambda r: r.skill.format.keep, "end"),
     ],
 )
@@ -335,6 +334,12 @@ def test_later_overrides_win(tmp_path: Path) -> None:
         ("training.steps=[", "is not a YAML value"),
         ("training.steps=many", "key 'training.steps'"),
         ("training.optimizer.lr=inf", "key 'training.optimizer.lr'"),
+        ("skill.passes.0={prompt: null}", "the recipe trains nothing"),
+        ("skill.passes.0.propose={temperature: .inf}", "passes.0.propose.temperature"),
+        (
+            "start={passes.0.promt: other}",
+            "start.passes.0.promt: the skill has no such part (did you mean 'passes.0.prompt'?)",
+        ),
     ],
 )
 def test_a_bad_override_is_explained(override: str, reason: str, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_perplexity_equals_the_lms_own(lm: FrozenLM, folder: Path) -> None:
     found = perplexity(Skill.base(lm), text.examples())
     total, tokens = 0.0, 0
     for chunk in text.chunks:
-        ids = torch.tensor([chunk])
+        ids = torch.tensor([chunk.tolist()])
         with torch.no_grad():
             out = lm.model(input_ids=ids, labels=ids)
         total, tokens = total + float(out.loss) * (len(chunk) - 1), tokens + len(chunk) - 1

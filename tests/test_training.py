@@ -28,6 +28,7 @@ from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import (
     ArtefactError,
+    DataError,
     DivergedError,
     InterruptedTraining,
     RecipeError,
@@ -456,6 +457,32 @@ def test_rows_without_a_task_are_of_one_in_both_files(lm: FrozenLM, tmp_path: Pa
     assert run.unseen_rows(validation, training) == []
 
 
+def test_rows_of_several_files_are_seen_in_whichever_they_stand(
+    lm: FrozenLM, tmp_path: Path
+) -> None:
+    recipe = _recipe(lm, tmp_path)
+    assert recipe.data is not None
+    bare = [{k: v for k, v in row.items() if k != "task"} for row in rows("north", 6)]
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", bare[n : n + 2]) for n in (0, 2)]
+    data = recipe.data.model_copy(update={"train": [str(f) for f in files]})
+    write_jsonl(Path(data.validation[0]), bare)
+    training, validation, _ = load_data(data)
+    left = run.unseen_rows(validation, training)
+    assert [row.input for row in left] == [row["input"] for row in bare[4:]]
+    # Of a task of its own the same input may well be another question.
+    assert run.unseen_rows([Row("u", "x", ("b",))], [Row("t", "x", ("a",)), Row("u", "y", ("a",))])
+
+
+def test_validation_rows_of_no_chosen_task_are_missed(lm: FrozenLM, tmp_path: Path) -> None:
+    recipe = _recipe(lm, tmp_path)
+    assert recipe.data is not None
+    trained = write_jsonl(tmp_path / "more.jsonl", rows("elsewhere", 2))
+    train = [*recipe.data.train, str(trained)]
+    data = recipe.data.model_copy(update={"tasks": ["elsewhere"], "train": train})
+    with pytest.raises(DataError, match=r"no row of the tasks that data\.tasks and data\.exclude"):
+        load_data(data)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_loss_stops_before_the_step(
     bad: float, lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -501,8 +528,8 @@ def test_every_tensor_of_every_producer_moves(
 def test_a_recipe_without_a_prompt_trains_nothing(lm: FrozenLM, tmp_path: Path) -> None:
     values = recipe_values(Path(lm.name), tmp_path / "data")
     values["skill"] = {"passes": [{"prompt": None}]}
-    with pytest.raises(TrainingError, match="trains nothing"):
-        run_recipe(make_recipe(values), tmp_path / "out")
+    with pytest.raises(RecipeError, match="trains nothing"):
+        make_recipe(values)
 
 
 def test_an_unknown_part_of_lr_for_is_named() -> None:

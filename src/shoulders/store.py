@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from shoulders.files import writing_to
 
+WAIT = 30.0  # seconds for another process to make the store
 MAPPED = 1 << 34  # bytes of the file that SQLite may map
 
 
@@ -27,9 +29,9 @@ class ArrayStore:
         with writing_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._db = self._open(path)
+            self._db = self._opened(path)
         except sqlite3.OperationalError:
-            # Locked, or on a file system that SQLite cannot use: keep them in memory instead.
+            # On a file system that SQLite cannot use: keep them in memory instead.
             self._db = self._open(":memory:")
         except sqlite3.DatabaseError:
             # A damaged store costs only recomputing: start it again.
@@ -55,6 +57,18 @@ class ArrayStore:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    @classmethod
+    def _opened(cls, path: Path) -> sqlite3.Connection:
+        until = time.monotonic() + WAIT
+        while True:
+            try:
+                return cls._open(path)
+            except sqlite3.OperationalError as error:
+                # Processes that begin together: one turns logging on, which waits for nobody.
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
 
     @staticmethod
     def _open(path: Path | str) -> sqlite3.Connection:

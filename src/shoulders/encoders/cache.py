@@ -23,9 +23,9 @@ RECENT = 64  # texts: several passes and rounds read the same one
 class EncoderCache:
     """Cached states of one frozen encoder.
 
-    Every text is encoded alone, so that its states are a function of the text only: a value
-    from the cache equals a fresh one bit for bit, whatever batch it was first seen in, and
-    a resumed run equals an undisturbed one.
+    Every text is encoded alone, so that its states are a function of the text only (and of how many
+    threads compute, which is part of their key): a value from the cache equals a fresh one bit for
+    bit, whatever batch it was first seen in, and a resumed run equals an undisturbed one.
     """
 
     def __init__(self, encoder: FrozenEncoder, folder: Path | None = None) -> None:
@@ -54,7 +54,7 @@ class EncoderCache:
         self._store.close()
 
     def _one(self, text: str) -> np.ndarray:
-        key = hashlib.sha256(text.encode()).digest()
+        key = hashlib.sha256(f"{torch.get_num_threads()} {text}".encode()).digest()
         found = self._store.get(key)
         if found is not None:
             return found

@@ -37,6 +37,11 @@ class FrozenEncoder:
         return int(self.model.config.hidden_size)
 
     @property
+    def embedding_size(self) -> int:
+        """Width of what its layers are given: of soft prompts, too."""
+        return int(self._embedding.weight.shape[1])
+
+    @property
     def device(self) -> torch.device:
         """Device of the encoder's weights."""
         return self._embedding.weight.device

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
-from shoulders.errors import placed
+from shoulders.errors import DataError, placed
 from shoulders.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
@@ -94,6 +94,7 @@ def evaluate(
     decoding: DecodingConfig = EVALUATION_DECODING,
     normalizer: Normalizer = "general",
     on_rows: Callable[[int], None] | None = None,
+    rank: bool = True,
 ) -> Evaluation:
     """Answer every row under its task's first template and score the answers.
 
@@ -104,6 +105,7 @@ def evaluate(
         decoding: greedy and at most 32 tokens by default; the answer is the first line.
         normalizer: what exact match compares: `general` (see `metrics.normalize`) or SQuAD's.
         on_rows: called with the number of rows after each batch.
+        rank: whether to rank options at all.
 
     Returns:
         Exact match, F1 and, where rows have options, rank accuracy: percentages with 95%
@@ -115,11 +117,13 @@ def evaluate(
         WindowError: names the file and line of the row that does not fit the LM's window; its
             number (from 1), where rows come from no file.
     """
+    if not rows:
+        raise DataError("no rows: there is nothing to answer")
     started = time.perf_counter()
     texts = [templates.render(row, 0) for row in rows]
     with placed(texts, [row.where or f"row {i}" for i, row in enumerate(rows, 1)]):
         answers = skill.generate(texts, decoding, on_rows=on_rows)
-        ranked = _rank(skill, rows, texts)
+        ranked = _rank(skill, rows, texts) if rank else {}
     compare = normalize if normalizer == "general" else normalize_squad
     predictions = [
         Prediction(

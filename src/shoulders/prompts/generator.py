@@ -60,7 +60,7 @@ class PromptGenerator(nn.Module):
                     f"encoder_prompt {config.encoder_prompt} leaves no room for the input: "
                     f"{self._encoder.name} reads {self._encoder.max_tokens} positions"
                 )
-            shape = (config.encoder_prompt, self._encoder.hidden_size)
+            shape = (config.encoder_prompt, self._encoder.embedding_size)
             self.encoder_prompt = nn.Parameter(torch.zeros(shape))
         else:
             self._cache = EncoderCache(self._encoder)

@@ -6,7 +6,7 @@ points (Lester et al. 2021, section 3.2; PEFT's own benchmark tables agree).
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,7 +22,8 @@ class InitConfig(BaseModel):
     Attributes:
         source: `text` repeats (or cuts) `text` to p tokens; `labels` does so with the class
             labels; `vocabulary` samples p of the `top` most common tokens (byte-pair
-            vocabularies are stored by frequency, so these are the lowest ids).
+            vocabularies are stored by frequency, so these are the lowest ids). By default what
+            is given, else the vocabulary.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +32,16 @@ class InitConfig(BaseModel):
     text: str | None = None
     labels: tuple[str, ...] = ()
     top: int = Field(default=5000, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "source" not in values:
+            given = [name for name in ("text", "labels") if values.get(name)]
+            if len(given) == 2:
+                raise ValueError("init.text and init.labels: give one, or say init.source")
+            return {**values, "source": given[0]} if given else values
+        return values
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -48,7 +48,7 @@ class ProposeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n: int = Field(default=8, ge=1)
-    temperature: float = Field(default=0.8, ge=0)
+    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(default=24, ge=1)
     seed: int = Field(default=0, ge=0)

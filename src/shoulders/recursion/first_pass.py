@@ -20,14 +20,15 @@ from shoulders.lm.prompt import Prompt
 from shoulders.lm.states import states
 from shoulders.store import ArrayStore
 
-VERSION = 1  # part of the file's name: raise it when a pass of the same weights changes its result
+VERSION = 2  # part of the file's name: raise it when a pass of the same weights changes its result
 
 
 class FirstPass:
     """States of rows of token ids, each read alone.
 
-    Alone, so that they are a function of the row only: a kept value equals a fresh one bit for
-    bit, whichever batch it was first seen in, and a resumed run equals an undisturbed one.
+    Alone, so that they are a function of the row only (and of how many threads compute, which is
+    part of their key): a kept value equals a fresh one bit for bit, whichever batch it was first
+    seen in, and a resumed run equals an undisturbed one.
 
     Args:
         lm: the frozen LM.
@@ -58,7 +59,9 @@ class FirstPass:
 
     @torch.no_grad()
     def _one(self, ids: Sequence[int]) -> np.ndarray:
-        key = hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).digest()
+        key = hashlib.sha256(
+            np.asarray([torch.get_num_threads(), *ids], dtype=np.int64).tobytes()
+        ).digest()
         found = self._store.get(key)
         if found is not None:
             return found

@@ -20,7 +20,7 @@ from rich.console import Console
 from shoulders.data.mixture import MixtureConfig
 from shoulders.encoders.load import load_encoder
 from shoulders.errors import TrainingError
-from shoulders.files import atomic_path, read_noted, remove_partial, write_json
+from shoulders.files import atomic_path, only_writer, read_noted, remove_partial, write_json
 from shoulders.lm.load import load_lm
 from shoulders.machine import machine
 from shoulders.reader.answers import has_answer
@@ -36,6 +36,7 @@ from shoulders.skills.reader import Reader
 from shoulders.skills.reader_artefact import FILE, save_reader
 from shoulders.skills.skill import Skill
 from shoulders.training.confidence import fitted_confidence
+from shoulders.training.processes import Processes
 from shoulders.training.reader_recipe import ReaderRecipe
 from shoulders.training.recipe import Recipe
 from shoulders.training.rerank import trained_reranker
@@ -57,12 +58,20 @@ def run_reader_recipe(
 
     Raises:
         TrainingError: `out` holds a finished reader, or an unfinished one without `resume`.
-        DataError, LMError, RecipeError, ShouldersError: what cannot be read or written.
+        DataError, LMError, RecipeError, ShouldersError: what cannot be read or written, or is
+            written by another process.
     """
     if (out / FILE).exists():
         raise TrainingError(f"{out}: already holds a finished reader; choose another --out")
     if out.exists() and any(out.iterdir()) and not resume:
         raise TrainingError(f"{out}: holds an unfinished run; add --resume or choose another --out")
+    if Processes.started().count > 1:
+        raise TrainingError("a reader is trained in stages, one after another: start one process")
+    with only_writer(out / CONTEXTS):  # the prompt's own training locks `out` itself
+        return _run(recipe, out, watch, console)
+
+
+def _run(recipe: ReaderRecipe, out: Path, watch: Watch, console: Console) -> Reader:
     started = time.monotonic()
     same_recipe(recipe, out / RECIPE, hashes_of([*recipe.reader.train, *recipe.reader.validation]))
     train, validation = questions_of(recipe)

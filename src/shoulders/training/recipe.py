@@ -61,6 +61,17 @@ class Recipe(BaseModel):
             raise ValueError(
                 "training.select: exact_match needs rows to select on: data.validation"
             )
+        parts = {
+            f"passes.{number}.{kind}": number
+            for number, one in enumerate(self.skill.passes)
+            for kind in ("prompt", "link")
+            if getattr(one, kind) not in (None, "same")
+        }
+        if not any(number in self.skill.stage for number in parts.values()):
+            raise ValueError("the recipe trains nothing: give its last pass a prompt")
+        for part in self.start:
+            if part not in parts:
+                raise ValueError(f"start.{part}: the skill has no such part{nearest(part, parts)}")
         proposing = self.skill.before_text() is not None
         if proposing and (self.cross_fit is None or self.data is None):
             raise ValueError(

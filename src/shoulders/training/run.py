@@ -17,7 +17,7 @@ from shoulders.data.mixture import Mixture, MixtureConfig, select_rows
 from shoulders.data.rows import Row, read_rows, task_of
 from shoulders.data.templates import Templates
 from shoulders.encoders.load import load_encoder
-from shoulders.errors import TrainingError, require
+from shoulders.errors import DataError, TrainingError, require
 from shoulders.files import only_writer, sha256_of_path
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
@@ -174,20 +174,37 @@ def _text_data(
 
 
 def load_data(config: MixtureConfig) -> tuple[list[Row], list[Row], Templates]:
-    """Return training rows, validation rows and templates of a recipe's `data`."""
+    """Return training rows, validation rows and templates of a recipe's `data`.
+
+    Raises `DataError` for what cannot be read, or where no validation row is of the tasks chosen.
+    """
     rows = read_all(config.train)
     # Rows that name no task belong to the one that they are named after, in both files.
     task = task_of(config.train[0]) if len(config.train) == 1 else None
     validation = select_rows(read_all(config.validation, task), config, missing_ok=True)
+    if config.validation and not validation:
+        select_rows(rows, config)  # a task that is in no file is told as such
+        raise DataError(
+            f"{config.validation[0]}: no row of the tasks that data.tasks and data.exclude leave; "
+            "give others, or no data.validation"
+        )
     if config.templates is None:
         return rows, validation, Templates()
     return rows, validation, Templates.read(Path(config.templates))
 
 
 def unseen_rows(rows: Sequence[Row], training: Sequence[Row]) -> list[Row]:
-    """Return the rows whose task and input do not occur in `training` (promise 2)."""
-    seen = {(row.task, row.input) for row in training}
-    return [row for row in rows if (row.task, row.input) not in seen]
+    """Return the rows that do not occur in `training` (promise 2): their task and input.
+
+    Of a task that nothing is trained on, their input: rows without a task are named after files.
+    """
+    seen, inputs = {(row.task, row.input) for row in training}, {row.input for row in training}
+    tasks = {task for task, _ in seen}
+    return [
+        row
+        for row in rows
+        if ((row.task, row.input) not in seen if row.task in tasks else row.input not in inputs)
+    ]
 
 
 def read_all(paths: Sequence[str], task: str | None = None) -> list[Row]:

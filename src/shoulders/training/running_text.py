@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from shoulders.training.objective import Example
 from shoulders.training.step import losses_of
 
 TASK = "text"
+LINES = 4096  # that are tokenized at once: their tokens are Python's numbers for a while
 
 
 class RunningText:
@@ -58,8 +60,9 @@ class RunningText:
         wanted = count if most is None else min(most, count)
         return [self._example(self.chunks[i * count // wanted]) for i in range(wanted)]
 
-    def _example(self, ids: list[int]) -> Example:
-        return Example("", input_ids=[*self._start, *ids[:1]], answer_ids=ids[1:], task=TASK)
+    def _example(self, chunk: np.ndarray) -> Example:
+        first, *others = chunk.tolist()
+        return Example("", input_ids=[*self._start, first], answer_ids=others, task=TASK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,11 @@ def perplexity(
     return Perplexity(math.exp(total / tokens), tokens, total / tokens)
 
 
-def chunks_of(lm: FrozenLM, file: Path, chunk: int) -> list[list[int]]:
-    """Return a file's tokens in chunks; raises `DataError` for what is no text, or too short."""
+def chunks_of(lm: FrozenLM, file: Path, chunk: int) -> list[np.ndarray]:
+    """Return a file's tokens in chunks, int32.
+
+    Raises `DataError` for what is no text, or too short.
+    """
     if not file.is_file():
         raise DataError(f"{file}: no such file; check the path in the recipe")
     try:
@@ -105,7 +111,11 @@ def chunks_of(lm: FrozenLM, file: Path, chunk: int) -> list[list[int]]:
         raise DataError(f"{file}: cannot read: {error.strerror or error}") from error
     # By paragraphs: tokenizers take quadratic time for very long texts.
     lines = text.splitlines(keepends=True)
-    ids = [i for own in lm.tokenize(lines) for i in own] if lines else []
+    parts = [
+        np.fromiter(itertools.chain.from_iterable(lm.tokenize(lines[at : at + LINES])), np.int32)
+        for at in range(0, len(lines), LINES)
+    ]
+    ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     chunks = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
     if chunks and len(chunks[-1]) < 2:
         chunks.pop()

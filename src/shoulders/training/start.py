@@ -124,6 +124,10 @@ def begin_at(skill: Skill, parts: Mapping[str, Path], lm: FrozenLM) -> None:
                 f"start.{part}: {folder} was trained on '{artefact.lm.name}' "
                 f"({artefact.lm.fingerprint}), not on '{lm.name}' ({lm.fingerprint})"
             )
+        if missing := _encoders(skill, part) - {e.fingerprint for e in artefact.encoders}:
+            raise RecipeError(
+                f"start.{part}: {folder} was trained on other encoders, not on {missing.pop()}"
+            )
         found = part_of(folder, part.rpartition(".")[2])
         own: dict[str, Tensor] = {}
         for network in skill.networks():
@@ -145,6 +149,14 @@ def begin_at(skill: Skill, parts: Mapping[str, Path], lm: FrozenLM) -> None:
         with torch.no_grad():
             for name, value in wanted.items():  # views of the networks' own tensors
                 value.copy_(found[name])
+
+
+def _encoders(skill: Skill, part: str) -> set[str]:
+    """Return the fingerprints of the encoders that a part of a skill reads with."""
+    producers = [*(earlier.producer for earlier in skill.parts.earlier), skill.parts.producer]
+    names = [f"passes.{number}.prompt" for number in skill.config.stage]
+    found = dict(zip(names, producers, strict=True)).get(part)
+    return set() if found is None else {encoder.fingerprint for encoder in found.encoders()}
 
 
 def part_of(folder: Path, kind: str) -> dict[str, Tensor]:
