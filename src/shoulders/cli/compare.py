@@ -60,7 +60,7 @@ def compare(
     from shoulders.comparison.own_rows import plan_of_rows, untested
     from shoulders.comparison.plan import Plan, read_plan
     from shoulders.comparison.run import run_comparison
-    from shoulders.training.recipe import override
+    from shoulders.training.keys import override
 
     if [plan is None, data is None, not join].count(False) != 1:
         raise ShouldersError("give either a plan (YAML), or --data FILE.jsonl, or --join FILEs")

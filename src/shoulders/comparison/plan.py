@@ -12,7 +12,8 @@ from shoulders.data.mixture import MixtureConfig
 from shoulders.errors import RecipeError, nearest
 from shoulders.skills.config import SkillConfig, TextFormat
 from shoulders.training.configs import LMConfig, OptimizerConfig
-from shoulders.training.recipe import explain, located, read_values
+from shoulders.training.keys import explain
+from shoulders.training.recipe import located, read_values
 
 BARE = ("zero_shot", "few_shot")
 FROZEN = ("static", "static_kv", "static_lowrank", "static_lora", "idpt", "idspam", "idpt_kv",

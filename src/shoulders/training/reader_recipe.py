@@ -14,7 +14,8 @@ from shoulders.skills.config import SkillConfig
 from shoulders.skills.reader import ReadingConfig
 from shoulders.skills.reader_artefact import SearchConfig
 from shoulders.training.configs import CrossFitConfig, LMConfig, TrainingConfig
-from shoulders.training.recipe import explain, located, read_values, with_rates
+from shoulders.training.keys import explain
+from shoulders.training.recipe import located, read_values, with_rates
 
 
 class RerankingConfig(BaseModel):
