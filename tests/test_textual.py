@@ -419,7 +419,7 @@ def test_killed_at_any_stage_it_ends_the_same(trained: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     recipe = trained / "given" / "textual.yaml"
     command = [sys.executable, "-m", "shoulders", "train", str(recipe), "--out", str(out)]
-    stages = iter(("first/skill.json", "folds/*/skill.json", "second/train.jsonl"))
+    stages = iter(("parts/first/skill.json", "folds/*/skill.json", "second/train.jsonl"))
     kills = 0
     while not (out / "skill.json").is_file():
         process = subprocess.Popen(
@@ -432,8 +432,9 @@ def test_killed_at_any_stage_it_ends_the_same(trained: Path, tmp_path: Path) -> 
         if (reached := next(stages, None)) is not None:
             while not [*out.glob(reached)] and process.poll() is None:
                 time.sleep(0.002)
-            kills += process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                kills += 1
+                os.killpg(process.pid, signal.SIGKILL)
         _, errors = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), errors.decode()
     assert kills == 3
