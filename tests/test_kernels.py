@@ -360,7 +360,7 @@ def test_nan_in_a_row_stays_in_it_and_is_seen(compiled: Kernels) -> None:
 
 
 def test_a_damaged_library_is_built_again_by_a_compiler_with_arguments(
-    compiled: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CC", f"env {shutil.which('cc') or 'gcc'}")
     monkeypatch.setenv("SHOULDERS_CACHE", str(tmp_path / "one"))
