@@ -28,7 +28,8 @@ from shoulders.comparison.join import joined
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method, methods_of, parameters
 from shoulders.comparison.own_rows import plan_of_rows, untested
-from shoulders.comparison.plan import Plan, SearchConfig, make_plan, read_plan
+from shoulders.comparison.parts import SearchConfig
+from shoulders.comparison.plan import Plan, make_plan, read_plan
 from shoulders.comparison.report import write_report
 from shoulders.comparison.rows import rows_of
 from shoulders.comparison.run import run_comparison

@@ -31,7 +31,8 @@ from shoulders.reader.contexts import Contexts
 from shoulders.serving import answers as answers_module
 from shoulders.serving import worker as worker_module
 from shoulders.serving.answers import Answering, Disconnected, TimedOutError
-from shoulders.serving.api import Server, Streamed, conversation, create_app
+from shoulders.serving.api import Server, Streamed, create_app
+from shoulders.serving.conversation import conversation
 from shoulders.serving.engine import Engine, EngineConfig, QueueFullError
 from shoulders.serving.guards import status_of
 from shoulders.serving.job import Event, Job
@@ -1117,14 +1118,14 @@ def test_a_chat_template_may_do_as_it_likes_with_messages(
     turns = [("system", "AA"), ("user", "BB")]
     body = {"model": "lm", "messages": [{"role": r, "content": c} for r, c in turns]}
     if wanted is not None:
-        _, ids = conversation(served, served.skills.get("lm"), ChatRequest.model_validate(body))
+        _, ids = conversation(lm, served.skills.get("lm"), ChatRequest.model_validate(body))
         assert ids is not None
         assert lm.text(ids) == lm.text(lm.tokenize([wanted])[0])
         # As the tokenizer reads it, unless users write what only templates may.
         assert ids == lm.tokenize([wanted], markup=True)[0]
         special = lm.tokenizer.all_special_tokens[0]
         body["messages"] = [{"role": r, "content": c + special} for r, c in turns]
-        _, ids = conversation(served, served.skills.get("lm"), ChatRequest.model_validate(body))
+        _, ids = conversation(lm, served.skills.get("lm"), ChatRequest.model_validate(body))
         assert ids is not None
         assert not set(ids) & set(lm.tokenizer.all_special_ids)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from shoulders.comparison.plan import BudgetConfig
+from shoulders.comparison.parts import BudgetConfig
 from shoulders.comparison.setting import Setting
 from shoulders.progress import quiet_progress
 

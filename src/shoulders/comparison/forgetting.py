@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shoulders.comparison.plan import ForgettingConfig
+from shoulders.comparison.parts import ForgettingConfig
 from shoulders.data.rows import Row
 from shoulders.data.templates import Templates
 from shoulders.evaluation.evaluate import evaluate

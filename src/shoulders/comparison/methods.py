@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shoulders.comparison.plan import BARE, TUNED, Plan, Variant
+from shoulders.comparison.parts import Variant
+from shoulders.comparison.plan import BARE, TUNED, Plan
 from shoulders.data.mixture import MixtureConfig
 from shoulders.encoders.frozen import FrozenEncoder
 from shoulders.encoders.load import load_encoder

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from shoulders.comparison.ledger import Ledger
 from shoulders.comparison.methods import Method
-from shoulders.comparison.plan import SearchConfig
+from shoulders.comparison.parts import SearchConfig
 from shoulders.errors import DivergedError, ShouldersError, install
 
 

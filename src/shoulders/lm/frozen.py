@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -27,6 +26,7 @@ from shoulders.lm.prefix_shape import PrefixShape, prefix_shape
 from shoulders.lm.quantized import Quantization
 from shoulders.lm.shard import Shards, decoder_layers
 from shoulders.lm.sites import sites_of
+from shoulders.lm.tokens import Tokens
 from shoulders.lm.updates import Updates
 from shoulders.lm.window import has_local_places, sliding_window_of, window_of
 
@@ -60,6 +60,7 @@ class FrozenLM:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self._tokens = Tokens(tokenizer)
         self.name = name
         self.quantize = quantize
         self._embedding = model.get_input_embeddings()
@@ -75,7 +76,6 @@ class FrozenLM:
             # which ones do must not depend on what a row is beside.
             self.max_positions = self.seen_whole
         self._fingerprint = fingerprint
-        self._asking = threading.Lock()
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         # Whether rows may be laid end to end, each with positions of its own.
         self.packs = self.takes_positions and not has_local_places(model.config)
@@ -130,10 +130,12 @@ class FrozenLM:
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer; the first is the one taught in training."""
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        several = configured if isinstance(configured, list) else [configured]
-        ids = [self.tokenizer.eos_token_id, *several]
-        return tuple(dict.fromkeys(i for i in ids if i is not None))
+        return self._tokens.ends(self.model.generation_config)
+
+    @functools.cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """Token ids that every text begins with; a chat template brings its own."""
+        return self._tokens.starts()
 
     @functools.cached_property
     def prefix_shape(self) -> PrefixShape:
@@ -227,9 +229,8 @@ class FrozenLM:
         if self.shards is not None:
             self.shards.announce()
         if self.sliding_window and mask.dim() == 2 and mask.shape[1] > self.sliding_window:
-            layered = getattr(self.model.config.get_text_config(), "layer_types", None) is not None
             mask = masks_by_position(
-                mask, embeddings.shape[1], self.sliding_window, self.dtype, layered=layered
+                mask, embeddings.shape[1], self.sliding_window, self.dtype, self.model.config
             )
         arguments: dict[str, Any] = {"position_ids": positions} if self.takes_positions else {}
         if owner is None:
@@ -276,63 +277,23 @@ class FrozenLM:
             self.shards.settle()
 
     def tokenize(self, texts: Sequence[str], *, markup: bool = False) -> list[list[int]]:
-        """Return token ids of each text; no special tokens are added.
-
-        What reads like a special token (`<|im_end|>`) is plain text, as users' inputs must be,
-        unless `markup` is set: for a chat template's own frame.
-        """
-        if not texts:
-            return []
-        # A fast tokenizer keeps in itself how it is asked: another thread must not change that.
-        with self._asking:
-            ids: list[list[int]] = self.tokenizer(
-                list(texts),
-                add_special_tokens=False,
-                split_special_tokens=not markup,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
-        return ids
-
-    @functools.cached_property
-    def start_ids(self) -> tuple[int, ...]:
-        """Token ids that every text begins with, as the LM's own tokenizer has it.
-
-        Llama's, Mistral's and Gemma's put `<s>` there, SmolLM2's and Qwen's nothing; LMs that were
-        taught with it answer far worse without. A chat template brings its own.
-        """
-        with self._asking:
-            whole: list[int] = self.tokenizer("a")["input_ids"]
-        (plain,) = self.tokenize(["a"])
-        width = len(plain)
-        found = (k for k in range(len(whole)) if whole[k : k + width] == plain)
-        return tuple(whole[: next(found, 0)])
+        """Return token ids of each text, special ones only with `markup`; see `Tokens`."""
+        return self._tokens.of(texts, markup=markup)
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; special tokens are left out, spaces kept as they are."""
-        text: str = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+        return self._tokens.text(ids)
 
     @functools.cached_property
     def _packed_head(self) -> Head | None:
-        if (
-            self._cap is not None
-            or self.blocks is None
-            or self.precision not in ("int8", "bfloat16")
-        ):
+        capped = self._cap is not None
+        if capped or self.blocks is None or self.precision not in ("int8", "bfloat16"):
             return None  # float32 stays exact
         return Head.of(self._head)
 
     @property
     def _cap(self) -> float | None:
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-
-    @property
-    def placed(self) -> dict[str, Any]:
-        """Where a device map has put the LM's modules; empty without one."""
-        return getattr(self.model, "hf_device_map", None) or {}
 
     @functools.cached_property
     def _hooks(self) -> LayerHooks:

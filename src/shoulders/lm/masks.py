@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def masks_by_position(
-    mask: Tensor, s: int, window: int, dtype: torch.dtype, *, layered: bool
-) -> Any:
+def masks_by_position(mask: Tensor, s: int, window: int, dtype: torch.dtype, config: Any) -> Any:
     """Return additive masks for full and sliding layers, counting real positions only.
 
     transformers' own sliding mask counts places, so that pads between a cached prefix and
@@ -21,7 +19,7 @@ def masks_by_position(
         s: positions that are read now.
         window: how many positions a sliding layer sees.
         dtype: of the scores that the masks are added to.
-        layered: whether the LM's layers are of both kinds, and take masks by their kind's name.
+        config: the LM's; where its layers are of both kinds they take masks by their kind's name.
     """
     place = torch.arange(mask.shape[1], device=mask.device)
     position = mask.cumsum(1) - 1
@@ -30,4 +28,6 @@ def masks_by_position(
     low = torch.finfo(dtype).min
     zeros = torch.zeros(seen.shape, dtype=dtype, device=mask.device)[:, None]
     full, sliding = (zeros.masked_fill(~m[:, None], low) for m in (seen, seen & near))
-    return {"full_attention": full, "sliding_attention": sliding} if layered else sliding
+    if getattr(config.get_text_config(), "layer_types", None) is None:
+        return sliding
+    return {"full_attention": full, "sliding_attention": sliding}

@@ -25,7 +25,8 @@ class PrefixShape:
 @torch.no_grad()
 def prefix_shape(lm: FrozenLM) -> PrefixShape:
     """Return the shape of an LM's cache; raises `LMError` where layers differ in shape or place."""
-    if len({d for d in lm.placed.values() if d not in ("cpu", "disk")}) > 1:
+    placed = getattr(lm.model, "hf_device_map", None) or {}  # a device map's
+    if len({d for d in placed.values() if d not in ("cpu", "disk")}) > 1:
         raise LMError(
             f"{lm.name}: its layers compute on several devices, where a key/value prefix "
             "does not follow them; use a producer of input vectors, or another device_map"

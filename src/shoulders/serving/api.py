@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -22,6 +20,7 @@ from shoulders.errors import ShouldersError
 from shoulders.lm.decode import Completion, DecodingConfig
 from shoulders.serving import replies
 from shoulders.serving.answers import Answering, Disconnected, Piece, new_seed
+from shoulders.serving.conversation import conversation
 from shoulders.serving.engine import Engine
 from shoulders.serving.guards import LOG, bearer, handle_errors, status_of, watch_requests
 from shoulders.serving.leaving import Leaving
@@ -124,7 +123,7 @@ def create_app(server: Server, origins: Sequence[str] = ()) -> FastAPI:
         top = max(1, body.top_logprobs or 0) if body.logprobs else 0
         decoding = body.decoding(body.most, top, new_seed())
         # Long ones take their time, in which others are to be answered.
-        inputs = [await asyncio.to_thread(conversation, server, served, body)]
+        inputs = [await asyncio.to_thread(conversation, server.skills.lm, served, body)]
         form = Form(
             "chatcmpl", replies.chat_reply, body.top_logprobs or 0 if body.logprobs else None
         )
@@ -258,47 +257,6 @@ async def _from(first: Piece, pieces: AsyncGenerator[Piece, None]) -> AsyncItera
     yield first
     async for piece in pieces:
         yield piece
-
-
-def conversation(server: Server, served: Served, body: ChatRequest) -> tuple[str, list[int] | None]:
-    """Return a conversation as an input; the LM itself reads it in its own template, once.
-
-    A skill reads one input: the messages' texts, in order. With one message, exactly that.
-
-    Raises:
-        ShouldersError: the LM has no chat template, or it refuses these messages.
-    """
-    text = "\n".join(message.text for message in body.messages)
-    lm = server.skills.lm
-    if served.folder is not None:
-        return text, None
-    if not lm.tokenizer.chat_template:
-        raise ShouldersError(f"{served.name} has no chat template; use /v1/completions")
-    turns = [{"role": m.role, "content": m.text} for m in body.messages]
-
-    def framed_with(contents: Sequence[str]) -> str:
-        said = [{**turn, "content": own} for turn, own in zip(turns, contents, strict=True)]
-        try:
-            framed: str = lm.tokenizer.apply_chat_template(
-                said, tokenize=False, add_generation_prompt=True
-            )
-        except jinja2.TemplateError as error:
-            raise ShouldersError(f"{served.name}'s chat template: {error}") from None
-        return framed
-
-    special = {*lm.tokenizer.all_special_tokens, *lm.tokenizer.get_added_vocab()}
-    if not any(token in message.text for message in body.messages for token in special):
-        whole = framed_with([message.text for message in body.messages])
-        return text, lm.tokenize([whole], markup=True)[0]
-    framed = framed_with([f"\x00{i}\x00" for i in range(len(turns))])
-    # The frame's special tokens are special; what users write never is. Templates may move
-    # messages, leave some out, or repeat one.
-    ids: list[int] = []
-    for place, piece in enumerate(re.split("\x00([0-9]+)\x00", framed)):
-        written = place % 2 == 1
-        said = turns[int(piece)]["content"] if written else piece
-        ids += lm.tokenize([said], markup=not written)[0] if said else []
-    return text, ids
 
 
 def count(

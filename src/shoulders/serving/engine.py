@@ -6,8 +6,6 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,47 +14,18 @@ from shoulders.errors import ShouldersError, WindowError
 from shoulders.lm.decode import Completion
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.lent import is_quantised
-from shoulders.lm.prompt import Prompt
-from shoulders.lm.reading import read_once
 from shoulders.lm.streams import MOST
-from shoulders.prompts.interface import Producer
 from shoulders.recursion.chain import Hop
 from shoulders.serving.job import Ask, Job, Plan, plan
+from shoulders.serving.remote import Remote
 from shoulders.serving.rows import Entry
 from shoulders.serving.worker import Worker
+from shoulders.serving.written import WrittenPrompts
 from shoulders.skills.skill import Skill
 
 
 class QueueFullError(ShouldersError):
     """There are as many jobs as the engine takes at once; ask again later."""
-
-
-class Remote(Protocol):
-    """An engine elsewhere, that runs the same LM: see `shoulders.serving.vllm_engine`."""
-
-    tokens: int
-    """New tokens since the start."""
-
-    @property
-    def running(self) -> int:
-        """Samples that it is answering."""
-        ...
-
-    def healthy(self) -> bool:
-        """Tell whether it can answer."""
-        ...
-
-    def takes(self, prompt: Prompt) -> bool:
-        """Tell whether it can read a prompt."""
-        ...
-
-    def give(self, entry: Entry) -> None:
-        """Answer an entry of a single pass."""
-        ...
-
-    def close(self) -> None:
-        """Break off what is running."""
-        ...
 
 
 class EngineConfig(BaseModel):
@@ -115,9 +84,7 @@ class Engine:
             for i in range(count)
         ]
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        # A skill that is served no more, and has no job left, takes its prompts with it. They are
-        # kept as written, and as the local LM has read them.
-        self._prompts: WeakKeyDictionary[Producer, dict[bool, Prompt]] = WeakKeyDictionary()
+        self._prompts = WrittenPrompts(lm)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._jobs = 0
@@ -249,7 +216,7 @@ class Engine:
             prompt = None
             here = self._remote is None or bool(skill.parts.earlier or ask.others)
             if self._remote is not None and not here:
-                prompt = self._prompt(skill, -1, ask.text, read=False)
+                prompt = self._prompts.of(skill, -1, ask.text, read=False)
                 here = not self._remote.takes(prompt)
             if here and not self._workers:
                 raise ShouldersError(
@@ -257,9 +224,9 @@ class Engine:
                     "engine serves Llama-style LMs on CPUs alone"
                 )
             if prompt is None:
-                prompt = self._prompt(skill, -1, ask.text, read=True)
+                prompt = self._prompts.of(skill, -1, ask.text, read=True)
             hops = [
-                Hop(self._prompt(skill, i, ask.text, read=True), earlier.link)
+                Hop(self._prompts.of(skill, i, ask.text, read=True), earlier.link)
                 for i, earlier in enumerate(skill.parts.earlier)
             ]
             if ask.shown:
@@ -298,23 +265,8 @@ class Engine:
         self._check(ids)
         if ask.shown:
             job.prompt_tokens += len(ids)
-        prompt = self._prompt(skill, -1, ask.text, read=True)
+        prompt = self._prompts.of(skill, -1, ask.text, read=True)
         return Entry(job, ask, ids, prompt, [], lambda _: None)
-
-    def _prompt(self, skill: Skill, number: int, text: str, *, read: bool) -> Prompt:
-        """Return a pass's prompt for a text; one that never changes is written once.
-
-        With `read` the local LM has also read it once: its keys/values stand for it.
-        """
-        producer = skill.parts.producer if number < 0 else skill.parts.earlier[number].producer
-        if producer is not None and (kept := self._prompts.get(producer, {}).get(read)) is not None:
-            return kept
-        with torch.no_grad():
-            prompt = skill.written(number, [text])
-            if producer is not None and prompt.shared:
-                prompt = read_once(self.lm, prompt) if read else prompt
-                self._prompts.setdefault(producer, {})[read] = prompt
-        return prompt
 
     def _end(self) -> None:
         with self._idle:

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from shoulders.lm.decode import Completion
 from shoulders.serving.answers import Answering, new_seed
-from shoulders.serving.api import Server, conversation, count
+from shoulders.serving.api import Server, count
+from shoulders.serving.conversation import conversation
 from shoulders.serving.guards import LOG, status_of
 from shoulders.serving.schema import ChatRequest
 from shoulders.serving.skillset import Served
@@ -107,7 +108,7 @@ async def _streamed(
     server: Server, served: Served, body: ChatRequest, question: str
 ) -> AsyncGenerator[Shown, None]:
     templated = served.folder is None and server.skills.lm.tokenizer.chat_template
-    given = conversation(server, served, body) if templated else (question, None)
+    given = conversation(server.skills.lm, served, body) if templated else (question, None)
     decoding = body.decoding(body.most, 0, new_seed())
     answering = Answering(server.engine, served, [given], decoding, body.timeout)
     text, ended = "", None

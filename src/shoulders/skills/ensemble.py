@@ -20,9 +20,9 @@ from shoulders.lm.prompt import Prompt
 from shoulders.lm.score import Score, score_whole
 from shoulders.lm.together import Together
 from shoulders.skills.config import BATCH_ROWS, BATCH_TOKENS, SkillConfig
-from shoulders.skills.framing import Unprefixed
+from shoulders.skills.framing import Unprefixed, any_texts, stripped
 from shoulders.skills.generating import batched
-from shoulders.skills.skill import Skill, any_texts
+from shoulders.skills.skill import Skill
 
 
 class Ensemble:
@@ -111,7 +111,8 @@ class Ensemble:
         longest = [max(map(len, own)) for own in zip(*ids, strict=True)]
         limits = (max(1, limit // len(self.members)) for limit in (BATCH_ROWS, BATCH_TOKENS))
         answers = batched(self.lm, longest, decoding, one, on_rows, *limits)
-        return [[self.members[0].stripped(c) for c in several] for several in answers]
+        prefix = self.config.format.answer_prefix
+        return [[stripped(c, prefix) for c in several] for several in answers]
 
     def stream(self, text: str, decoding: DecodingConfig) -> Iterator[Delta]:
         """Generate for one text, yielding pieces of text as they become certain."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from shoulders.errors import LMError, WindowError
-from shoulders.lm.decode import Delta
+from shoulders.errors import LMError, ShouldersError, WindowError
+from shoulders.lm.decode import Completion, Delta
 from shoulders.lm.frozen import FrozenLM
 from shoulders.skills.config import TextFormat
 from shoulders.skills.spelling import most_tokens, spelled
@@ -156,5 +156,18 @@ class Unprefixed:
             self._begun.add(key)
             text = text.removeprefix(self._prefix)
         if delta.completion is not None:
-            delta.completion.text = delta.completion.text.removeprefix(self._prefix)
+            stripped(delta.completion, self._prefix)
         return replace(delta, text=text)
+
+
+def any_texts(texts: Sequence[str]) -> bool:
+    """Return whether there are any; a text by itself would be taken letter by letter."""
+    if isinstance(texts, str):
+        raise ShouldersError(f"give a list of texts: ['{texts[:40]}']")
+    return len(texts) > 0
+
+
+def stripped(completion: Completion, prefix: str) -> Completion:
+    """Take the answer prefix, which is not part of the answer, off a completion's text."""
+    completion.text = completion.text.removeprefix(prefix)
+    return completion

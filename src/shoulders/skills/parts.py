@@ -40,6 +40,12 @@ class Parts(NamedTuple):
     producer: Producer | None
     trained: nn.Module | None
 
+    @property
+    def prompt_length(self) -> int:
+        """Window positions that the longest prompt of its passes takes."""
+        producers = (self.producer, *(one.producer for one in self.earlier))
+        return max(producer.length if producer else 0 for producer in producers)
+
 
 def build_parts(
     lm: FrozenLM,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from shoulders.lm.decode import Completion, DecodingConfig
+from shoulders.errors import ShouldersError
+from shoulders.lm.decode import Completion, DecodingConfig, Delta
 from shoulders.recursion.candidates import (
     Candidate,
     ProposeConfig,
+    chosen,
     merged,
     shown,
     subsets,
@@ -81,8 +83,8 @@ class Proposals:
             if not candidates:
                 break
             asked = []
-            for sample, chosen in enumerate(subsets(text, len(candidates), config, number)):
-                part = [candidates[i] for i in chosen]
+            for sample, picked in enumerate(subsets(text, len(candidates), config, number)):
+                part = [candidates[i] for i in picked]
                 read = shown(text, part, config, count, room).text
                 asked.append(Wanted(reader, read, config.decoding(number, sample)))
             answers = yield asked
@@ -110,6 +112,37 @@ class Proposals:
                     found[i] = stop.value
                     del wanted[i]
         return [found[i] for i in range(len(rows))]
+
+    def answered(
+        self,
+        texts: Sequence[str],
+        reader: Skill,
+        decoding: DecodingConfig,
+        on_rows: OnRows | None = None,
+    ) -> list[list[Completion]]:
+        """Return `reader`'s answers to inputs with their candidates, or those a chooser takes.
+
+        A candidate's tokens are not kept; its length and end were those of `propose`.
+
+        Raises `ShouldersError` where several answers are wanted of a chooser, which has one.
+        """
+        chooser = self.config.chooser
+        if chooser != "second_pass" and decoding.n > 1:
+            raise ShouldersError(f"chooser {chooser} has one answer: n must be 1")
+        found = self.propose(texts, reader)
+        if chooser == "second_pass":
+            return reader.generate([own.text for own in found], decoding, on_rows=on_rows)
+        if on_rows is not None:
+            on_rows(len(texts))
+        best = [chosen(own.candidates, chooser) for own in found]
+        return [[Completion(one.text, [], one.logprob, "stop")] for one in best]
+
+    def streamed(self, text: str, reader: Skill, decoding: DecodingConfig) -> Iterator[Delta]:
+        """Yield the pieces of `answered`; what a chooser takes is one."""
+        if self.config.chooser == "second_pass":
+            return reader.stream(self.propose([text], reader)[0].text, decoding)
+        completion = self.answered([text], reader, decoding)[0][0]
+        return iter([Delta(0, 0, completion.text, completion)])
 
 
 def _answered(wanted: Sequence[Wanted], on_rows: OnRows | None) -> Iterator[list[Completion]]:

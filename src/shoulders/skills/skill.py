@@ -15,13 +15,12 @@ from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.prompt import Prompt
 from shoulders.lm.score import Score
 from shoulders.prompts.interface import Producer
-from shoulders.recursion.candidates import Candidate, chosen
 from shoulders.recursion.chain import FirstStates, Hop, Hops, embeddings
 from shoulders.skills.config import SkillConfig, TextFormat
-from shoulders.skills.framing import Framing, Unprefixed
+from shoulders.skills.framing import Framing, Unprefixed, any_texts, stripped
 from shoulders.skills.generating import generated
 from shoulders.skills.parts import Parts, build_parts, encoders_of, written
-from shoulders.skills.proposals import Proposals, Proposed
+from shoulders.skills.proposals import OnRows, Proposals, Proposed
 from shoulders.skills.scoring import scored
 
 NO_PARTS = Parts((), None, None)
@@ -47,12 +46,13 @@ class Skill:
         config: SkillConfig,
         parts: Parts = NO_PARTS,
         proposals: Proposals | None = None,
+        first: FirstStates | None = None,
     ) -> None:
         self.lm = lm
         self.config = config
         self.parts = parts
         self.proposals = proposals
-        self._first: FirstStates | None = None
+        self._first = first
 
     @classmethod
     def base(cls, lm: FrozenLM, config: SkillConfig | None = None) -> Skill:
@@ -110,9 +110,7 @@ class Skill:
         """
         if not self.parts.earlier or self.parts.earlier[0].producer is not None:
             raise ShouldersError("only a first pass without a prompt can be remembered")
-        skill = Skill(self.lm, self.config, self.parts, self.proposals)
-        skill._first = first
-        return skill
+        return Skill(self.lm, self.config, self.parts, self.proposals, first)
 
     # -- facts ---------------------------------------------------------------------------
 
@@ -181,8 +179,7 @@ class Skill:
         return Hops(self.lm, self._hops(texts)) if self.parts.earlier else None
 
     def _hops(self, texts: Sequence[str]) -> list[Hop]:
-        earlier = enumerate(self.parts.earlier)
-        return [Hop(self.written(number, texts), one.link) for number, one in earlier]
+        return [Hop(self.written(i, texts), one.link) for i, one in enumerate(self.parts.earlier)]
 
     def input_ids(
         self, texts: Sequence[str], answer_room: int | Sequence[int] = 1
@@ -202,12 +199,7 @@ class Skill:
         """Return each answer's token ids, with the LM's end token."""
         return self._framing.answer_ids(answers)
 
-    def proposed(
-        self,
-        texts: Sequence[str],
-        *,
-        on_rows: Callable[[int], None] | None = None,
-    ) -> list[Proposed]:
+    def proposed(self, texts: Sequence[str], *, on_rows: OnRows | None = None) -> list[Proposed]:
         """Return what the passes before the last text propose for every input.
 
         Raises `ShouldersError` for a skill without such passes.
@@ -223,8 +215,7 @@ class Skill:
     @property
     def prompt_length(self) -> int:
         """Window positions that the longest prompt of its passes takes."""
-        producers = (self.producer, *(e.producer for e in self.parts.earlier))
-        return max(p.length if p else 0 for p in producers)
+        return self.parts.prompt_length
 
     @property
     def _framing(self) -> Framing:
@@ -235,7 +226,7 @@ class Skill:
         texts: Sequence[str],
         decoding: DecodingConfig | None = None,
         *,
-        on_rows: Callable[[int], None] | None = None,
+        on_rows: OnRows | None = None,
     ) -> list[list[Completion]]:
         """Generate `decoding.n` answers per text, in batches of similar length.
 
@@ -256,18 +247,11 @@ class Skill:
             return []
         decoding = decoding or DecodingConfig()
         if self.proposals is not None:
-            chooser = self.proposals.config.chooser
-            if chooser != "second_pass" and decoding.n > 1:
-                raise ShouldersError(f"chooser {chooser} has one answer: n must be 1")
-            found = self.proposed(texts)
-            if chooser != "second_pass":
-                if on_rows is not None:
-                    on_rows(len(texts))
-                return [[_as_completion(chosen(p.candidates, chooser))] for p in found]
-            return self.last.generate([p.text for p in found], decoding, on_rows=on_rows)
+            return self.proposals.answered(texts, self.last, decoding, on_rows)
         decoding = decoding.behind(self.config.format.answer_prefix)
         answers = generated(self, texts, self.asking_ids(texts, decoding), decoding, on_rows)
-        return [[self.stripped(c) for c in several] for several in answers]
+        prefix = self.config.format.answer_prefix
+        return [[stripped(c, prefix) for c in several] for several in answers]
 
     def stream(self, text: str, decoding: DecodingConfig) -> Iterator[Delta]:
         """Generate for one text, yielding pieces of text as they become certain.
@@ -275,11 +259,7 @@ class Skill:
         Raises `WindowError` where it does not fit.
         """
         if self.proposals is not None:
-            if self.proposals.config.chooser != "second_pass":
-                completion = self.generate([text], decoding)[0][0]
-                return iter([Delta(0, 0, completion.text, completion)])
-            read = self.proposed([text])[0].text
-            return self.last.stream(read, decoding)
+            return self.proposals.streamed(text, self.last, decoding)
         decoding = decoding.behind(self.config.format.answer_prefix)
         with torch.no_grad():
             prompt, source = self.prompt([text]), self.source([text])
@@ -293,7 +273,7 @@ class Skill:
         texts: Sequence[str],
         answers: Sequence[Sequence[str]],
         *,
-        on_rows: Callable[[int], None] | None = None,
+        on_rows: OnRows | None = None,
     ) -> list[list[Score]]:
         """Return the log-likelihood of each text's candidate answers, end token included.
 
@@ -318,20 +298,3 @@ class Skill:
         if self.proposals is not None:
             texts = [found.text for found in self.proposed(texts)]
         return scored(self, texts, answers, on_rows)
-
-    def stripped(self, completion: Completion) -> Completion:
-        """Take the answer prefix, which is not part of the answer, off a completion's text."""
-        completion.text = completion.text.removeprefix(self.config.format.answer_prefix)
-        return completion
-
-
-def any_texts(texts: Sequence[str]) -> bool:
-    """Return whether there are any; a text by itself would be taken letter by letter."""
-    if isinstance(texts, str):
-        raise ShouldersError(f"give a list of texts: ['{texts[:40]}']")
-    return len(texts) > 0
-
-
-def _as_completion(candidate: Candidate) -> Completion:
-    """Return a candidate as if it had been generated; its tokens are not kept."""
-    return Completion(candidate.text, [], candidate.logprob, "stop")
