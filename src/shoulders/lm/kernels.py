@@ -36,8 +36,16 @@ _FLAGS = (
     *("-fno-signed-zeros", "-fassociative-math"),
 )
 # One after the other, as one.
-_SOURCES = ("kernels.c", "halves.c", "attention.c", "tiles.c", "pairs.c", "layers.c")
-_WIDE = 32  # the most keys that attention.c takes at once
+_SOURCES = (
+    "kernels.c",
+    "halves.c",
+    "products.c",
+    "attention.c",
+    "tiles.c",
+    "pairs.c",
+    "layers.c",
+)
+_WIDE = 32  # the most keys that products.c takes at once
 _QUERIES = 6  # of one key/value head, likewise
 _POINTERS = {
     "round_rows": 5,

@@ -1,7 +1,7 @@
 /* All layers of a Llama-style LM over a cache, without gradients, in one call: what Python would do
  * between some ten functions a layer takes longer than they do for a few rows. Compiled behind
  * tiles.c and pairs.c, one of which multiplies; types and functions are also those of kernels.c,
- * halves.c and attention.c.
+ * halves.c, products.c and attention.c.
  */
 #if defined(ROWS) || defined(PAIRS)
 typedef struct {

@@ -15,7 +15,7 @@ from shoulders.lm.tiles import PANEL, WITHIN
 from shoulders.lm.updates import Placed
 
 _LINE = 64  # bytes: pieces of the room begin at multiples of it
-_ALIKE = 4  # positions with the same updates that are computed together: MOST of attention.c
+_ALIKE = 4  # positions with the same updates that are computed together: MOST of products.c
 
 
 class Layers:
