@@ -335,6 +335,7 @@ def test_later_overrides_win(tmp_path: Path) -> None:
         ("training.steps=many", "key 'training.steps'"),
         ("training.optimizer.lr=inf", "key 'training.optimizer.lr'"),
         ("skill.passes.0={prompt: null}", "the recipe trains nothing"),
+        ("training.remember_first_pass=true", "remember_first_pass is for skills of several"),
         ("skill.passes.0.propose={temperature: .inf}", "passes.0.propose.temperature"),
         (
             "start={passes.0.promt: other}",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from shoulders.cli.app import app
-from shoulders.errors import DataError, RecipeError, ShouldersError
+from shoulders.errors import DataError, RecipeError
 from shoulders.lm.frozen import FrozenLM
 from shoulders.lm.load import load_lm
 from shoulders.recursion.first_pass import FirstPass
@@ -207,13 +207,11 @@ def test_training_text_does_not_select(lm: FrozenLM, folder: Path) -> None:
         make_recipe(values)
 
 
-def test_a_prompted_first_pass_cannot_be_remembered(
-    lm: FrozenLM, folder: Path, tmp_path: Path
-) -> None:
+def test_a_prompted_first_pass_cannot_be_remembered(lm: FrozenLM, folder: Path) -> None:
     values = values_of(lm, folder, training={"remember_first_pass": True})
     values["skill"] = {"passes": [{"prompt": STATIC, "link": LINK}, {}]}
-    with pytest.raises(ShouldersError, match="without a prompt"):
-        run_recipe(make_recipe(values), tmp_path / "out")
+    with pytest.raises(RecipeError, match="the first of which has no prompt"):
+        make_recipe(values)
 
 
 def test_eval_of_text_prints_perplexity(lm: FrozenLM, folder: Path, tmp_path: Path) -> None:

@@ -84,6 +84,12 @@ class Recipe(BaseModel):
             )
         if self.training.shard_lm and len(self.skill.passes) > 1:
             raise ValueError("training.shard_lm is for skills of one pass; this has several")
+        stage = [self.skill.passes[number] for number in self.skill.stage]
+        if self.training.remember_first_pass and (len(stage) < 2 or stage[0].prompt is not None):
+            raise ValueError(
+                "training.remember_first_pass is for skills of several passes, the first of which "
+                "has no prompt: its states never change"
+            )
         if self.members > 1 and len(self.skill.passes) > 1:
             raise ValueError("members: an ensemble is of skills of one pass; this has several")
         return self
