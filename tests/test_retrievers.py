@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoulders.errors import ArtefactError, DataError
+from shoulders.reader.index import store as store_module
 from shoulders.reader.index.build import Choices, build
 from shoulders.reader.index.ids import Ids, IdWriter
 from shoulders.reader.index.index import Index
@@ -134,6 +135,30 @@ def test_accents_are_found_however_they_are_written(tmp_path: Path) -> None:
     for question in ("Café", unicodedata.normalize("NFD", "Müller")):
         assert sorted(retriever.search([question], 5).ids[0]) == ["id0", "id1"]
     store.close()
+
+
+def test_a_folder_that_is_only_for_reading_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, passages = tmp_path / "store", random_passages(200, 20)
+    retriever, store = sparse_of(folder, passages, batch=50)
+    wanted = retriever.search(["w3 w5 w5"], 10)
+    store.close()
+    for lock in folder.glob("*.lock"):
+        lock.unlink()
+    monkeypatch.setattr(store_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(store_module.os, "access", lambda *_: False)  # root may write anywhere
+    there = sorted(folder.iterdir())
+    store = PassageStore(folder)
+    found = SparseRetriever(store, Ids(folder, len(passages))).search(["w3 w5 w5"], 10)
+    assert found == wanted
+    assert sorted(folder.iterdir()) == there, "something was written where only reading is allowed"
+    assert len(list(tmp_path.iterdir())) == 2
+    store.close()
+    assert list(tmp_path.iterdir()) == [folder]
+    with pytest.raises(ArtefactError, match="not a readable passage store"):
+        PassageStore(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_questions_without_words_and_endless_ones() -> None:

@@ -7,7 +7,11 @@ never used again. Dense vectors and ids are kept by number, and equal scores are
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import tempfile
 import unicodedata
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,8 +81,13 @@ class PassageStore:
     def __init__(self, folder: Path) -> None:
         tantivy = needed("tantivy")
         self._tantivy = tantivy
+        self._unlink: weakref.finalize[..., PassageStore] | None = None
+        opened = folder
+        if not os.access(folder, os.W_OK):
+            opened = _linked(folder)
+            self._unlink = weakref.finalize(self, shutil.rmtree, opened, ignore_errors=True)
         try:
-            index = tantivy.Index.open(str(folder))
+            index = tantivy.Index.open(str(opened))
             index.config_reader("manual")  # an index in use does not change under its user
             index.reload()
         except (ValueError, OSError) as error:
@@ -95,6 +104,8 @@ class PassageStore:
     def close(self) -> None:
         """Let go of the mapped files."""
         self._searcher = None
+        if self._unlink is not None:
+            self._unlink()
 
     @property
     def count(self) -> int:
@@ -189,6 +200,18 @@ class PassageStore:
             term = make.term_query(self._schema, "words", word, "freq")
             clauses.append((should, make.boost_query(term, float(count)) if count > 1 else term))
         return make.boolean_query(clauses)
+
+
+def _linked(folder: Path) -> Path:
+    """Return a folder of links to the files of one that is only for reading.
+
+    tantivy makes a lock file where it opens an index, which it cannot there.
+    """
+    links = Path(tempfile.mkdtemp(prefix="shoulders-"))
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.suffix != ".lock":  # of another day
+            (links / file.name).symlink_to(file.resolve())
+    return links
 
 
 def composed(text: str) -> str:
