@@ -106,7 +106,7 @@ def run_recipe(
     processes.agree("LM or data files", bound)
     before = lm.digest()
     if recipe.training.remember_first_pass:
-        taps = skill.parts.earlier[0].link.taps if skill.parts.earlier else ()
+        taps = skill.parts.earlier[0].link.taps
         skill = skill.remembering(FirstPass(lm, taps))
     with only_writer(out) if processes.leads else contextlib.nullcontext():
         progress = fit(
